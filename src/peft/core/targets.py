@@ -1,0 +1,229 @@
+"""Which modules an adapter goes to: names, regex, `all-linear`, bare parameters; and the dry run that shows it.
+
+Paths are the names of the *base* model: the wrappers of adapters that are already there do not appear in them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from ..registry import kind_of
+from .adapted import Adapted, Slots
+from .errors import NoMatchingPeftModuleError, near
+from .layer import Composite
+
+ALL_LINEAR = "all-linear"
+HEADS = ("classifier", "score", "qa_outputs")  # names that transformers gives newly initialised heads
+
+
+@dataclass
+class Place:
+    """One place of the base model's tree: where a module hangs, wrapped or not."""
+
+    path: str
+    parent: nn.Module
+    attr: str
+    stem: str  # the path as upstream writes it to disk
+    owner: Place | None = None  # for a part: where its composite stands or will stand
+    composite: Composite | None = None
+
+    @property
+    def module(self) -> nn.Module:
+        """The base layer, without any wrapper."""
+        held = self.parent._modules[self.attr]
+        return held.base_layer if isinstance(held, (Adapted, Composite)) else held  # type: ignore[union-attr,return-value]
+
+    @property
+    def held(self) -> nn.Module:
+        return self.parent._modules[self.attr]  # type: ignore[return-value]
+
+    @property
+    def adapted(self) -> Adapted | None:
+        return self.held if isinstance(self.held, Adapted) else None
+
+    @property
+    def key(self) -> tuple[int, str]:
+        return (id(self.parent), self.attr)
+
+
+def walk(model: nn.Module) -> Iterator[Place]:
+    """All modules below `model`, by base path; goes through wrappers.
+
+    A module made of several weights is followed by its parts (of a stand-in that is not installed yet), never by its
+    children: it reads their weights raw, so wrapping them would do nothing.
+    """
+    yield from _children(model, "", "")
+
+
+def _children(module: nn.Module, path: str, stem: str) -> Iterator[Place]:
+    for attr, child in list(module._modules.items()):
+        if child is None or isinstance(child, Slots):
+            continue
+        place = Place(f"{path}{attr}", module, attr, f"{stem}{attr}")
+        yield place
+        yield from _below(child, place)
+
+
+def _below(child: nn.Module, place: Place) -> Iterator[Place]:
+    if isinstance(child, Adapted):
+        yield from _below(child.base_layer, place)
+    elif isinstance(child, Composite):
+        yield from parts(child, place)
+    elif (composite := kind_of(child).split(child)) is not None:
+        yield from parts(composite, place)
+    else:
+        yield from _children(child, place.path + ".", place.stem + ".")
+
+
+def parts(composite: Composite, place: Place) -> Iterator[Place]:
+    for name, part in composite.parts().items():
+        path = f"{place.path}.{name}" if name else place.path
+        stem = f"{place.stem}.{part.stem}" if part.stem else place.stem
+        yield Place(path, part.parent, part.attr, stem, owner=place, composite=composite)
+
+
+# -- matching -----------------------------------------------------------------------------------------------------------
+def names(pattern: str, path: str) -> bool:
+    """Whether a target name means this path: the whole path or its last components."""
+    return path == pattern or path.endswith("." + pattern)
+
+
+def matches(patterns: list[str] | str | None, path: str) -> bool:
+    if not patterns:
+        return False
+    if isinstance(patterns, str):
+        return re.fullmatch(patterns, path) is not None
+    return any(names(p, path) for p in patterns)
+
+
+def for_path(patterns: dict[str, Any] | None, path: str, default: Any) -> Any:
+    """The value of the first pattern (a name, path or regex) that matches a path, else the default."""
+    for pattern, value in (patterns or {}).items():
+        if names(pattern, path) or re.fullmatch(rf"(.*\.)?(?:{pattern})", path):
+            return value
+    return default
+
+
+def in_layers(config: Any, path: str) -> bool:
+    """`layers_to_transform`: the number that follows a layer list's name in the path."""
+    wanted = getattr(config, "layers_to_transform", None)
+    if wanted is None or wanted == []:
+        return True
+    pattern = getattr(config, "layers_pattern", None)
+    lists = [pattern] if isinstance(pattern, str) else list(pattern or [])
+    if lists:
+        found = next((m for p in lists if (m := re.match(rf".*\.?{re.escape(p)}\.(\d+)\.", path))), None)
+    else:
+        found = re.match(r".*?[^.]*\.(\d+)\.", path)
+    return found is not None and int(found.group(1)) in ([wanted] if isinstance(wanted, int) else wanted)
+
+
+def shared_parameters(model: nn.Module) -> set[int]:
+    """ids of parameters that more than one module holds (tied weights)."""
+    count: Counter[int] = Counter()
+    for module in model.modules():
+        for p in module._parameters.values():
+            if p is not None:
+                count[id(p)] += 1
+    return {i for i, n in count.items() if n > 1}
+
+
+def output_heads(model: nn.Module) -> set[str]:
+    """Paths of the output embedding and of classification heads: what `all-linear` leaves alone."""
+    heads = set()
+    get = getattr(model, "get_output_embeddings", None)
+    head = get() if callable(get) else None
+    for name, module in model.named_modules():
+        if head is not None and (module is head or getattr(head, "base_layer", None) is module):
+            heads.add(name.removesuffix(".base_layer"))
+    return heads | {name for name, _ in model.named_children() if name in HEADS}
+
+
+def find(model: nn.Module, config: Any) -> list[Place]:
+    """The places that `config` targets, in model order. Raises before anything changes, naming what did not match."""
+    places = list(walk(model))
+    whole = list(getattr(config, "modules_to_save", None) or [])
+
+    def inside_saved(path: str) -> bool:
+        return any(names(w, p) for w in whole for p in _prefixes(path))
+
+    targets = config.target_modules
+    excluded = getattr(config, "exclude_modules", None)
+    if targets == ALL_LINEAR:
+        heads = output_heads(model)
+        chosen = [
+            p
+            for p in places
+            if p.owner is None
+            and kind_of(p.module).linear
+            and not _matches_any(heads, p.path)
+            and not inside_saved(p.path)
+        ]
+        if not chosen:
+            raise NoMatchingPeftModuleError("target_modules='all-linear' found no linear layer in this model.")
+    else:
+        chosen = [
+            p
+            for p in places
+            if not _composed(p)
+            and (matches(targets, p.path) or (p.owner is not None and matches(targets, p.owner.path)))
+        ]
+        if not isinstance(targets, str):
+            unmatched = [t for t in targets or [] if not any(names(t, p.path) for p in places)]
+            if unmatched:
+                _fail("target_modules", unmatched, places)
+        if not chosen and targets:
+            _fail("target_modules", [str(targets)], places)
+    kept = [
+        p for p in chosen if not matches(excluded, p.path) and in_layers(config, p.path) and not inside_saved(p.path)
+    ]
+    if chosen and not kept:
+        why = "exclude_modules, layers_to_transform and modules_to_save leave none of them"
+        raise NoMatchingPeftModuleError(f"target_modules={targets!r} matches {len(chosen)} modules, but {why}.")
+    if excluded and not isinstance(excluded, str):
+        unused = [e for e in excluded if not any(names(e, p.path) for p in places)]
+        if unused:
+            _fail("exclude_modules", unused, places)
+    return kept
+
+
+def _composed(place: Place) -> bool:
+    """Whether the place stands for parts that follow it in the walk."""
+    if isinstance(place.held, Composite):
+        return True
+    module = place.module
+    return not isinstance(place.held, Adapted) and place.owner is None and kind_of(module).composes
+
+
+def _matches_any(paths: set[str], path: str) -> bool:
+    return any(path == h or path.startswith(h + ".") for h in paths)
+
+
+def _prefixes(path: str) -> Iterator[str]:
+    steps = path.split(".")
+    return (".".join(steps[: i + 1]) for i in range(len(steps)))
+
+
+def _fail(what: str, missing: list[str], places: list[Place]) -> None:
+    leaves = list(dict.fromkeys(p.path.rsplit(".", 1)[-1] for p in places if not p.path.rsplit(".", 1)[-1].isdigit()))
+    paths = [p.path for p in places]
+    hints = "".join(near(m, leaves) or near(m, paths) for m in missing)
+    raise NoMatchingPeftModuleError(
+        f"Target modules {', '.join(map(repr, missing))} not found in the base model: {what} must name modules of it."
+        f"{hints} Its modules are called: {', '.join(leaves[:40])}{' …' if len(leaves) > 40 else ''}."
+    )
+
+
+def find_whole(model: nn.Module, wanted: list[str], what: str) -> list[Place]:
+    """Places of modules named for a special purpose (modules_to_save), each of which must exist."""
+    places = [p for p in walk(model) if p.owner is None]
+    missing = [w for w in wanted if not any(names(w, p.path) for p in places)]
+    if missing:
+        _fail(what, missing, places)
+    return [p for p in places if any(names(w, p.path) for w in wanted)]

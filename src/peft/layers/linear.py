@@ -1,0 +1,37 @@
+"""nn.Linear: y = x Wᵀ + b."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..core.layer import Geometry, LayerKind
+
+
+class Linear(LayerKind):
+    name = "linear"
+    linear = True
+    summary = "nn.Linear and its subclasses with a plain weight"
+
+    def examples(self) -> dict[str, Callable[[], tuple[Any, ...]]]:
+        return {
+            "bias": lambda: (nn.Linear(16, 24), torch.randn(4, 16)),
+            "sequence": lambda: (nn.Linear(16, 24, bias=False), torch.randn(4, 3, 16)),
+        }
+
+    def claims(self, module: nn.Module) -> bool:
+        return isinstance(module, nn.Linear)
+
+    def geometry(self, module: nn.Module) -> Geometry:
+        out, inputs = int(module.out_features), int(module.in_features)  # type: ignore[arg-type]
+        return Geometry(out=out, fan_in=inputs, inputs=inputs)
+
+    def op(self, module: nn.Module, x: Tensor, matrix: Tensor) -> Tensor:
+        return F.linear(x, matrix.to(x.dtype))
+
+
+kinds = [Linear()]

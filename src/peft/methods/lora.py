@@ -1,0 +1,167 @@
+"""LoRA: ΔW = s·B A with A[r, fan_in], B[out, r] and s = α/r, or α/√r with rsLoRA (arXiv 2106.09685, 2312.03732).
+
+B starts at 0, so a fresh adapter is the identity. PiSSA and OLoRA start from factors of W instead; W itself is never
+changed: the layer subtracts the frozen initial product, ΔW = s(B A − B₀ A₀).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from ..config import TunerConfig, require, unbuilt
+from ..core.method import Method, Site
+from ..core.targets import for_path
+from ..inits import find as find_init
+from .dora import DoRA
+
+__all__ = ["LoraConfig", "LoraRuntimeConfig"]
+
+
+@dataclass
+class LoraRuntimeConfig:
+    """Settings that are not saved. ephemeral_gpu_offload: accepted; base weights are aligned on reading anyway."""
+
+    ephemeral_gpu_offload: bool = False
+
+
+@dataclass
+class LoraConfig(TunerConfig):
+    """LoRA (arXiv 2106.09685).
+
+    r: rank. lora_alpha: strength, s = lora_alpha / r (use_rslora: / √r). lora_dropout: on the input of A.
+    rank_pattern, alpha_pattern: name or regex -> value, overriding r and lora_alpha. init_lora_weights: True (A
+    Kaiming-uniform, B 0), False (both random), "gaussian", "orthogonal", "pissa", "pissa_niter_N", "olora".
+    lora_bias: a trainable bias added after B. use_dora: DoRA over this delta (arXiv 2402.09353).
+    """
+
+    own_type = "LORA"
+    r: int = 8
+    lora_alpha: int = 8
+    lora_dropout: float = 0.0
+    fan_in_fan_out: bool = False  # the layer kind knows its layout; kept for checkpoints
+    use_rslora: bool = False
+    init_lora_weights: bool | str | Literal["gaussian", "orthogonal", "pissa", "olora"] = True
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    alpha_pattern: dict[str, int] = field(default_factory=dict)
+    use_dora: bool = False
+    lora_bias: bool = False
+    megatron_config: dict[str, Any] | None = unbuilt()
+    megatron_core: str | None = "megatron.core"
+    loftq_config: Any = unbuilt({})
+    eva_config: Any = unbuilt()
+    corda_config: Any = unbuilt()
+    lora_ga_config: Any = unbuilt()
+    velora_config: Any = unbuilt()
+    alora_invocation_tokens: list[int] | None = unbuilt()
+    use_qalora: bool = unbuilt(False)
+    qalora_group_size: int = 16
+    monteclora_config: Any = unbuilt()
+    layer_replication: list[tuple[int, int]] | None = unbuilt()
+    runtime_config: LoraRuntimeConfig = field(default_factory=LoraRuntimeConfig, metadata={"transient": True})
+    use_bdlora: Any = unbuilt()
+    arrow_config: Any = unbuilt()
+    kasa_config: Any = unbuilt()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self, "r")
+        require(self, "lora_dropout", 0, 1)
+        find_init(init_name(self.init_lora_weights))
+        for pattern, rank in (self.rank_pattern or {}).items():
+            if rank < 1:
+                raise ValueError(f"rank_pattern[{pattern!r}] should be at least 1 but the value passed is {rank}")
+
+
+class Lora(Method):
+    peft_type = "LORA"
+    config_class = LoraConfig
+    summary = "Adds a trainable product of two thin matrices to frozen weights."
+    formula = "W' = W + (α/r)·B A"
+    paper = "arXiv 2106.09685"
+    prefix = "lora_"
+    keys = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight", "lora_bias": "lora_B.bias"}
+    examples = (
+        {"r": 4, "lora_alpha": 8},
+        {"r": 4, "use_rslora": True, "lora_bias": True, "init_lora_weights": "orthogonal"},
+        {"r": 4, "use_dora": True},
+        {"r": 4, "init_lora_weights": "pissa"},
+        {"r": 4, "init_lora_weights": "olora", "lora_dropout": 0.1},
+    )
+    view_attributes = ("r", "lora_alpha", "scaling", "use_rslora")
+
+    def __init__(self, config: LoraConfig, site: Site) -> None:
+        super().__init__(config, site)
+        self.r: int = for_path(config.rank_pattern, site.path, config.r)
+        self.lora_alpha = for_path(config.alpha_pattern, site.path, config.lora_alpha)
+        self.use_rslora = config.use_rslora
+        self.dropout = config.lora_dropout
+        self.first_A: Tensor | None
+        self.first_B: Tensor | None
+        self.register_buffer("first_A", None, persistent=False)  # PiSSA, OLoRA: the initial factors, subtracted
+        self.register_buffer("first_B", None, persistent=False)
+        self.lora_A = site.empty(self.r, site.geometry.fan_in)
+        self.lora_B = site.empty(site.geometry.out, self.r)
+        self.lora_bias = site.empty(site.geometry.out) if config.lora_bias else None
+        if site.geometry.indexed:
+            self.keys = {"lora_A": "lora_embedding_A", "lora_B": "lora_embedding_B", "lora_bias": "lora_B.bias"}  # type: ignore[misc]
+
+    @classmethod
+    def build(cls, config: LoraConfig, site: Site) -> Method:
+        return DoRA(config, site, cls(config, site)) if config.use_dora else cls(config, site)
+
+    @property
+    def scaling(self) -> float:
+        """s, times what set_scale and scale_layer asked for."""
+        return self.multiplier * self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
+
+    @scaling.setter
+    def scaling(self, value: float) -> None:
+        self.multiplier *= value / self.scaling
+
+    def derive(self, rng: torch.Generator, site: Site) -> None:
+        start, argument, from_weight = find_init(init_name(self.config.init_lora_weights))
+        if from_weight:
+            first = start(self.lora_A, self.lora_B, rng, site, self.scaling, argument)
+            for name, value in zip(("first_A", "first_B"), first, strict=True):
+                self.register_buffer(name, value.to(site.device, site.dtype), persistent=False)
+
+    @torch.no_grad()
+    def reset(self, rng: torch.Generator, site: Site) -> None:
+        if self.first_A is not None:
+            self.lora_A.copy_(self.first_A)
+            self.lora_B.copy_(self.first_B)
+        else:
+            start, _, _ = find_init(init_name(self.config.init_lora_weights))
+            start(self.lora_A, self.lora_B, rng, site)
+        if self.lora_bias is not None:
+            self.lora_bias.zero_()
+
+    def delta(self) -> tuple[Tensor, Tensor]:
+        A, B = self.lora_A, self.lora_B
+        if self.first_A is not None:
+            A, B = torch.cat([A, self.first_A]), torch.cat([B, -self.first_B], 1)
+        return A, self.scaling * B
+
+    def bias_change(self) -> Tensor | None:
+        return None if self.lora_bias is None else self.scaling * self.lora_bias
+
+    def rank(self) -> int:
+        return min(self.r * (1 if self.first_A is None else 2), self.geometry.out, self.geometry.fan_in)
+
+    def disk_shape(self, attr: str) -> tuple[int, ...] | None:
+        kernel = self.geometry.shape
+        if not kernel or attr == "lora_bias":
+            return None
+        return (self.r, -1, *kernel) if attr == "lora_A" else (-1, self.r, *(1 for _ in kernel))
+
+
+def init_name(value: bool | str) -> str:
+    """The start that `init_lora_weights` asks for."""
+    if isinstance(value, str):
+        return value.lower()
+    return "default" if value else "noise"

@@ -1,0 +1,119 @@
+"""Methods and layer kinds are discovered from their folders; adding one edits no list.
+
+A method registers itself when its class is created (a class with a `peft_type`), so a file of the user's own works
+like one of `peft/methods/`. A layer kind is an instance named `kind` or listed in `kinds` of a module in `peft/layers/`.
+"""
+
+from __future__ import annotations
+
+import enum
+import functools
+import importlib
+import pkgutil
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from .core.layer import LayerKind
+    from .core.method import Method
+
+
+class PeftType(str, enum.Enum):
+    """The names of the methods, one member per registered method."""
+
+
+class TaskType(str, enum.Enum):
+    """What the base model is for."""
+
+    SEQ_CLS = "SEQ_CLS"
+    SEQ_2_SEQ_LM = "SEQ_2_SEQ_LM"
+    CAUSAL_LM = "CAUSAL_LM"
+    TOKEN_CLS = "TOKEN_CLS"
+    QUESTION_ANS = "QUESTION_ANS"
+    FEATURE_EXTRACTION = "FEATURE_EXTRACTION"
+
+
+_METHODS: dict[str, type[Method]] = {}
+_COMPANIONS: dict[str, type[Method]] = {}
+_EXTRA_KINDS: list[LayerKind] = []
+
+
+def _add_member(name: str) -> None:
+    if name in PeftType.__members__:
+        return
+    member: Any = str.__new__(PeftType, name)
+    member._name_, member._value_ = name, name
+    member.__objclass__ = PeftType
+    member._sort_order_ = len(PeftType._member_names_)
+    type.__setattr__(PeftType, name, member)
+    PeftType._member_names_.append(name)
+    PeftType._member_map_[name] = member
+    PeftType._value2member_map_[name] = member
+
+
+def register_method(cls: type[Method]) -> None:
+    """Called for every Method class; a later class of the same `peft_type` replaces the earlier."""
+    if cls.__dict__.get("peft_type"):
+        _METHODS[cls.peft_type] = cls
+        _add_member(cls.peft_type)
+    if cls.__dict__.get("companion"):
+        _COMPANIONS[cls.companion] = cls
+
+
+def register_kind(kind: LayerKind) -> None:
+    """Add a layer kind of one's own; kinds are asked in the order of their `priority`."""
+    _EXTRA_KINDS.append(kind)
+    kinds.cache_clear()
+
+
+@functools.cache
+def modules() -> tuple[ModuleType, ...]:
+    """The method files, imported."""
+    return _load("methods")
+
+
+def _load(folder: str) -> tuple[ModuleType, ...]:
+    package = importlib.import_module(f"peft.{folder}")
+    names = sorted(m.name for m in pkgutil.iter_modules(package.__path__) if not m.name.startswith("_"))
+    return tuple(importlib.import_module(f"peft.{folder}.{name}") for name in names)
+
+
+def methods() -> dict[str, type[Method]]:
+    """`peft_type -> Method class`."""
+    modules()
+    return dict(_METHODS)
+
+
+def companions() -> dict[str, type[Method]]:
+    """`config field -> Method class` that the field brings along with any other method (modules_to_save, …)."""
+    modules()
+    return dict(_COMPANIONS)
+
+
+def method(peft_type: str | None) -> type[Method]:
+    from .core.errors import near
+
+    name = getattr(peft_type, "value", peft_type)
+    known = methods()
+    if name not in known:
+        raise ValueError(f"Unknown method {name!r}. Known: {', '.join(sorted(known))}.{near(str(name), known)}")
+    return known[name]
+
+
+@functools.cache
+def kinds() -> dict[str, LayerKind]:
+    """`name -> layer kind`, the most specific first."""
+    found: list[LayerKind] = list(_EXTRA_KINDS)
+    for module in _load("layers"):
+        found += getattr(module, "kinds", [])
+    return {k.name: k for k in sorted(found, key=lambda k: -k.priority)}
+
+
+def kind_of(module: nn.Module) -> LayerKind:
+    """The kind that claims a module; the opaque kind claims what no other does."""
+    for kind in kinds().values():
+        if not kind.bare and kind.claims(module):
+            return kind
+    raise TypeError(f"No layer kind claims {type(module).__name__}")
