@@ -30,7 +30,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 demo: $(STAMP)
-	HF_HUB_OFFLINE=1 $(BIN)/peft train examples/complaints/demo.yaml
+	HF_HUB_OFFLINE=1 $(BIN)/peft train examples/complaints/demo.yaml --restart
 
 # One thread per test worker: two workers on two cores are slower with more.
 test: export OMP_NUM_THREADS = 1

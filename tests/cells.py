@@ -35,6 +35,7 @@ class Cell:
     config: dict[str, Any]
     kind: str
     example: str
+    first: bool = True  # the first example of its kind: the slow laws run on these
 
     @property
     def id(self) -> str:
@@ -99,14 +100,16 @@ def refusal(cell: Cell) -> str | None:
 
 
 def cells() -> list[Cell]:
+    """Each method's first variant on every example of every kind; its further variants on each kind's first example."""
     found = []
     for name, method in registry.methods().items():
-        if method.form == "prompt" or not method.examples:
+        if method.form == "prompt":
             continue
-        for config in method.examples:
+        for variant, config in enumerate(method.examples):
             for kind_name, kind in registry.kinds().items():
-                for example in kind.examples():
-                    found.append(Cell(name, dict(config), kind_name, example))
+                for n, example in enumerate(kind.examples()):
+                    if variant == 0 or n == 0:
+                        found.append(Cell(name, dict(config), kind_name, example, first=n == 0))
     return found
 
 
@@ -116,6 +119,14 @@ def sites(model: nn.Module) -> list[Any]:
 
 def clone(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model)
+
+
+def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Equal to the bit; of a tensor subclass, all the tensors it is made of."""
+    if hasattr(a, "__tensor_flatten__"):
+        names = [n for n in a.__tensor_flatten__()[0]]
+        return type(a) is type(b) and all(same_bits(getattr(a, n), getattr(b, n)) for n in names)
+    return torch.equal(a, b)
 
 
 def close(a: torch.Tensor, b: torch.Tensor, tolerance: float) -> bool:

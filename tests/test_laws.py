@@ -9,16 +9,22 @@ import io
 
 import pytest
 import torch
-from cells import Cell, cells, clone, close, randomise, refusal
+from cells import Cell, cells, clone, close, randomise, refusal, same_bits
 from torch.utils.checkpoint import checkpoint
 
-from peft import PeftModel, Refusal, get_peft_model, registry
+from peft import PeftModel, Refusal, get_peft_model, get_peft_model_state_dict, registry
 
 CELLS = cells()
 REASONS = {c.id: refusal(c) for c in CELLS}
 BUILT = [c for c in CELLS if REASONS[c.id] is None]
 REFUSED = [c for c in CELLS if REASONS[c.id] is not None]
-law = pytest.mark.parametrize("cell", BUILT, ids=[c.id for c in BUILT])
+
+
+def over(chosen: list[Cell]):
+    return pytest.mark.parametrize("cell", chosen, ids=[c.id for c in chosen])
+
+
+law = over(BUILT)
 
 
 def moved(cell: Cell, out: torch.Tensor, inputs: tuple[torch.Tensor, ...]) -> bool:
@@ -40,18 +46,17 @@ def test_a_refusal_gives_a_reason_and_changes_nothing(cell):
         get_peft_model(base, cell.peft_config())
     assert len(e.value.reason) > 15 and "not implemented" not in str(e.value).lower()
     assert [type(m) for m in base.modules()] == types
-    assert all(torch.equal(v, before[k]) for k, v in base.state_dict().items() if torch.is_tensor(v))
+    assert all(same_bits(v, before[k]) for k, v in base.state_dict().items() if torch.is_tensor(v))
 
 
-@law
+@over([c for c in BUILT if registry.methods()[c.method].identity])
 def test_fresh_adapter_is_the_identity(cell):
     base, inputs = cell.base()
     with torch.no_grad():
         expected = base(*inputs)
         model = get_peft_model(base, cell.peft_config()).eval()
-        if not registry.methods()[cell.method].identity:
-            pytest.skip("the method does not promise it")
-        assert close(model(*inputs), expected, max(cell.tolerance, 2e-6))
+        promised = all(m.identity for _, m in model.hub.adapters["default"].methods)  # some variants cannot
+        assert close(model(*inputs), expected, max(cell.tolerance, 2e-6)) == promised
 
 
 @law
@@ -70,7 +75,7 @@ def test_forward_equals_merged_and_unmerge_restores_the_bits(cell):
         assert close(model(*inputs), out, cell.tolerance)
         model.base_model.unmerge_adapter()
         after = model.get_base_model().state_dict()
-        assert all(torch.equal(after[k], v) for k, v in before.items())
+        assert all(same_bits(after[k], v) for k, v in before.items())
         assert close(model.base_model.merge_and_unload()(*inputs), out, cell.tolerance)
 
 
@@ -97,11 +102,16 @@ def test_save_and_load_give_the_same_output(cell, tmp_path):
         model.save_pretrained(tmp_path)
         base, _ = cell.base()
         loaded = PeftModel.from_pretrained(base, tmp_path).eval()
-        assert torch.equal(loaded(*inputs), out)
         loaded.load_adapter(tmp_path / "q_proj", "0")
+        for saved, name in (("default", "default"), ("q_proj", "0")):
+            theirs = get_peft_model_state_dict(loaded, adapter_name=name)
+            mine = get_peft_model_state_dict(model, adapter_name=saved)
+            assert mine.keys() == theirs.keys() and all(torch.equal(mine[k], theirs[k]) for k in mine)
+        # the same bits; a product over memory of another alignment may still round its last bit differently
+        assert close(loaded(*inputs), out, 1e-6)
         loaded.set_adapter("0")
         model.set_adapter("q_proj")
-        assert torch.equal(loaded(*inputs), model(*inputs))
+        assert close(loaded(*inputs), model(*inputs), 1e-6)
 
 
 @law
@@ -151,14 +161,8 @@ def test_several_active_equal_merged_together(cell):
             assert close(model(*inputs), out, cell.tolerance)
 
 
-@law
+@over([c for c in BUILT if registry.kinds()[c.kind].compiles and c.first])
 def test_compiles_without_graph_breaks(cell):
-    base, inputs = cell.base()
-    torch._dynamo.reset()
-    try:
-        torch.compile(base, fullgraph=True, backend="aot_eager")(*inputs)
-    except Exception:
-        pytest.skip("the base layer itself does not compile in one graph")
     model, inputs = cell.model()
     torch._dynamo.reset()
     with torch.no_grad():
@@ -197,10 +201,8 @@ def test_deepcopy_and_pickle(cell):
         assert torch.equal(torch.load(file, weights_only=False)(*inputs), out)
 
 
-@law
+@over([c for c in BUILT if registry.kinds()[c.kind].castable])
 def test_half_precision_bases_get_fp32_masters_and_keep_their_dtype(cell):
-    if not registry.kinds()[cell.kind].castable:
-        pytest.skip("the base's dtype is part of its format")
     model, inputs = cell.model(dtype=torch.bfloat16)
     with torch.no_grad():
         out = model(*inputs)

@@ -13,9 +13,27 @@ __version__ = "1.0.0"
 from typing import Any
 
 from . import registry
+from .auto import (
+    AutoPeftModel,
+    AutoPeftModelForCausalLM,
+    AutoPeftModelForFeatureExtraction,
+    AutoPeftModelForQuestionAnswering,
+    AutoPeftModelForSeq2SeqLM,
+    AutoPeftModelForSequenceClassification,
+    AutoPeftModelForTokenClassification,
+)
 from .config import PeftConfig, PromptLearningConfig
-from .core.errors import CheckpointError, NoMatchingPeftModuleError, Refusal
+from .core.compat import (
+    bloom_model_postprocess_past_key_value,
+    cast_mixed_precision_params,
+    get_base_model_state_dict,
+    set_base_model_state_dict,
+    shift_tokens_right,
+)
+from .core.counts import Counts, counts
+from .core.errors import CheckpointError, NoMatchingPeftModuleError, PeftError, PeftWarning, Refusal
 from .core.inject import dry_run
+from .core.kbit import prepare_model_for_kbit_training
 from .core.model import (
     MODEL_TYPE_TO_PEFT_MODEL_MAPPING,
     PeftMixedModel,
@@ -32,13 +50,34 @@ from .core.model import (
     load_peft_weights,
     set_peft_model_state_dict,
 )
+from .core.status import TunerLayerStatus, TunerModelStatus, get_layer_status, get_model_status
+from .mapping import (
+    PEFT_TYPE_TO_CONFIG_MAPPING,
+    PEFT_TYPE_TO_MIXED_MODEL_MAPPING,
+    PEFT_TYPE_TO_PREFIX_MAPPING,
+    PEFT_TYPE_TO_TUNER_MAPPING,
+    get_peft_config,
+)
 from .registry import PeftType, TaskType
 
 __all__ = [
     "MODEL_TYPE_TO_PEFT_MODEL_MAPPING",
+    "PEFT_TYPE_TO_CONFIG_MAPPING",
+    "PEFT_TYPE_TO_MIXED_MODEL_MAPPING",
+    "PEFT_TYPE_TO_PREFIX_MAPPING",
+    "PEFT_TYPE_TO_TUNER_MAPPING",
+    "AutoPeftModel",
+    "AutoPeftModelForCausalLM",
+    "AutoPeftModelForFeatureExtraction",
+    "AutoPeftModelForQuestionAnswering",
+    "AutoPeftModelForSeq2SeqLM",
+    "AutoPeftModelForSequenceClassification",
+    "AutoPeftModelForTokenClassification",
     "CheckpointError",
+    "Counts",
     "NoMatchingPeftModuleError",
     "PeftConfig",
+    "PeftError",
     "PeftMixedModel",
     "PeftModel",
     "PeftModelForCausalLM",
@@ -48,16 +87,29 @@ __all__ = [
     "PeftModelForSequenceClassification",
     "PeftModelForTokenClassification",
     "PeftType",
+    "PeftWarning",
     "PromptLearningConfig",
     "Refusal",
     "TaskType",
+    "TunerLayerStatus",
+    "TunerModelStatus",
+    "bloom_model_postprocess_past_key_value",
+    "cast_mixed_precision_params",
+    "counts",
     "dry_run",
+    "get_base_model_state_dict",
+    "get_layer_status",
+    "get_model_status",
+    "get_peft_config",
     "get_peft_model",
     "get_peft_model_state_dict",
     "inject_adapter_in_model",
     "load_peft_weights",
+    "prepare_model_for_kbit_training",
     "registry",
+    "set_base_model_state_dict",
     "set_peft_model_state_dict",
+    "shift_tokens_right",
 ]
 
 # The configs (and whatever else a method's file offers) come from the files themselves.
@@ -68,4 +120,12 @@ for _module in registry.modules():
 
 
 def __getattr__(name: str) -> Any:
+    """Upstream's further names, such as `LoraModel`, from the doors that show them."""
+    import importlib
+
+    if not name.startswith("_"):
+        for door in ("tuners", "utils"):
+            module = importlib.import_module(f".{door}", __name__)
+            if name in vars(module):
+                return getattr(module, name)
     raise AttributeError(f"module 'peft' has no attribute {name!r}")

@@ -234,6 +234,13 @@ class TunerConfig(PeftConfig):
 
 
 @dataclass
+class DeltaConfig(TunerConfig):
+    """Fields of every method that adds a ΔW. use_dora: DoRA over this delta (arXiv 2402.09353)."""
+
+    use_dora: bool = extra(False)
+
+
+@dataclass
 class PromptLearningConfig(PeftConfig):
     """Fields of the methods whose site is the whole model; sizes left at None are read from the base model."""
 
@@ -253,6 +260,13 @@ def require(config: Any, name: str, least: float = 1, below: float | None = None
         raise ValueError(f"`{name}` should be at least {least} but the value passed is {value}")
     if below is not None and value >= below:
         raise ValueError(f"`{name}` should be less than {below} but the value passed is {value}")
+
+
+def require_ranks(config: Any) -> None:
+    """Raise a clear error unless every rank of `rank_pattern` is at least 1."""
+    for pattern, rank in (config.rank_pattern or {}).items():
+        if not isinstance(rank, int) or rank < 1:
+            raise ValueError(f"rank_pattern[{pattern!r}] should be at least 1 but the value passed is {rank}")
 
 
 HUB_KWARGS = (

@@ -37,6 +37,7 @@ class TaskType(str, enum.Enum):
 
 _METHODS: dict[str, type[Method]] = {}
 _COMPANIONS: dict[str, type[Method]] = {}
+_WRAPPERS: dict[str, type[Method]] = {}
 _EXTRA_KINDS: list[LayerKind] = []
 
 
@@ -60,6 +61,13 @@ def register_method(cls: type[Method]) -> None:
         _add_member(cls.peft_type)
     if cls.__dict__.get("companion"):
         _COMPANIONS[cls.companion] = cls
+    if cls.__dict__.get("wraps"):
+        _WRAPPERS[cls.wraps] = cls
+
+
+def forget_method(peft_type: str) -> None:
+    """Take a method out of the registry (its name stays a member of `PeftType`)."""
+    _METHODS.pop(peft_type, None)
 
 
 def register_kind(kind: LayerKind) -> None:
@@ -90,6 +98,12 @@ def companions() -> dict[str, type[Method]]:
     """`config field -> Method class` that the field brings along with any other method (modules_to_save, …)."""
     modules()
     return dict(_COMPANIONS)
+
+
+def wrappers() -> dict[str, type[Method]]:
+    """`config field -> Method class` that the field puts around any delta (DoRA)."""
+    modules()
+    return dict(_WRAPPERS)
 
 
 def method(peft_type: str | None) -> type[Method]:

@@ -9,6 +9,7 @@ factored one does not exist: an input transform on a kernel larger than 1, a raw
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import Refusal
-from .layer import LayerKind, on_device
+from .layer import LayerKind, Slots, Wrapper, named, on_device, tree
 from .method import Method, Op
 from .mix import BASE, Hub, Rows
 
@@ -27,20 +28,8 @@ def escape(name: str) -> str:
     return "%" + safe if hasattr(nn.Module, safe) or safe in ("training", "") else safe
 
 
-class Slots(nn.Module):
-    """The container whose children are `<adapter>` (and `<adapter>%<part>` for an adapter's further parts)."""
-
-    def put(self, name: str, method: Method) -> None:
-        self._modules[name] = method
-
-    def drop(self, name: str) -> None:
-        del self._modules[name]
-
-
-class Adapted(nn.Module):
+class Adapted(Wrapper):
     """A base layer with adapters. Reads which of them act from the model's shared `Hub`."""
-
-    base_layer: nn.Module
 
     def __init__(self, base_layer: nn.Module, kind: LayerKind, hub: Hub, path: str) -> None:
         super().__init__()
@@ -52,6 +41,7 @@ class Adapted(nn.Module):
         self.methods: dict[str, tuple[Method, ...]] = {}
         self.merged_adapters: list[str] = []
         self._kept: Any = None
+        self._input_name = first_parameter(base_layer)
         self.training = base_layer.training
 
     # -- adapters -------------------------------------------------------------------------------------------------------
@@ -68,6 +58,13 @@ class Adapted(nn.Module):
         table = self.methods
         return [m for name in names if name in table for m in table[name]]
 
+    @property
+    def acting(self) -> bool:
+        """Whether the next forward differs from the base layer's."""
+        mix = self.hub.mix
+        names = mix.active if mix.rows is None else mix.rows.distinct
+        return not self.merged_adapters and any(n in self.methods for n in names)
+
     # -- forward ----------------------------------------------------------------------------------------------------------
     def forward(self, *args: Any, rows: Tensor | None = None, **kwargs: Any) -> Any:
         """The base layer's forward with the acting adapters. `rows`: the batch row of each input, where x lost it."""
@@ -76,16 +73,33 @@ class Adapted(nn.Module):
             return self._mixed(mix.rows, rows, args, kwargs)
         methods = () if self.merged_adapters else self.active_methods(mix.active)
         if not methods:
-            return self.base_layer(*args, **kwargs)
+            return self.kind.run(self.base_layer, *args, **kwargs)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             self.hub.check_recompute()
         return self._run(methods, args, kwargs)
 
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self.base_layer._forward_hooks:
+            move_recorders(self.base_layer, self)
+        return super().__call__(*args, **kwargs)
+
+    def _input(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Callable[[Any], Any]]:
+        """The layer's input, and the arguments of a call that has another one in its place."""
+        if args:
+            return args[0], lambda x: ((x, *args[1:]), kwargs)
+        name = self._input_name if self._input_name in kwargs else next(iter(kwargs))
+        return kwargs[name], lambda x: ((), {**kwargs, name: x})
+
     def _run(self, methods: Sequence[Method], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        x, args, kwargs = _input(args, kwargs)
+        x, call = self._input(args, kwargs)
+        given = x  # what `after` sees: the layer's own input, so that the parallel branch merges as it stands
         indexed = self.geometry.indexed  # an embedding's rows are what an input transform acts on
+        late = [m for m in methods if m.form == "after"]
         if self._dense(methods):
-            W, b = self.compose(methods, self.kind.dtype(self.base_layer))
+            whole = [m for m in methods if m.form != "after"]
+            while not self.kind.factored and late and late[0].mergeable:  # what the layer does to W' comes after it
+                whole.append(late.pop(0))
+            W, b = self.compose(whole, self.kind.dtype(self.base_layer))
             out: Any = self.op(x, W)
             if b is not None:
                 out = self.kind.unlast(self.kind.last(out) + b)
@@ -94,58 +108,80 @@ class Adapted(nn.Module):
                 if m.form == "before" and not indexed:
                     x = self._channels(m, x)
             replaced = [m for m in methods if m.form == "replace"]
-            out = self._base(replaced, x, args, kwargs)
+            out = self._base(replaced, *call(x))
             for m in methods:
                 if m.form in ("delta", "weight"):
                     out = m("add", x, out, self.op)
             for m in methods:
                 if m.form == "before" and indexed:
                     out = self._channels(m, out)
-        for m in methods:
-            if m.form == "after":
-                out = _first(out, lambda y, m=m: self._after(m, y, x))  # type: ignore[misc]
+        for m in late:
+            out = _first(out, lambda y, m=m: self._after(m, y, given))  # type: ignore[misc]
         return out
 
-    def _base(self, replaced: Sequence[Method], x: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _base(self, replaced: Sequence[Method], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if not replaced:
-            return self.base_layer(x, *args, **kwargs)
-        twin = self.kind.twin(self.base_layer)
+            return self.kind.run(self.base_layer, *args, **kwargs)
+        if self.kind.factored and not self.geometry.weightless and all(m.replaced_names == ("bias",) for m in replaced):
+            out = self.kind.run(self.base_layer, *args, **kwargs)  # a shift of the output, which reads no weight
+            return self.op.shift(out, self._bias_change(replaced).to(out.dtype))
+        if not self.kind.swappable(self.base_layer):
+            W, b = self.compose(replaced, self.kind.dtype(self.base_layer))
+            out = self.op(self._input(args, kwargs)[0], W)
+            return out if b is None else self.op.shift(out, b)
+        held = {n: h for table in ("_parameters", "_buffers") for n, h, _ in named(self.base_layer, table)}
         with on_device(self.base_layer):
-            return torch.func.functional_call(twin, self.replaced(replaced), (x, *args), kwargs)
+            values = {held[n]: v for n, v in self.replaced(replaced).items()}
+            return torch.func.functional_call(self.base_layer, values, args, kwargs)
+
+    def _bias_change(self, methods: Sequence[Method]) -> Tensor:
+        b = self.kind.bias(self.base_layer)
+        assert b is not None
+        return torch.stack([m("replace", "bias", b).to(b.dtype) - b for m in methods]).sum(0)
 
     def replaced(self, methods: Sequence[Method]) -> dict[str, Tensor]:
-        """P + Σ (P'_i − P) for every parameter that a `replace` method changes."""
-        out: dict[str, Tensor] = dict(self.kind.parameters(self.base_layer))
+        """P + Σ (P'_i − P) for every parameter that a `replace` method changes, and the others as they are."""
+        base = self.kind.parameters(self.base_layer)
+        state = {**base, **self.kind.buffers(self.base_layer)}
+        out = dict(base)
         seen: set[str] = set()
         for m in methods:
-            for name, value in m("replacements", self.kind.parameters(self.base_layer)).items():
-                base = self.kind.parameters(self.base_layer)[name]
-                out[name] = value.to(base.dtype) if name not in seen else out[name] + (value.to(base.dtype) - base)
+            for name, value in m("replacements", state).items():
+                P, value = state[name], value.to(state[name].dtype)
+                out[name] = out[name] + (value - P) if name in seen else value
                 seen.add(name)
         return out
 
     def _channels(self, m: Method, x: Tensor) -> Tensor:
         return self.kind.unlast(m("before", self.kind.last(x)))
 
-    def _after(self, m: Method, y: Tensor, x: Any) -> Tensor:
+    def _after(self, m: Method, y: Tensor, x: Any, index: Tensor | None = None, axis: int = 0) -> Tensor:
+        """`index`: y holds only these of the `axis` rows that the call has. Contiguous, because torch chooses between
+        two matrix products by layout and `requires_grad`: the same bits, whether the adapter is trained or loaded."""
         if torch.is_tensor(x) and x.is_floating_point():
-            x = self.kind.last(x)
-        return self.kind.unlast(m("after", self.kind.last(y), x))
+            x = self.kind.last(x).contiguous()
+        y = self.kind.last(y).contiguous()
+        if not m.located:
+            return self.kind.unlast(m("after", y, x))
+        span = self.hub.mix.span
+        if span is not None and index is not None:
+            span = span.take(index, axis)
+        return self.kind.unlast(m("after", y, x, span))
 
     def _dense(self, methods: Sequence[Method]) -> bool:
         if not self.kind.factored:
-            return any(m.form in ("delta", "weight", "before") for m in methods)
+            return any(m.mergeable for m in methods)
         if self.geometry.pointwise or self.geometry.indexed:
             return False
         return any(m.form == "before" and not m.channelwise for m in methods)
 
     def _mixed(self, rows: Rows, row: Tensor | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Per-row adapters: the base call once where no adapter changes what goes into it."""
-        x, args, kwargs = _input(args, kwargs)
+        x, _ = self._input(args, kwargs)
         names = [() if n == BASE else (n,) for n in rows.distinct]
         table = {n: self.active_methods(t) for n, t in zip(rows.distinct, names, strict=True)}
         if not any(table.values()):
-            return self.base_layer(x, *args, **kwargs)
+            return self.kind.run(self.base_layer, *args, **kwargs)
         groups, undo = rows.of(row) if row is not None else rows.groups(x.shape[0], self.path, x.device)
 
         def joined(fn: Callable[[list[Method], Tensor], Any]) -> Any:
@@ -157,7 +193,7 @@ class Adapted(nn.Module):
 
         forms = {m.form for ms in table.values() for m in ms}
         if forms <= {"delta", "weight", "after"} and not any(self._dense(ms) for ms in table.values()):
-            out = self.base_layer(x, *args, **kwargs)
+            out = self.kind.run(self.base_layer, *args, **kwargs)
             y = out[0] if isinstance(out, (tuple, list)) else out
 
             def late(methods: list[Method], index: Tensor) -> Tensor:
@@ -167,18 +203,18 @@ class Adapted(nn.Module):
                         yi = m("add", xi, yi, self.op)
                 for m in methods:
                     if m.form == "after":
-                        yi = self._after(m, yi, xi)
+                        yi = self._after(m, yi, xi, index, len(y))
                 return yi
 
             return _first(out, lambda _: joined(late))
-        if any(torch.is_tensor(a) for a in (*args, *kwargs.values())):
+        if sum(torch.is_tensor(a) for a in (*args, *kwargs.values())) > 1:
             raise Refusal(
                 "adapter_names",
                 self.path,
                 "this block takes further tensors besides its input, which have no rows to split",
             )
         return joined(
-            lambda methods, index: self._run(methods, (x[index],), {}) if methods else self.base_layer(x[index])
+            lambda methods, index: self._run(methods, (x[index],), {}) if methods else self.kind.run(self.base_layer, x[index])
         )
 
     # -- merging ------------------------------------------------------------------------------------------------------------
@@ -189,7 +225,7 @@ class Adapted(nn.Module):
         W, b = W0, b0 if b0 is None else b0.to(dtype)
         if replaced:
             values = self.replaced(replaced)
-            W = self.kind.matrix(values["weight"]).to(dtype) if "weight" in values else W
+            W = self.kind.matrix(values["weight"], self.base_layer).to(dtype) if "weight" in values else W
             b = values["bias"].to(dtype) if b is not None and "bias" in values else b
         for m in methods:
             if m.form in ("delta", "weight"):
@@ -201,7 +237,7 @@ class Adapted(nn.Module):
         for m in methods:
             if m.form == "after":
                 W, b = m("fold", W, b)
-        return W, b
+        return self.kind.absorb(self.base_layer, W, b)
 
     def merged_values(self, methods: Sequence[Method]) -> dict[str, Tensor]:
         """The native parameter values a merge would write; raises `Refusal` or on NaN before anything changes."""
@@ -212,15 +248,17 @@ class Adapted(nn.Module):
                 )
         with torch.no_grad():
             if {m.form for m in methods} <= {"replace"}:
-                base = self.kind.parameters(self.base_layer)
-                values = {n: v for n, v in self.replaced(methods).items() if v is not base[n]}
+                names = {n for m in methods for n in m.replaced_names}
+                values = {n: v for n, v in self.replaced(methods).items() if n in names}
             else:
                 W, b = self.compose(methods, _wide(self.kind.dtype(self.base_layer)))
                 values = {"weight": self.kind.native(W, self.base_layer)}
                 if b is not None:
                     values["bias"] = b
+        held = dict(self.base_layer.named_parameters())
         for name, value in values.items():
-            if not torch.isfinite(value).all():
+            kept = held[name].dtype if name in held and held[name].is_floating_point() else value.dtype
+            if not torch.isfinite(value.to(kept)).all():
                 raise ValueError(f"Merging into {self.path}.{name} would write NaN or inf; nothing was changed.")
         return {n: v.detach().contiguous() for n, v in values.items()}
 
@@ -297,6 +335,16 @@ class Adapted(nn.Module):
     def delete_adapter(self, adapter_name: str) -> None:
         self.detach(adapter_name)
 
+    def adapter_state_dict_load_map(self, adapter_name: str) -> dict[str, str]:
+        """Key in an adapter file -> parameter's name in memory, both below this layer: what transformers loads by."""
+        own = self.methods.get(adapter_name, ())
+        return {
+            key: f"adapters.{slot}.{attr}"
+            for slot, m in self.adapters._modules.items()
+            if any(m is x for x in own)
+            for attr, key in m.disk_keys().items()  # type: ignore[union-attr,operator]
+        }
+
     def set_scale(self, adapter: str, scale: float) -> None:
         """Multiply the adapter's effect at this layer by `scale`, from its configured strength."""
         for m in self.methods.get(adapter, ()):
@@ -314,23 +362,51 @@ class Adapted(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name in ("base_layer", "methods", "adapters"):
+            if name in ("base_layer", "methods", "adapters", "hub", "merged_adapters"):
                 raise
             from .views import view
 
             found = view(self, name)
-            return found if found is not None else getattr(self.base_layer, name)
+            if found is not None:
+                return found
+            # code that reads a parameter instead of calling the module sees what the module computes with
+            methods = () if self.merged_adapters else self.active_methods(self.hub.mix.active)
+            replaced = [m for m in methods if m.form == "replace" and name in m.replaced_names]
+            return self.replaced(replaced)[name] if replaced else getattr(self.base_layer, name)
+
+    @property
+    def original_module(self) -> nn.Module:
+        """The module of the base model, under the name that upstream's wrapper of whole modules has for it."""
+        return self.base_layer
 
     def extra_repr(self) -> str:
         return f"kind={self.kind.name}, adapters={list(self.methods)}"
 
 
 def _input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
-    """The layer's input, given by position or as the first keyword."""
+    """A layer's input, given by position or as the first keyword, and the other arguments."""
     if args:
         return args[0], args[1:], kwargs
     first = next(iter(kwargs))
     return kwargs[first], (), {k: v for k, v in kwargs.items() if k != first}
+
+
+def first_parameter(module: nn.Module) -> str:
+    """The name of the first argument of a module's forward: its input where a caller names all arguments."""
+    try:
+        return next(iter(inspect.signature(module.forward).parameters), "")
+    except (TypeError, ValueError):
+        return ""
+
+
+def move_recorders(source: nn.Module, target: nn.Module) -> None:
+    """Take over the hooks by which transformers records hidden states and attentions from modules of a class.
+
+    They belong where the block's output leaves: on the wrapper, which gives the adapted output, and once per call.
+    """
+    for key, hook in list(source._forward_hooks.items()):
+        if getattr(hook, "__module__", "") == "transformers.utils.output_capturing":
+            target._forward_hooks[key] = source._forward_hooks.pop(key)
 
 
 def _first(out: Any, fn: Callable[[Any], Any]) -> Any:
@@ -345,4 +421,4 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 
 
 def adapted_layers(model: nn.Module) -> Iterator[Adapted]:
-    return (m for m in model.modules() if isinstance(m, Adapted))
+    return (m for m in tree(model, wrappers=True) if isinstance(m, Adapted))

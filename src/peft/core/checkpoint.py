@@ -45,15 +45,14 @@ class Slot:
 
     @property
     def disk_shape(self) -> tuple[int, ...]:
-        return tuple(self._shaped().shape)
+        return tuple(self._shaped(self.tensor).shape)
 
-    def _shaped(self) -> Tensor:
-        t = self.tensor
+    def _shaped(self, t: Tensor) -> Tensor:
         shape = self.method.disk_shape(self.attr)
         return t if shape is None else t.reshape(shape)
 
     def save(self) -> Tensor:
-        return self._shaped().detach()
+        return self._shaped(self.method.stored(self.attr, self.tensor.detach()))
 
     def assign(self, value: Tensor) -> None:
         old = self.tensor
@@ -65,6 +64,8 @@ class Slot:
                 owner, _, leaf = self.attr.rpartition(".")
                 holder = attrgetter(owner)(self.method) if owner else self.method
                 holder._parameters[leaf] = nn.Parameter(value, requires_grad=old.requires_grad)
+            elif old.shape == value.shape:
+                old.data.copy_(value)  # in place: optimisers, compiled graphs and flat parameters hold the storage
             else:
                 old.data = value
         else:
@@ -82,13 +83,25 @@ def slots(adapter: Adapter) -> Iterator[tuple[str, Slot]]:
     seen: set[str] = set()
     for stem, method in adapter.methods:
         for attr, key in method.disk_keys().items():
-            if attrgetter(attr)(method) is None:
+            if _held(method, attr) is None:
                 continue
             yield (f"{root}{stem}.{key}" if stem else key), Slot(method, attr)
         for attr, key in method.shared_keys.items():
-            if key not in seen and getattr(method, attr, None) is not None:
+            if key not in seen and _held(method, attr) is not None:
                 seen.add(key)
                 yield f"base_model.{key}", Slot(method, attr)
+
+
+def _held(method: Method, attr: str) -> Tensor | None:
+    try:
+        return attrgetter(attr)(method)
+    except AttributeError:
+        return None
+
+
+def _hollow(t: Tensor) -> bool:
+    """An emptied placeholder of a sharded parameter, which is flat; a matrix of rank 0 is no such thing."""
+    return t.numel() == 0 and t.dim() < 2
 
 
 def state_dict(hub: Hub, name: str) -> dict[str, Tensor]:
@@ -97,22 +110,25 @@ def state_dict(hub: Hub, name: str) -> dict[str, Tensor]:
     adapter = hub.adapters[name]
     out: dict[str, Tensor] = {}
     for key, slot in slots(adapter):
+        if slot.attr in slot.method.unwritten:
+            continue
         tensor = slot.save()
-        if tensor.is_meta or tensor.numel() == 0:
+        if tensor.is_meta or _hollow(tensor):
             raise CheckpointError(
                 f"Adapter {name!r}: {key} holds no values ({'meta device' if tensor.is_meta else 'zero elements'}). "
                 "Load weights first; with ZeRO-3 or FSDP save through the trainer, which gathers them."
             )
         out[key] = tensor
-    return _translate(hub, out, root_of(adapter.config), "to_disk")
+    return _translate(hub, out, adapter, "to_disk")
 
 
-def _translate(hub: Hub, state: dict[str, Tensor], root: str, how: str) -> dict[str, Tensor]:
+def _translate(hub: Hub, state: dict[str, Tensor], adapter: Adapter, how: str) -> dict[str, Tensor]:
     """Let composites (experts) turn their parts' tensors into upstream's layout, or back."""
     for stem, composite in hub.composites.items():
-        prefix = f"{root}{stem}."
+        methods = {s.removeprefix(f"{stem}."): m for s, m in adapter.methods if s.startswith(f"{stem}.")}
+        prefix = f"{root_of(adapter.config)}{stem}."
         mine = {k.removeprefix(prefix): state.pop(k) for k in list(state) if k.startswith(prefix)}
-        state.update({prefix + k: v for k, v in getattr(composite, how)(mine).items()})
+        state.update({prefix + k: v for k, v in getattr(composite, how)(mine, methods).items()})
     return state
 
 
@@ -256,7 +272,7 @@ def read(
             values = {**values, **{k: v for k, v in stored.items() if k not in free or k not in values}}
         config = PeftConfig.from_dict(values, source=str(at or path))
     for key, t in tensors.items():
-        if t.numel() == 0:
+        if _hollow(t):
             raise CheckpointError(
                 f"{path}: {key} has no elements; the file was written from one rank of a sharded model."
             )
@@ -289,14 +305,14 @@ def fit(
     """Match a file's tensors to an adapter's slots: (pairs, keys missing in the file, keys nobody takes)."""
     root = root_of(adapter.config)
     tensors = {_with_root(k, root): v for k, v in tensors.items()}
-    tensors = _translate(hub, tensors, root, "from_disk")
+    tensors = _translate(hub, tensors, adapter, "from_disk")
     for stem, method in adapter.methods:
         prefix = f"{root}{stem}." if stem else ""
         own = method.disk_keys()
         method.resize({a: tensors[prefix + k] for a, k in own.items() if prefix + k in tensors})
     wanted = dict(slots(adapter))
     pairs = {k: (s, tensors[k]) for k, s in wanted.items() if k in tensors}
-    optional = {k for k, s in wanted.items() if s.attr in s.method.optional}
+    optional = {k for k, s in wanted.items() if s.attr in (*s.method.optional, *s.method.unwritten)}
     missing = [k for k in wanted if k not in tensors and k not in optional]
     return pairs, missing, [k for k in tensors if k not in wanted]
 

@@ -6,7 +6,15 @@ import difflib
 from collections.abc import Iterable
 
 
-class Refusal(ValueError):
+class PeftError(Exception):
+    """What all errors of this library's own have in common."""
+
+
+class PeftWarning(UserWarning):
+    """A warning of this library's own."""
+
+
+class Refusal(PeftError, ValueError):
     """A combination that mathematics or the base's format rules out; raised before anything changes."""
 
     def __init__(self, method: str, layer: str, reason: str) -> None:
@@ -14,11 +22,11 @@ class Refusal(ValueError):
         self.method, self.layer, self.reason = method, layer, reason
 
 
-class NoMatchingPeftModuleError(ValueError):
+class NoMatchingPeftModuleError(PeftError, ValueError):
     """A target pattern that matches no module or parameter of the model."""
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(PeftError, RuntimeError):
     """An adapter file that does not fit the model it is loaded into, or that cannot be read."""
 
 

@@ -7,6 +7,8 @@ them in. What is found wrong while planning leaves the model as it was.
 from __future__ import annotations
 
 import copy
+import dataclasses
+import functools
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -15,12 +17,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..registry import companions, kind_of, method
-from .adapted import Adapted, adapted_layers
+from ..registry import companions, kind_of, kinds, method
+from .adapted import Adapted, adapted_layers, move_recorders
+from .checkpoint import vocab_size
 from .errors import NoMatchingPeftModuleError
 from .layer import Composite, Geometry, LayerKind
 from .method import Method, Site
 from .mix import Adapter, Hub
+from .span import unwatch, watch
 from .targets import Place, find, shared_parameters, walk
 
 
@@ -111,10 +115,16 @@ def plan(
     cls.prepare(config, model)
     items: list[Item] = []
     model_config = getattr(model, "config", None)
+    holders: dict[tuple[type[Method], int], str] = {}  # weight -> the path of the first site that has it
 
     def add(place: Place | None, part: str, cls: type[Method], cfg: Any) -> None:
         kind = kind_of(place.module) if place else None
-        items.append(Item(place, part, cls, kind, cfg, _site(model, place, kind, model_config, autocast_adapter_dtype)))
+        site = _site(model, place, kind, model_config, autocast_adapter_dtype)
+        weight = place.module._parameters.get("weight") if place else None
+        if weight is not None and place is not None:
+            first = holders.setdefault((cls, id(weight)), place.path)
+            site = dataclasses.replace(site, tied=first if first != place.path else "")
+        items.append(Item(place, part, cls, kind, cfg, site))
 
     if cls.form == "prompt":
         add(None, "", cls, config)
@@ -126,7 +136,7 @@ def plan(
             from .parameters import find_parameters
 
             wanted += find_parameters(model, config)
-        for place in wanted:
+        for place in [*wanted, *cls.followers(config, model, wanted)]:
             add(place, "", cls, config)
     for field_name, companion in companions().items():
         if getattr(config, field_name, None) and getattr(config, field_name) != "none":
@@ -136,6 +146,9 @@ def plan(
     for item in items:
         item.cls.check(item.config, item.site)
     _build(items, plan_ := Plan(name, config, items), init, meta)
+    for item in items:
+        if item.kind is not None and item.place is not None:
+            item.kind.admit(item.place.module, item.method, item.path)
     return plan_
 
 
@@ -144,8 +157,20 @@ def _site(model: nn.Module, place: Place | None, kind: LayerKind | None, config:
         first = next((p for p in model.parameters() if p.is_floating_point()), None)
         dtype = first.dtype if first is not None else torch.float32
         device = first.device if first is not None else torch.device("cpu")
+        from .prompt import embed
+
         return Site(
-            "", Geometry(0, 0, 0), _nothing, dict, device, _master(dtype, autocast), type(model).__name__, config=config
+            "",
+            Geometry(0, 0, 0),
+            _nothing,
+            dict,
+            dict,
+            device,
+            _master(dtype, autocast),
+            type(model).__name__,
+            config=config,
+            embed=functools.partial(embed, model),
+            vocabulary=vocab_size(model) or 0,
         )
     module = place.module
     adapted = place.adapted
@@ -158,6 +183,7 @@ def _site(model: nn.Module, place: Place | None, kind: LayerKind | None, config:
         kind.geometry(module),
         lambda: kind.read(module),
         lambda: kind.parameters(module),
+        lambda: kind.buffers(module),
         kind.device(module),
         _master(kind.dtype(module), autocast),
         kind.name,
@@ -212,6 +238,7 @@ def commit(model: nn.Module, plan: Plan) -> Hub:
         for p in model.parameters():
             p.requires_grad_(False)
     model.__dict__["_peft_hub"] = hub
+    dtype = _floating(model)
     for item in plan.items:
         assert item.method is not None
         if item.place is None:
@@ -220,16 +247,16 @@ def commit(model: nn.Module, plan: Plan) -> Hub:
             attach(model, hub, plan.name, item.method)
             continue
         place, owner = item.place, item.place.owner
-        if owner is not None and not isinstance(owner.held, Composite):
+        if owner is not None:
             assert place.composite is not None
-            place.composite.train(owner.held.training)
-            owner.parent._modules[owner.attr] = place.composite
+            _stand_in(owner, place.composite)
         layer = place.adapted
         if layer is None:
             assert item.kind is not None
-            layer = Adapted(place.module, item.kind, hub, place.path)
+            held = place.held if isinstance(place.held, Composite) else place.module
+            layer = Adapted(held, item.kind, hub, place.path)
             place.parent._modules[place.attr] = layer
-            item.kind.installed(place.parent)
+            item.kind.adopted(place.module, dtype)
         layer.attach(plan.name, item.part, item.method)
         item.method.train(layer.training)
     first = not hub.adapters
@@ -239,9 +266,33 @@ def commit(model: nn.Module, plan: Plan) -> Hub:
     if first:
         hub.activate([plan.name])
     hub.set_trainable(plan.name, plan.name in hub.chosen and not plan.config.inference_mode)
+    if any(item.cls.located for item in plan.items):
+        watch(model, hub)
+    for kind in kinds().values():
+        kind.installed(model)
     hub.bind_checkpointing(model)
     _rebind_later(model, hub)
     return hub
+
+
+def _stand_in(owner: Place, composite: Composite) -> None:
+    """Put a composite where its module stands: in the tree, or inside the wrapper that adapts the module as a whole."""
+    outer = owner.adapted
+    if isinstance(owner.held if outer is None else outer.base_layer, Composite):
+        return
+    composite.train(owner.held.training)
+    if outer is None:
+        owner.parent._modules[owner.attr] = composite
+    else:
+        outer.base_layer = outer.op.base = composite
+
+
+def _floating(model: nn.Module) -> torch.dtype:
+    """The dtype that the model computes in, by its config or its first floating parameter."""
+    stated = getattr(getattr(model, "config", None), "dtype", None)
+    if isinstance(stated, torch.dtype):
+        return stated
+    return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.get_default_dtype())
 
 
 def _rebind_later(model: nn.Module, hub: Hub) -> None:
@@ -299,9 +350,11 @@ def unload(model: nn.Module) -> nn.Module:
         for attr, child in list(parent._modules.items()):
             while isinstance(child, (Adapted, Composite)):
                 if isinstance(child, Adapted):
-                    child.kind.removed(parent)
+                    move_recorders(child, child.base_layer)
                 child = child.base_layer
                 parent._modules[attr] = child
+    for kind in kinds().values():
+        kind.removed(model)
     if hub is not None and any(m.form == "prompt" for a in hub.adapters.values() for _, m in a.methods):
         from .prompt import detach
 
@@ -310,6 +363,7 @@ def unload(model: nn.Module) -> nn.Module:
     for module in (model, getattr(model, "model", None)):
         if isinstance(module, nn.Module):
             module.__dict__.pop("_set_gradient_checkpointing", None)
+    unwatch(model)
     model.__dict__.pop("_peft_hub", None)
     if "peft_config" in model.__dict__:
         del model.__dict__["peft_config"]

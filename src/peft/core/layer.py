@@ -7,7 +7,7 @@ matrix, and how to read and write the weight. All matrices are `W[out, fan_in]`,
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -64,20 +64,54 @@ class Part:
     stem: str  # the part's path below the composite, as upstream writes it to disk; "" is the composite's own
 
 
-class Composite(nn.Module):
-    """A stand-in for a module made of several weights (attention's projections, experts), each a layer of its own."""
+class Wrapper(nn.Module):
+    """What this library hangs in the place of a module of the base model."""
 
     base_layer: nn.Module
+
+
+class Slots(nn.Module):
+    """The container whose children are `<adapter>` (and `<adapter>%<part>` for an adapter's further parts)."""
+
+    def put(self, name: str, method: nn.Module) -> None:
+        self._modules[name] = method
+
+    def drop(self, name: str) -> None:
+        del self._modules[name]
+
+
+def tree(module: nn.Module, wrappers: bool = False) -> Iterator[nn.Module]:
+    """The base model's modules at and below `module`, in order: past what adapters hold, so that none makes it longer.
+
+    wrappers: yield them, too, instead of looking through them.
+    """
+    seen: set[int] = set()
+    left = [module]
+    while left:
+        m = left.pop()
+        if id(m) in seen:
+            continue
+        seen.add(id(m))
+        if wrappers or not isinstance(m, Wrapper):
+            yield m
+        left += [c for c in reversed(m._modules.values()) if c is not None and not isinstance(c, Slots)]
+
+
+class Composite(Wrapper):
+    """A stand-in for a module made of several weights (attention's projections, experts), each a layer of its own."""
 
     def parts(self) -> dict[str, Part]:
         """Path below the composite -> where the part hangs."""
         raise NotImplementedError(f"{type(self).__name__}.parts")
 
-    def to_disk(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The parts' tensors (keys below the composite's stem) in upstream's layout; and back."""
+    def to_disk(self, state: dict[str, Tensor], methods: dict[str, Any]) -> dict[str, Tensor]:
+        """The parts' tensors (keys below the composite's stem) in upstream's layout; and back.
+
+        methods: the adapter's method at each part, by the part's stem.
+        """
         return state
 
-    def from_disk(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    def from_disk(self, state: dict[str, Tensor], methods: dict[str, Any]) -> dict[str, Tensor]:
         return state
 
     def __getattr__(self, name: str) -> Any:
@@ -103,6 +137,7 @@ class LayerKind:
 
     tolerance: ClassVar[float] = 2e-5  # forward against merged, relative to the output
     castable: ClassVar[bool] = True  # the layer can be cast to bf16
+    compiles: ClassVar[bool] = True  # the plain layer compiles in one graph
 
     def examples(self) -> dict[str, Callable[[], tuple[Any, ...]]]:
         """`name -> maker of (layer, inputs)` or `(layer, inputs, targeting fields)`: small layers that the laws test."""
@@ -118,17 +153,30 @@ class LayerKind:
     def geometry(self, module: nn.Module) -> Geometry:
         raise NotImplementedError(f"{type(self).__name__}.geometry")
 
-    def installed(self, parent: nn.Module) -> None:
-        """Called when a layer of `parent` was wrapped: for parents that would read the raw weight past the wrapper."""
+    def installed(self, model: nn.Module) -> None:
+        """Called when layers of `model` were wrapped: for modules that read raw weights below them, past a wrapper."""
 
-    def removed(self, parent: nn.Module) -> None:
-        """The inverse, when the wrapper is taken out."""
+    def removed(self, model: nn.Module) -> None:
+        """The inverse, when all wrappers were taken out."""
 
     def merge_refusal(self, module: nn.Module) -> str:
         """Why the base's format has no way to hold a changed weight; "" where it has."""
         return ""
 
+    def admit(self, module: nn.Module, method: Any, path: str) -> None:
+        """Raise `Refusal` where this kind cannot run what a planned method does; called before anything changes."""
+
+    def adopted(self, module: nn.Module, dtype: torch.dtype) -> None:
+        """Called when a layer was wrapped, with the model's floating dtype, for formats that do not record theirs."""
+
     # -- running ----------------------------------------------------------------------------------------------------
+    def run(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """The base layer's own forward."""
+        return module(*args, **kwargs)
+
+    def trainable(self, module: nn.Module) -> None:
+        """Make the layer ready for a backward through it, where its format has a form that is for inference only."""
+
     def op(self, module: nn.Module, x: Tensor, matrix: Tensor) -> Tensor:
         """This layer's geometry with `matrix[k, fan_in]` as its weight, without bias."""
         raise NotImplementedError(f"{type(self).__name__}.op")
@@ -145,7 +193,7 @@ class LayerKind:
         return t
 
     # -- weights ----------------------------------------------------------------------------------------------------
-    def matrix(self, native: Tensor) -> Tensor:
+    def matrix(self, native: Tensor, module: nn.Module) -> Tensor:
         """The native weight tensor as `[out, fan_in]`."""
         return native
 
@@ -153,15 +201,23 @@ class LayerKind:
         """The inverse of `matrix`."""
         return matrix
 
+    def absorb(self, module: nn.Module, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """A composed (W, b) as this layer can hold it: layers that have no bias may move it into W."""
+        return W, b
+
     def parameters(self, module: nn.Module) -> dict[str, Tensor]:
         """The layer's parameters in native layout and floating point, by name."""
         with on_device(module):
-            return {n: p.clone() if p.is_meta else p for n, p in module.named_parameters()}
+            return {n: p.clone() if p.is_meta else p for n, _, p in named(module, "_parameters")}
+
+    def buffers(self, module: nn.Module) -> dict[str, Tensor]:
+        """The buffers that belong to the layer's state (BatchNorm's running statistics), by name."""
+        return {n: b for n, _, b in named(module, "_buffers")}
 
     def read(self, module: nn.Module) -> Tensor:
         """`W[out, fan_in]`, in floating point, brought from wherever it is kept."""
         with on_device(module):
-            return self.matrix(module.weight)  # type: ignore[arg-type]
+            return self.matrix(module.weight, module)  # type: ignore[arg-type]
 
     def bias(self, module: nn.Module) -> Tensor | None:
         with on_device(module):
@@ -184,9 +240,9 @@ class LayerKind:
             return p.device
         return torch.device("cpu")
 
-    def twin(self, module: nn.Module) -> nn.Module:
-        """The module that `functional_call` runs with replaced parameters: a float stand-in where W is coded."""
-        return module
+    def swappable(self, module: nn.Module) -> bool:
+        """Whether the module itself can run with other tensors in the place of its parameters; else `op` runs them."""
+        return True
 
     def write(self, module: nn.Module, values: dict[str, Tensor]) -> nn.Module:
         """Put new parameter values into the layer; returns the module that now computes with them."""
@@ -194,6 +250,9 @@ class LayerKind:
         with on_device(module):
             for name, value in values.items():
                 owner, leaf = _owner(module, name)
+                if leaf in owner._buffers:
+                    owner._buffers[leaf] = value
+                    continue
                 param = owner._parameters[leaf]
                 if param is None:
                     owner._parameters[leaf] = nn.Parameter(value, requires_grad=False)
@@ -221,22 +280,51 @@ class LayerKind:
     def keep(self, module: nn.Module, names: list[str]) -> Any:
         """What `restore` needs to bring back the very bits: references, no copies."""
         owners = [(*_owner(module, n), n) for n in names]
-        return [
-            (n, o._parameters[leaf], None if (p := o._parameters[leaf]) is None else p.data) for o, leaf, n in owners
-        ]
+        tensors = [(n, o._parameters[leaf] if leaf in o._parameters else o._buffers[leaf]) for o, leaf, n in owners]
+        return [(n, t, None if t is None else t.data) for n, t in tensors]
 
     def restore(self, module: nn.Module, kept: Any) -> nn.Module:
         for name, param, data in kept:
             owner, leaf = _owner(module, name)
             if param is not None:
                 param.data = data
-            owner._parameters[leaf] = param
+            (owner._buffers if leaf in owner._buffers else owner._parameters)[leaf] = param
         return module
 
 
 def _owner(module: nn.Module, name: str) -> tuple[nn.Module, str]:
-    path, _, leaf = name.rpartition(".")
-    return (module.get_submodule(path) if path else module), leaf
+    """The module that holds a tensor of `module`, and its name there; through the wrappers of other adapters."""
+    *path, leaf = name.split(".")
+    for step in path:
+        module = _bare(getattr(_bare(module), step))
+    return _bare(module), leaf
+
+
+def _bare(module: nn.Module) -> nn.Module:
+    """What a wrapper of this library stands for."""
+    while isinstance(module, Wrapper):
+        module = module.base_layer
+    return module
+
+
+def named(
+    module: nn.Module, table: str, name: str = "", held: str = "", seen: set[int] | None = None
+) -> Iterator[tuple[str, str, Any]]:
+    """(name in the base model, name as it hangs now, tensor) of all parameters or persistent buffers.
+
+    The two names differ where adapters wrapped something inside `module`; their own tensors do not appear.
+    """
+    seen = set() if seen is None else seen
+    while isinstance(module, Wrapper):
+        module, held = module.base_layer, f"{held}base_layer."
+    for leaf, t in getattr(module, table).items():
+        if t is not None and id(t) not in seen and not (table == "_buffers" and leaf in module._non_persistent_buffers_set):
+            seen.add(id(t))
+            yield name + leaf, held + leaf, t
+    for step, child in module._modules.items():
+        if child is not None:
+            yield from named(child, table, f"{name}{step}.", f"{held}{step}.", seen)
+
 
 
 def on_device(module: nn.Module) -> Any:

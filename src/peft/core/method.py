@@ -38,15 +38,19 @@ class Site:
     geometry: Geometry
     read: Callable[[], Tensor]  # W[out, fan_in] in floating point
     parameters: Callable[[], dict[str, Tensor]]  # the module's parameters, native layout
+    buffers: Callable[[], dict[str, Tensor]]  # and the buffers that belong to its state
     device: torch.device
     dtype: torch.dtype
     layer: str = "layer"  # for messages
     shared: dict[str, nn.Parameter] = field(default_factory=dict)  # from Method.shared
+    tied: str = ""  # the path of an earlier site of this method that holds the very same weight
     config: Any = None  # the base model's config, where it has one
+    embed: Callable[[Tensor], Tensor] | None = None  # for the whole model: its embeddings of token ids
+    vocabulary: int = 0  # and how many ids there are
 
     def empty(self, *shape: int) -> nn.Parameter:
         """An uninitialised trainable parameter of this site."""
-        return nn.Parameter(torch.empty(*shape, device=self.device, dtype=self.dtype))
+        return nn.Parameter(torch.empty(shape, device=self.device, dtype=self.dtype))
 
 
 class Op:
@@ -89,8 +93,16 @@ class Method(nn.Module):
     prefix: ClassVar[str] = ""  # the stem of upstream's parameter names
     keys: ClassVar[dict[str, str]] = {}  # attribute -> key below the site's path; "" extends with the attribute's own
     shared_keys: ClassVar[dict[str, str]] = {}  # attribute -> key below the model: one tensor for all sites
+    located: ClassVar[bool] = False  # `after(y, x, span)` is told which tokens the call holds: core/span.py
     identity: ClassVar[bool] = True  # a fresh adapter leaves the model's output as it is
     optional: ClassVar[tuple[str, ...]] = ()  # attributes that a file may lack
+    unwritten: tuple[str, ...] = ()  # attributes that a file may hold, but that are not saved: another site's tensors
+    # Of a stack of matrices (experts), a file holds one tensor per key. key -> (axis of the matrix's number, axis that
+    # is then joined with the next); keys not named have that number first. `transposed`: the key that holds this
+    # key's transpose in a file about ΔWᵀ.
+    stacking: ClassVar[dict[str, tuple[int, int]]] = {}
+    transposed: ClassVar[dict[str, str]] = {}
+    as_modules: tuple[str, ...] = ()  # parameters whose views have a `.weight` though their keys lack it
     form: str = ""
     replaced_names: tuple[str, ...] = ()  # for the form `replace`
     dropout: float = 0.0  # on the input of the added term, in training
@@ -98,6 +110,7 @@ class Method(nn.Module):
     examples: ClassVar[tuple[dict[str, Any], ...]] = ()  # config fields of the variants that the laws test
     noise: ClassVar[float] = 0.3  # how far tests move parameters from their start
     companion: ClassVar[str] = ""  # the config field by which any other method brings this one along
+    wraps: ClassVar[str] = ""  # the config field that puts this method around any delta: made as cls(config, site, delta)
 
     def __init__(self, config: Any, site: Site) -> None:
         super().__init__()
@@ -117,8 +130,18 @@ class Method(nn.Module):
     # -- life ---------------------------------------------------------------------------------------------------------
     @classmethod
     def build(cls, config: Any, site: Site) -> Method:
-        """The method object for one site; overridden where a config asks for a wrapper (DoRA over any delta)."""
-        return cls(config, site)
+        """The method object for one site, inside the wrappers that the config asks for (DoRA over any delta)."""
+        from ..registry import wrappers
+
+        made: Method = cls(config, site)
+        for field_name, wrapper in wrappers().items():
+            if made.form == "delta" and getattr(config, field_name, False):
+                made = wrapper(config, site, made)  # type: ignore[call-arg]
+        return made
+
+    def nested(self) -> tuple[Method, ...]:
+        """This method and, for a wrapper, what it wraps; the config's own method comes last."""
+        return (self,)
 
     @classmethod
     def prepare(cls, config: Any, model: nn.Module) -> None:
@@ -128,6 +151,16 @@ class Method(nn.Module):
 
             model_type = getattr(getattr(model, "config", None), "model_type", None)
             config.target_modules = default_targets(cls.role, model_type, cls.peft_type)
+
+    @classmethod
+    def followers(cls, config: Any, model: nn.Module, places: list[Any]) -> list[Any]:
+        """Further places that must change along with the targeted ones (the other ends of tied weights)."""
+        return []
+
+    @classmethod
+    def tokens_needed(cls, config: Any) -> int:
+        """How many word embeddings the base must have for what `config` asks, as far as the config says."""
+        return 0
 
     @classmethod
     def accompany(cls, config: Any, model: nn.Module) -> tuple[list[Any], Any]:
@@ -227,8 +260,10 @@ class Method(nn.Module):
 
     @property
     def mergeable(self) -> bool:
-        """Whether `fold` exists."""
-        return self.form in ("delta", "weight", "before", "replace") or type(self).fold is not Method.fold
+        """Whether the effect is a change of weights: an `after` needs a `fold`, and a single matrix to fold into."""
+        if self.form == "after":
+            return type(self).fold is not Method.fold and not self.geometry.weightless
+        return self.form != "prompt"
 
     @property
     def channelwise(self) -> bool:
@@ -248,10 +283,33 @@ class Method(nn.Module):
     def step(cls, methods: dict[str, Method], config: Any, global_step: int) -> None:
         """Called once per optimiser step, after backward, with the adapter's methods by path (budget schedules)."""
 
+    # -- combining adapters into a new one: core/combine.py ---------------------------------------------------------------
+    def pair(self) -> tuple[Tensor, Tensor, float] | None:
+        """(A[r, fan_in], B[out, r], s) with ΔW = s·B A, for methods whose ΔW is any product of two thin matrices."""
+        return None
+
+    @classmethod
+    def holding(cls, config: Any, ranks: dict[str, int]) -> Any:
+        """A copy of `config` for adapters that hold any pair of the given ranks (path -> r) with ΔW = B A; or None."""
+        return None
+
+    def hold(self, A: Tensor, B: Tensor, bias: Tensor | None) -> None:
+        """Become ΔW = B A, and `bias` added to the layer's; for the configs that `holding` returns."""
+        raise Refusal(self.peft_type, "a combination", "its ΔW is not any product of two matrices")
+
+    @classmethod
+    def blend(cls, methods: list[Method], weights: list[float]) -> dict[str, Tensor] | None:
+        """Parameters of the adapter whose effect is the weighted sum of these, where the effect is linear in them."""
+        return None
+
     # -- on disk ---------------------------------------------------------------------------------------------------------
     def disk_keys(self) -> dict[str, str]:
         """attribute path -> key below the site's path."""
         return self.keys
+
+    def stored(self, attr: str, tensor: Tensor) -> Tensor:
+        """What the file holds of a tensor: all of it, unless the method leaves some out (pruned ranks)."""
+        return tensor
 
     def disk_shape(self, attr: str) -> tuple[int, ...] | None:
         """The shape a tensor has in the file where it differs (one -1 allowed); None keeps it."""

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from .method import Method
+    from .span import Span
 
 BASE = "__base__"  # a row that uses no adapter
 
@@ -38,20 +39,20 @@ class Rows:
         """For a first axis of size n: the positions of each adapter, and the permutation that undoes the grouping."""
         key = (n, device)
         if key not in self._cache:
-            b = len(self.names)
-            if n == b:
-                ids = self._ids
-            elif n % b == 0 and (self.tokens is None or n == b * self.tokens):
-                ids = self._ids.repeat_interleave(n // b)  # flattened tokens or beams: row-major
-            else:
-                raise ValueError(
-                    f"adapter_names has {b} entries, but {where} sees {n} rows"
-                    + (f" ({self.tokens} tokens a row)" if self.tokens else "")
-                    + ": it cannot be told which row uses which adapter. Pass one name per row of the batch; layers "
-                    "that reorder rows cannot mix adapters within a batch."
-                )
-            self._cache[key] = self.split(ids.to(device))
+            self._cache[key] = self.of(self.row_of(n, where, device))
         return self._cache[key]
+
+    def row_of(self, n: int, where: str, device: torch.device) -> Tensor:
+        """For a first axis of size n: the row of the batch that each position belongs to."""
+        b = len(self.names)
+        if n != b and (n % b or (self.tokens is not None and n != b * self.tokens)):
+            raise ValueError(
+                f"adapter_names has {b} entries, but {where} sees {n} rows"
+                + (f" ({self.tokens} tokens a row)" if self.tokens else "")
+                + ": it cannot be told which row uses which adapter. Pass one name per row of the batch; layers "
+                "that reorder rows cannot mix adapters within a batch."
+            )
+        return torch.arange(b, device=device).repeat_interleave(n // b)  # flattened tokens or beams: row-major
 
     def split(self, ids: Tensor) -> tuple[list[tuple[str, Tensor]], Tensor]:
         groups = [(name, (ids == k).nonzero().flatten()) for k, name in enumerate(self.distinct)]
@@ -70,6 +71,8 @@ class Mix:
 
     active: tuple[str, ...] = ()
     rows: Rows | None = field(default=None, compare=False)
+    span: Span | None = None  # which tokens the running call holds: core/span.py
+    tasks: Tensor | None = field(default=None, compare=False)  # one task id per row, for methods that have tasks
 
 
 @dataclass
@@ -81,6 +84,7 @@ class Adapter:
     shared: dict[str, nn.Parameter] = field(default_factory=dict)
     trainable: bool = True
     targeted: list[str] = field(default_factory=list)
+    padded: bool = False  # slots for swaps that recompile nothing: core/hotswap.py
 
     def parameters(self) -> Iterator[nn.Parameter]:
         seen: set[int] = set()
@@ -102,6 +106,7 @@ class Hub:
         self.configs: dict[str, Any] = {}  # the same configs, as `peft_config` shows them
         self.composites: dict[str, Any] = {}  # stem -> stand-in that translates its parts' keys
         self.untied = False  # a merge had to untie the word embeddings
+        self._bound = False  # inside a block whose recompute remembers its mix
         self._seen: Mix | None = None  # the mix of the last forward outside a backward
 
     # -- choosing -----------------------------------------------------------------------------------------------------
@@ -161,8 +166,12 @@ class Hub:
             mix = self.mix
 
             def under(*a: Any, **k: Any) -> Any:
-                with self.using(mix):
-                    return function(*a, **k)
+                was, self._bound = self._bound, True
+                try:
+                    with self.using(mix):
+                        return function(*a, **k)
+                finally:
+                    self._bound = was
 
             return checkpoint(under, *args, **kwargs)
 
@@ -171,7 +180,9 @@ class Hub:
 
     def bind_checkpointing(self, model: nn.Module) -> None:
         """Wrap the checkpointing functions that transformers left on the model's blocks, now and when set later."""
-        for module in model.modules():
+        from .layer import tree
+
+        for module in tree(model):
             checkpoint = module.__dict__.get("_gradient_checkpointing_func")
             if checkpoint is not None:
                 module._gradient_checkpointing_func = self.bound(checkpoint)  # type: ignore[assignment]
@@ -180,7 +191,7 @@ class Hub:
         """A recompute that nothing bound, under another mix than the last forward's, would be silently wrong."""
         if torch._C._current_graph_task_id() == -1:
             self._seen = self.mix
-        elif self._seen is not None and self.mix != self._seen:
+        elif not self._bound and self._seen is not None and self.mix != self._seen:
             raise RuntimeError(
                 f"A checkpointed block is recomputed in backward with adapters {list(self.mix.active)}, but its forward "
                 f"ran with {list(self._seen.active)}. Call backward() before switching adapters, or enable checkpointing "

@@ -15,10 +15,11 @@ from torch import Tensor, nn
 
 from ..config import PeftConfig
 from ..registry import TaskType, method
-from . import checkpoint, inject
+from . import checkpoint, inject, prompt
 from .adapted import adapted_layers
 from .errors import CheckpointError
 from .mix import BASE, Hub, Mix, Rows
+from .vocabulary import room_for_tokens
 
 
 class Tuner(nn.Module):
@@ -130,9 +131,10 @@ class Tuner(nn.Module):
         adapters: list[str],
         weights: list[float],
         adapter_name: str,
-        combination_type: str = "cat",
+        combination_type: str | None = None,
         **options: Any,
     ) -> None:
+        """A new adapter that combines others; by default their exact sum. See `core/combine.py`."""
         from .combine import add_weighted_adapter
 
         add_weighted_adapter(self.model, adapters, weights, adapter_name, combination_type, **options)
@@ -141,7 +143,9 @@ class Tuner(nn.Module):
         """After backward and before zero_grad: lets methods with a budget schedule (AdaLoRA) follow it."""
         for name in self.hub.chosen:
             adapter = self.hub.adapters[name]
-            table: dict[str, Any] = {stem: m for stem, m in adapter.methods if m.peft_type == adapter.config.own_type}
+            table: dict[str, Any] = {
+                stem: m.nested()[-1] for stem, m in adapter.methods if m.peft_type == adapter.config.own_type
+            }
             method(adapter.config.peft_type).step(table, adapter.config, global_step)
 
     def __getattr__(self, name: str) -> Any:
@@ -198,8 +202,9 @@ class PeftModel(nn.Module):
         self.training = model.training
         if hasattr(model, "config"):
             self.config = model.config
-        self.special_peft_forward_args = {"adapter_names"}
-        if getattr(model, "is_gradient_checkpointing", False):
+        self.special_peft_forward_args = {"adapter_names", "task_ids"}
+        on = getattr(model, "is_activation_checkpointing", None)  # transformers 5's name; the older one warns there
+        if on if on is not None else getattr(model, "is_gradient_checkpointing", False):
             self.prepare_model_for_gradient_checkpointing(model)
 
     # -- state ----------------------------------------------------------------------------------------------------------
@@ -278,18 +283,57 @@ class PeftModel(nn.Module):
         return get_model_status(self)
 
     # -- running --------------------------------------------------------------------------------------------------------
-    def forward(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
-        """The base model's forward. adapter_names: one adapter name per row of the batch (`"__base__"` for none)."""
-        with self._rows(adapter_names, args, kwargs):
+    def forward(
+        self,
+        *args: Any,
+        adapter_names: Sequence[str] | None = None,
+        task_ids: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """The base model's forward. adapter_names: one adapter name per row of the batch (`"__base__"` for none).
+
+        task_ids: one task per row, for methods that have tasks.
+        """
+        with self._rows(adapter_names, args, kwargs), self._tasks(task_ids):
             return self.base_model(*args, **kwargs)
 
-    def generate(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
+    def generate(
+        self,
+        *args: Any,
+        adapter_names: Sequence[str] | None = None,
+        task_ids: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
         if adapter_names is not None:
+            _check_rows(adapter_names, args, kwargs)
             beams = kwargs.get("num_beams") or getattr(kwargs.get("generation_config"), "num_beams", 1) or 1
             copies = beams if beams > 1 else kwargs.get("num_return_sequences") or 1
             adapter_names = [n for n in adapter_names for _ in range(copies)] if copies > 1 else adapter_names
-        with self._rows(adapter_names, (), {}):
+        with self._rows(adapter_names, (), {}), self._tasks(task_ids):
             return self.base_model.generate(*args, **kwargs)
+
+    @contextmanager
+    def _tasks(self, task_ids: Tensor | None) -> Iterator[None]:
+        if task_ids is None:
+            yield
+            return
+        with self.hub.using(dataclasses.replace(self.hub.mix, tasks=task_ids)):
+            yield
+
+    def get_prompt(
+        self, batch_size: int, task_ids: Tensor | None = None, max_cache_len: int | None = None
+    ) -> Any:
+        """The active prompt for a batch: vectors [batch, n, d], or a cache that holds the prefixes."""
+        return prompt.get_prompt(self.get_base_model(), batch_size, task_ids)
+
+    def get_prompt_embedding_to_save(self, adapter_name: str) -> Tensor:
+        """The tensor that the file calls `prompt_embeddings`."""
+        return prompt.embedding_to_save(self.hub, adapter_name)
+
+    @property
+    def word_embeddings(self) -> nn.Module | None:
+        """The base model's token embeddings."""
+        return prompt.token_embeddings(self.get_base_model())
 
     @contextmanager
     def _rows(self, names: Sequence[str] | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[None]:
@@ -298,11 +342,7 @@ class PeftModel(nn.Module):
             return
         hub = self.hub
         hub.known(names)
-        tensors = [t for t in (*args, *kwargs.values()) if torch.is_tensor(t) and t.dim()]
-        if tensors and len(names) != tensors[0].shape[0]:
-            raise ValueError(
-                f"Length of `adapter_names` should be the same as the number of inputs, but got {len(names)} and {tensors[0].shape[0]} respectively."
-            )
+        tensors = _check_rows(names, args, kwargs)
         if any(layer.merged for layer in adapted_layers(self)):
             raise ValueError(
                 "Adapters are merged into the base: call unmerge_adapter() before mixing adapters in a batch."
@@ -476,10 +516,9 @@ class PeftModel(nn.Module):
         loaded.config.inference_mode = not is_trainable
         base = self.get_base_model()
         if adapter_name in self.hub.adapters:
-            adapter = self.hub.adapters[adapter_name]
-            pairs, missing, extra = checkpoint.fit(self.hub, adapter, loaded.tensors)
-            checkpoint.check_fit(adapter, pairs, missing, extra, loaded.source)
-            checkpoint.assign(pairs, adapter)
+            from .hotswap import reload
+
+            reload(base, loaded, adapter_name)
             return LoadResult([], [])
         return load_into(base, loaded, adapter_name, strict=strict, autocast_adapter_dtype=autocast_adapter_dtype)
 
@@ -497,6 +536,16 @@ class PeftModel(nn.Module):
             if name == "base_model":
                 raise
             return getattr(self.base_model, name)
+
+
+def _check_rows(names: Sequence[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+    """The tensors among the inputs, whose first axis must be as long as `names`."""
+    tensors = [t for t in (*args, *kwargs.values()) if torch.is_tensor(t) and t.dim()]
+    if tensors and len(names) != tensors[0].shape[0]:
+        raise ValueError(
+            f"Length of `adapter_names` should be the same as the number of inputs, but got {len(names)} and {tensors[0].shape[0]} respectively."
+        )
+    return tensors
 
 
 @dataclasses.dataclass
@@ -534,6 +583,13 @@ def load_into(
     model: nn.Module, loaded: checkpoint.Loaded, name: str, *, strict: bool = True, autocast_adapter_dtype: bool = True
 ) -> LoadResult:
     """Plan, check every key, then commit: a file that does not fit leaves the model as it was."""
+    with room_for_tokens(model, loaded):
+        return _load_into(model, loaded, name, strict, autocast_adapter_dtype)
+
+
+def _load_into(
+    model: nn.Module, loaded: checkpoint.Loaded, name: str, strict: bool, autocast_adapter_dtype: bool
+) -> LoadResult:
     prepare_head(model, loaded.config, loading=True)
     plan = inject.plan(model, loaded.config, name, init=False, autocast_adapter_dtype=autocast_adapter_dtype)
     adapter = plan.adapter()
@@ -636,7 +692,9 @@ def prepare_head(model: nn.Module, config: Any, loading: bool = False) -> None:
     named = config.modules_to_save
     if named is None:
         config.modules_to_save = present or None
-    elif not loading:
+    elif loading:  # upstream's files name every head a task may have
+        config.modules_to_save = [n for n in dict.fromkeys(named) if n in present or n not in HEADS_BY_TASK[task]]
+    else:
         config.modules_to_save = [*named, *(n for n in present if n not in named)]
 
 
@@ -758,6 +816,8 @@ def get_peft_model_state_dict(
                 out[key] = state_dict[name].reshape(out[key].shape)
     if save_embedding_layers is True:
         out.update(embedding_tensors(base))
+    if not isinstance(getattr(model, "_orig_mod", model), PeftModel):  # injected without a wrapper: no wrapper's prefix
+        out = {k.removeprefix(checkpoint.ROOT): v for k, v in out.items()}
     return out
 
 

@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from ..registry import kinds
-from .errors import NoMatchingPeftModuleError, near
+from .errors import NoMatchingPeftModuleError, Refusal, near
 from .layer import Composite
 from .targets import Place, in_layers, matches, names, parts, walk
 
@@ -22,7 +22,7 @@ def find_parameters(model: nn.Module, config: Any) -> list[Place]:
         if place.owner is not None:
             continue
         module = place.module
-        own = [n for n, p in module._parameters.items() if p is not None and p.dim() >= 2]
+        own = [n for n, p in module._parameters.items() if p is not None and p.dim() in (2, 3)]
         wanted = []
         for n in own:
             path = f"{place.path}.{n}"
@@ -34,13 +34,20 @@ def find_parameters(model: nn.Module, config: Any) -> list[Place]:
                         wanted.append(n)
         if not wanted:
             continue
+        if place.adapted is not None and place.adapted.methods:
+            raise Refusal(
+                "target_parameters",
+                place.path,
+                f"adapters {list(place.adapted.methods)} wrap this module, and its parameters are theirs to change; "
+                "name the module in target_modules",
+            )
         composite = (
             place.held if isinstance(place.held, Composite) else next(k for k in bare if k.claims(module)).split(module)
         )
         assert composite is not None
         for part in parts(composite, place):
             below = part.path.removeprefix(place.path + ".")
-            if any(below == n or below.startswith(n + ".") for n in wanted):
+            if any(below == n or below.startswith((n + ".", n + "[")) for n in wanted):
                 found.append(part)
     missing = [t for t in config.target_parameters if t not in hit]
     if missing:

@@ -9,6 +9,10 @@ from .errors import NoMatchingPeftModuleError, near
 _LLAMAS = ("llama", "mistral", "mixtral", "gemma", "gemma2", "gemma3_text", "llama4", "qwen2", "qwen3", "phi")
 _FUSED = ("bloom", "gpt_neox", "chatglm", "RefinedWebModel", "RefinedWeb", "falcon")
 _BERTS = ("bert", "roberta", "xlm-roberta", "electra", "layoutlm")
+_FFN_BLOCKS = (
+    *(t for t in _LLAMAS if t != "llama4"),
+    *("stablelm", "gpt2", "gpt_neox", "gpt_bigcode", "gptj", "gpt_neo", "falcon"),
+)
 
 # role -> [(module names, model types)]
 ROLES: dict[str, list[tuple[Any, tuple[str, ...]]]] = {
@@ -89,18 +93,41 @@ ROLES: dict[str, list[tuple[Any, tuple[str, ...]]]] = {
             ("gemma2", "gemma3_text"),
         ),
     ],
-    # blocks whose output is the FFN's, before the residual: where bottleneck adapters sit
+    # modules whose output is the FFN's, before the residual: where bottleneck adapters sit
     "mlps": [
-        (["mlp"], (*_LLAMAS, "gpt2", "gpt_neox", "gpt_bigcode", "gptj", "gpt_neo", "bloom", "falcon")),
+        (["mlp"], (*_FFN_BLOCKS, "vit")),
+        (["feed_forward"], ("llama4",)),
+        (["dense_4h_to_h"], ("bloom",)),
         (["DenseReluDense"], ("t5", "mt5")),
-        (["output.dense"], (*_BERTS, "deberta", "deberta-v2")),
+        ([r"(.*\.)?layer\.\d+\.output\.dense"], (*_BERTS, "deberta", "deberta-v2")),
         (["fc2"], ("opt", "bart")),
+    ],
+    # the same, where one module holds the whole FFN, from the input of its first layer to the output of its last
+    "mlp_blocks": [
+        (["mlp"], (*_FFN_BLOCKS, "vit")),
+        (["feed_forward"], ("llama4",)),
+        (["DenseReluDense"], ("t5", "mt5")),
+    ],
+    # the FFN's output, and the projection that ends each attention
+    "attention_and_mlps": [
+        (["o_proj", "mlp"], (*(t for t in _LLAMAS if t not in ("phi", "llama4")), "stablelm", "vit")),
+        (["o_proj", "feed_forward"], ("llama4",)),
+        (["self_attn.dense", "mlp"], ("phi",)),
+        (["attn.c_proj", "mlp"], ("gpt2", "gpt_bigcode")),
+        (["attention.dense", "mlp"], ("gpt_neox",)),
+        (["attn.out_proj", "mlp"], ("gptj",)),
+        (["attention.out_proj", "mlp"], ("gpt_neo",)),
+        (["self_attention.dense", "mlp"], ("falcon",)),
+        (["self_attention.dense", "dense_4h_to_h"], ("bloom",)),
+        ([r".*\.(SelfAttention|EncDecAttention|DenseReluDense)"], ("t5", "mt5")),
+        ([r"(.*\.)?layer\.\d+\.(attention\.)?output\.dense"], (*_BERTS, "deberta", "deberta-v2")),
+        ([r".*(attn\.out_proj|\.fc2)"], ("opt", "bart")),
     ],
     # whole blocks, whose output is the residual stream
     "blocks": [
-        ([r"(.*\.)?layers\.\d+"], (*_LLAMAS, "opt", "bart", "gpt_neox", "stablelm")),
+        ([r"(.*\.)?layers\.\d+"], (*_LLAMAS, "opt", "bart", "gpt_neox", "stablelm", "vit")),
         ([r"(.*\.)?h\.\d+"], ("gpt2", "gpt_bigcode", "gptj", "gpt_neo", "bloom", "falcon", "codegen")),
-        ([r"(.*\.)?layer\.\d+"], (*_BERTS, "deberta", "deberta-v2", "vit")),
+        ([r"(.*\.)?layer\.\d+"], (*_BERTS, "deberta", "deberta-v2")),
         ([r"(.*\.)?block\.\d+"], ("t5", "mt5")),
     ],
 }

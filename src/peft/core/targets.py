@@ -16,7 +16,7 @@ from torch import nn
 from ..registry import kind_of
 from .adapted import Adapted, Slots
 from .errors import NoMatchingPeftModuleError, near
-from .layer import Composite
+from .layer import Composite, Wrapper
 
 ALL_LINEAR = "all-linear"
 HEADS = ("classifier", "score", "qa_outputs")  # names that transformers gives newly initialised heads
@@ -36,8 +36,10 @@ class Place:
     @property
     def module(self) -> nn.Module:
         """The base layer, without any wrapper."""
-        held = self.parent._modules[self.attr]
-        return held.base_layer if isinstance(held, (Adapted, Composite)) else held  # type: ignore[union-attr,return-value]
+        held = self.held
+        while isinstance(held, Wrapper):
+            held = held.base_layer
+        return held
 
     @property
     def held(self) -> nn.Module:
@@ -103,7 +105,11 @@ def matches(patterns: list[str] | str | None, path: str) -> bool:
 
 
 def for_path(patterns: dict[str, Any] | None, path: str, default: Any) -> Any:
-    """The value of the first pattern (a name, path or regex) that matches a path, else the default."""
+    """The value of the first pattern (a name, path or regex) that matches a path, else the default.
+
+    One matrix of a stack, `experts.down_proj[3]`, goes by the name of its stack.
+    """
+    path = path.partition("[")[0] if path.endswith("]") else path
     for pattern, value in (patterns or {}).items():
         if names(pattern, path) or re.fullmatch(rf"(.*\.)?(?:{pattern})", path):
             return value
@@ -118,9 +124,9 @@ def in_layers(config: Any, path: str) -> bool:
     pattern = getattr(config, "layers_pattern", None)
     lists = [pattern] if isinstance(pattern, str) else list(pattern or [])
     if lists:
-        found = next((m for p in lists if (m := re.match(rf".*\.?{re.escape(p)}\.(\d+)\.", path))), None)
+        found = next((m for p in lists if (m := re.match(rf".*\.?{re.escape(p)}\.(\d+)\.", path + "."))), None)
     else:
-        found = re.match(r".*?[^.]*\.(\d+)\.", path)
+        found = re.match(r".*?[^.]*\.(\d+)\.", path + ".")  # a block is in its own layer
     return found is not None and int(found.group(1)) in ([wanted] if isinstance(wanted, int) else wanted)
 
 

@@ -38,14 +38,16 @@ class AdapterView(Mapping[str, Any]):
         self.layer, self.attr = layer, attr
 
     def _method(self, name: str) -> nn.Module | None:
-        return next((m for m in self.layer.methods.get(name, ()) if hasattr(m, self.attr)), None)
+        held = (n for m in self.layer.methods.get(name, ()) for n in m.nested())
+        return next((n for n in held if hasattr(n, self.attr)), None)
 
     def __getitem__(self, name: str) -> Any:
         method = self._method(name)
         if method is None:
             raise KeyError(name)
         value = getattr(method, self.attr)
-        wrapped = isinstance(value, nn.Parameter) and method.keys.get(self.attr, "").endswith(".weight")  # type: ignore[union-attr]
+        modular = method.keys.get(self.attr, "").endswith(".weight") or self.attr in method.as_modules  # type: ignore[union-attr,operator]
+        wrapped = isinstance(value, nn.Parameter) and modular
         return WeightView(method, self.attr) if wrapped else value
 
     def __setitem__(self, name: str, value: Any) -> None:
@@ -67,7 +69,7 @@ class AdapterView(Mapping[str, Any]):
 def view(layer: Adapted, attr: str) -> AdapterView | None:
     """The view of a tensor or number that the layer's methods hold, None when none of them has it."""
     for methods in layer.methods.values():
-        for m in methods:
+        for m in (inner for outer in methods for inner in outer.nested()):
             if (
                 attr in m._parameters
                 or attr in m._buffers

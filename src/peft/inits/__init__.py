@@ -3,7 +3,7 @@
 A file lists its functions under the names that configs use. Those in `random` fill A and B in place:
 `fn(A, B, rng, site)`. Those in `from_weight` return initial factors `fn(A, B, rng, site, scale, argument) -> (A0, B0)`,
 which the layer subtracts, so that a fresh adapter is the identity and W is never changed. A name ending in `_` takes
-what follows it as its argument (`pissa_niter_16`).
+the number that follows it as its argument (`pissa_niter_16`).
 """
 
 from __future__ import annotations
@@ -30,8 +30,9 @@ def find(name: str) -> tuple[Callable[..., Any], str, bool]:
     """(function, argument, whether it starts from W) for a name."""
     for which in ("random", "from_weight"):
         for known, fn in table(which).items():
-            if name == known or (known.endswith("_") and name.startswith(known)):
-                return fn, name[len(known) :], which == "from_weight"
+            argument = name[len(known) :]
+            if name.startswith(known) and (argument.isdigit() if known.endswith("_") else not argument):
+                return fn, argument, which == "from_weight"
     names = [*table("random"), *table("from_weight")]
     raise ValueError(
         f"Unknown initialization init_lora_weights={name!r}. Known: {', '.join(names)}.{near(name, names)}"

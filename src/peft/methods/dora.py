@@ -1,7 +1,7 @@
 """DoRA over any delta: W' = m ⊙ (W + ΔW) / ‖W + ΔW‖, norms per output row, m[out] trained (arXiv 2402.09353).
 
-Not a method of its own: a config with `use_dora=True` wraps its delta. The norm is treated as a constant in backward,
-as the paper's section 4.3 proposes.
+Not a method of its own: a config with `use_dora=True` puts it around the config's own delta. The norm is a constant in
+backward, as the paper's section 4.3 proposes. m starts at ‖W + ΔW‖, so that the start changes nothing by itself.
 """
 
 from __future__ import annotations
@@ -15,20 +15,53 @@ from ..core.method import Method, Op, Site
 
 
 class DoRA(Method):
+    wraps = "use_dora"
     form = "weight"
     summary = "Trains the length of each weight row apart from its direction, over any delta."
     formula = "W' = m ⊙ (W + ΔW) / ‖W + ΔW‖"
+    paper = "arXiv 2402.09353"
+    view_attributes = ("use_dora",)
+    use_dora = True
 
     def __init__(self, config: Any, site: Site, inner: Method) -> None:
         super().__init__(config, site)
-        self.peft_type, self.prefix = inner.peft_type, inner.prefix  # type: ignore[misc]
-        magnitude = f"{inner.prefix}magnitude_vector"
-        self.keys = {**{f"inner.{a}": k for a, k in inner.keys.items()}, magnitude: magnitude}  # type: ignore[misc]
         self.inner = inner
-        self.magnitude = magnitude
         self.dropout = inner.dropout
-        self.register_parameter(magnitude, site.empty(site.geometry.out))
+        self.magnitude = f"{inner.prefix}magnitude_vector"
+        self.register_parameter(self.magnitude, site.empty(site.geometry.out))
+        self.as_modules = (self.magnitude,)
+        self.peft_type, self.prefix = inner.peft_type, inner.prefix  # type: ignore[misc]
+        self.optional = tuple(f"inner.{a}" for a in inner.optional)  # type: ignore[misc]
+        self.stacking, self.transposed = inner.stacking, inner.transposed  # type: ignore[misc]
+        self.shared_keys = {f"inner.{a}": key for a, key in inner.shared_keys.items()}  # type: ignore[misc]
 
+    # -- the maths ----------------------------------------------------------------------------------------------------
+    def _moved(self, W: Tensor) -> tuple[Tensor, Tensor]:
+        """(W + ΔW, its row norms)."""
+        V = W + self.inner.dense().to(W.dtype)
+        return V, V.detach().norm(dim=1)
+
+    def weight(self, W: Tensor) -> Tensor:
+        V, norm = self._moved(W)
+        return (getattr(self, self.magnitude).to(W.dtype) / norm)[:, None] * V
+
+    def add(self, x: Tensor, y: Tensor, op: Op) -> Tensor:
+        """y + (m/n − 1) ⊙ W x + (m/n) ⊙ ΔW x, with the delta as it is computed best."""
+        m, W, x = getattr(self, self.magnitude), op.read(), self.drop(x, op)
+        with torch.no_grad():
+            norm = self._moved(W.to(m.dtype))[1]
+        scale = (m / norm).to(y.dtype)
+        y = y + op.scale(op(x, W.to(y.dtype)), scale - 1) + op.scale(self.inner.term(x, op, y.dtype), scale)
+        bias = self.bias_change()
+        return y if bias is None else op.shift(y, bias.to(y.dtype))
+
+    def bias_change(self) -> Tensor | None:
+        return self.inner.bias_change()
+
+    def rank(self) -> int | None:
+        return min(self.geometry.out, self.geometry.fan_in)
+
+    # -- life: the inner method's, and m ------------------------------------------------------------------------------
     def derive(self, rng: torch.Generator, site: Site) -> None:
         self.inner.derive(rng, site)
 
@@ -36,31 +69,41 @@ class DoRA(Method):
     def reset(self, rng: torch.Generator, site: Site) -> None:
         self.inner.reset(rng, site)
         m = getattr(self, self.magnitude)
-        m.copy_(self._norm(site.read().to(m.dtype)))
+        m.copy_(self._moved(site.read().to(m.device, m.dtype))[1])
 
-    def _norm(self, W: Tensor) -> Tensor:
-        """‖W + ΔW‖ per row, a constant in backward."""
-        return (W + self.inner.dense().to(W.dtype)).norm(dim=1).detach()
+    @property
+    def multiplier(self) -> float:  # type: ignore[override]
+        """A factor on ΔW inside the norm, as set_scale means it."""
+        return self.inner.multiplier
 
-    def weight(self, W: Tensor) -> Tensor:
-        moved = W + self.inner.dense().to(W.dtype)
-        scale = getattr(self, self.magnitude).to(W.dtype) / moved.norm(dim=1).detach()
-        return scale[:, None] * moved
+    @multiplier.setter
+    def multiplier(self, value: float) -> None:
+        if "inner" in self._modules:
+            self.inner.multiplier = value
 
-    def add(self, x: Tensor, y: Tensor, op: Op) -> Tensor:
-        """y + (m/n − 1) ⊙ W x + (m/n) ⊙ ΔW x, with the factored delta."""
-        m = getattr(self, self.magnitude)
-        W = op.read()
-        scale = (m / self._norm(W.to(m.dtype))).to(y.dtype)
-        dropped = self.drop(x, op)
-        base = op(dropped, W.to(y.dtype))
-        term = self.inner.term(dropped, op, y.dtype)
-        return y + op.scale(base, scale - 1) + op.scale(term, scale)
+    def nested(self) -> tuple[Method, ...]:
+        return (self, *self.inner.nested())
 
-    def rank(self) -> int | None:
-        return min(self.geometry.out, self.geometry.fan_in)
+    def loaded(self) -> None:
+        self.inner.loaded()
+
+    def penalty(self) -> Tensor | None:
+        return self.inner.penalty()
+
+    def frozen(self) -> tuple[str, ...]:
+        return tuple(f"inner.{a}" for a in self.inner.frozen())
+
+    # -- on disk ------------------------------------------------------------------------------------------------------
+    def disk_keys(self) -> dict[str, str]:
+        return {**{f"inner.{a}": k for a, k in self.inner.disk_keys().items()}, self.magnitude: self.magnitude}
+
+    def resize(self, state: dict[str, Tensor]) -> None:
+        self.inner.resize({a.removeprefix("inner."): t for a, t in state.items() if a != self.magnitude})
+
+    def stored(self, attr: str, tensor: Tensor) -> Tensor:
+        return tensor if attr == self.magnitude else self.inner.stored(attr.removeprefix("inner."), tensor)
 
     def disk_shape(self, attr: str) -> tuple[int, ...] | None:
-        if attr.startswith("inner."):
+        if attr != self.magnitude:
             return self.inner.disk_shape(attr.removeprefix("inner."))
         return (1, -1, *(1 for _ in self.geometry.shape)) if self.geometry.shape else None

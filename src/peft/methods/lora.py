@@ -7,17 +7,16 @@ changed: the layer subtracts the frozen initial product, ΔW = s(B A − B₀ A�
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from ..config import TunerConfig, require, unbuilt
+from ..config import DeltaConfig, require, require_ranks, unbuilt
 from ..core.method import Method, Site
 from ..core.targets import for_path
 from ..inits import find as find_init
-from .dora import DoRA
 
 __all__ = ["LoraConfig", "LoraRuntimeConfig"]
 
@@ -30,7 +29,7 @@ class LoraRuntimeConfig:
 
 
 @dataclass
-class LoraConfig(TunerConfig):
+class LoraConfig(DeltaConfig):
     """LoRA (arXiv 2106.09685).
 
     r: rank. lora_alpha: strength, s = lora_alpha / r (use_rslora: / √r). lora_dropout: on the input of A.
@@ -72,9 +71,7 @@ class LoraConfig(TunerConfig):
         require(self, "r")
         require(self, "lora_dropout", 0, 1)
         find_init(init_name(self.init_lora_weights))
-        for pattern, rank in (self.rank_pattern or {}).items():
-            if rank < 1:
-                raise ValueError(f"rank_pattern[{pattern!r}] should be at least 1 but the value passed is {rank}")
+        require_ranks(self)
 
 
 class Lora(Method):
@@ -85,6 +82,8 @@ class Lora(Method):
     paper = "arXiv 2106.09685"
     prefix = "lora_"
     keys = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight", "lora_bias": "lora_B.bias"}
+    stacking = {"lora_A.weight": (0, 0), "lora_B.weight": (2, 1)}  # A[E·r, in], B[out, r·E]
+    transposed = {"lora_A.weight": "lora_B.weight", "lora_B.weight": "lora_A.weight"}  # ΔWᵀ = Aᵀ Bᵀ
     examples = (
         {"r": 4, "lora_alpha": 8},
         {"r": 4, "use_rslora": True, "lora_bias": True, "init_lora_weights": "orthogonal"},
@@ -109,10 +108,6 @@ class Lora(Method):
         self.lora_bias = site.empty(site.geometry.out) if config.lora_bias else None
         if site.geometry.indexed:
             self.keys = {"lora_A": "lora_embedding_A", "lora_B": "lora_embedding_B", "lora_bias": "lora_B.bias"}  # type: ignore[misc]
-
-    @classmethod
-    def build(cls, config: LoraConfig, site: Site) -> Method:
-        return DoRA(config, site, cls(config, site)) if config.use_dora else cls(config, site)
 
     @property
     def scaling(self) -> float:
@@ -142,13 +137,42 @@ class Lora(Method):
             self.lora_bias.zero_()
 
     def delta(self) -> tuple[Tensor, Tensor]:
-        A, B = self.lora_A, self.lora_B
-        if self.first_A is not None:
-            A, B = torch.cat([A, self.first_A]), torch.cat([B, -self.first_B], 1)
+        if self.first_A is None:
+            return self.lora_A, self.scaling * self.lora_B
+        A, B = torch.cat([self.lora_A, self.first_A]), torch.cat([self.lora_B, -self.first_B], 1)
         return A, self.scaling * B
 
     def bias_change(self) -> Tensor | None:
         return None if self.lora_bias is None else self.scaling * self.lora_bias
+
+    def pair(self) -> tuple[Tensor, Tensor, float]:
+        A, sB = self.delta()
+        return A, sB / self.scaling, self.scaling
+
+    @classmethod
+    def holding(cls, config: LoraConfig, ranks: dict[str, int]) -> LoraConfig:
+        r = max(set(ranks.values()), key=list(ranks.values()).count)
+        other = {p for p, k in ranks.items() if k != r}
+        clash = {p for p in ranks if any(p.endswith(f".{o}") for o in other)}
+        pattern = {
+            p: ranks[p] for p in sorted(other | clash, key=lambda p: -len(p))
+        }  # longest first: patterns match ends
+        return replace(
+            config,
+            r=r,
+            lora_alpha=r,
+            use_rslora=False,
+            init_lora_weights=True,
+            rank_pattern=pattern,
+            alpha_pattern=dict(pattern),
+        )
+
+    @torch.no_grad()
+    def hold(self, A: Tensor, B: Tensor, bias: Tensor | None) -> None:
+        self.lora_A.copy_(A)
+        self.lora_B.copy_(B)
+        if self.lora_bias is not None:
+            self.lora_bias.zero_() if bias is None else self.lora_bias.copy_(bias)
 
     def rank(self) -> int:
         return min(self.r * (1 if self.first_A is None else 2), self.geometry.out, self.geometry.fan_in)

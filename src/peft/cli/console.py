@@ -1,0 +1,116 @@
+"""What all commands share: the console, errors without a traceback, and how numbers are written."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import logging
+import os
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import typer
+import yaml
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+console = Console(highlight=False)
+errors = Console(stderr=True, highlight=False)
+
+# Quantised back ends that tell at import which optional kernels they lack.
+for _chatty in ("torchao", "bitsandbytes", "torch.utils._pytree"):
+    logging.getLogger(_chatty).setLevel(logging.ERROR)
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+# What bad input raises, here and in the libraries underneath. Anything else is a bug and keeps its traceback.
+BAD_INPUT = (ValueError, TypeError, KeyError, OSError, RuntimeError, ImportError, NotImplementedError, yaml.YAMLError)
+
+
+class UserError(ValueError):
+    """Bad input. The message names the thing, what was expected and what to do."""
+
+
+def command(function: F) -> F:
+    """Turns the errors of bad input into one message and exit code 2. PEFT_TRACEBACK=1 shows where they come from."""
+
+    @functools.wraps(function)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        if os.environ.get("PEFT_TRACEBACK", "0") not in ("", "0"):
+            return function(*args, **kwargs)
+        try:
+            return function(*args, **kwargs)
+        except typer.Exit:  # a RuntimeError to Python, and no error
+            raise
+        except BAD_INPUT as error:
+            # str() of a KeyError is the repr of its message
+            message = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+            errors.print(f"[bold red]Error:[/] {escape(message.strip() or type(error).__name__)}", soft_wrap=True)
+            if not isinstance(error, UserError):
+                errors.print("[dim](PEFT_TRACEBACK=1 shows where this comes from)[/]")
+            raise typer.Exit(2) from None
+
+    return run  # type: ignore[return-value]
+
+
+def near(name: str, known: Iterable[str]) -> str:
+    """What the caller may have meant: near names, or all of them when there are few."""
+    names = [str(k) for k in known]
+    close = difflib.get_close_matches(str(name), names, n=3, cutoff=0.6)
+    if close:
+        return f"Did you mean {' or '.join(close)}?"
+    return f"Known: {', '.join(names)}." if len(names) <= 24 else ""
+
+
+def quiet_libraries() -> None:
+    """Our own messages and progress instead of those of the libraries underneath."""
+    import datasets
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+
+
+def heading(text: str) -> None:
+    """A line above a table; not the table's own title, which wraps at the table's width."""
+    console.print(f"\n[bold]{escape(text)}[/]", soft_wrap=True)
+
+
+def table(*columns: str, right: Iterable[str] = ()) -> Table:
+    grid = Table(header_style="bold", box=None, pad_edge=False)
+    for column in columns:
+        grid.add_column(column, justify="right" if column in right else "left", overflow="fold")
+    return grid
+
+
+def facts(rows: Iterable[tuple[str, Any]], title: str | None = None) -> None:
+    """Prints name and value, one a line; leaves out what is None."""
+    if title:
+        heading(title)
+    grid = Table(box=None, show_header=False, pad_edge=False)
+    grid.add_column(style="dim")
+    grid.add_column(overflow="fold")
+    for name, value in rows:
+        if value is not None:
+            grid.add_row(name, escape(str(value)))
+    console.print(grid)
+
+
+def size(count: float) -> str:
+    """Bytes for people: `1.2 MB`."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000 or unit == "GB":
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    raise AssertionError
+
+
+def folder_size(folder: Path) -> int:
+    return sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())
+
+
+def shape(sizes: Iterable[int] | None) -> str:
+    return "×".join(str(s) for s in sizes) if sizes is not None else ""

@@ -1,0 +1,94 @@
+"""`peft merge`: the base with the adapter inside its weights, written as a model of its own, and checked."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .console import UserError, command, console, facts, folder_size, quiet_libraries, size
+from .predict import Adapter, Base, Dtype
+
+# How far logits may differ, as a share of the largest: rounding of the dtype over a deep model, no more.
+TOLERANCE = {"float32": 1e-3, "float16": 2e-2, "bfloat16": 6e-2}
+
+
+@command
+def merge(
+    adapter: Adapter,
+    output: Annotated[Path, typer.Argument(help="The folder to write; it must not exist.", show_default=False)],
+    model: Base = None,
+    dtype: Dtype = "auto",
+    text: Annotated[
+        str, typer.Option(help="What the check reads.")
+    ] = "The parcel came two days late, and the box was wet.",
+) -> None:
+    """Write the merged model, load it again, and compare its logits with the live adapter's before saying done."""
+    import torch
+
+    from . import adapters, models
+
+    quiet_libraries()
+    if output.exists():
+        raise UserError(f"{output} exists already. Name a folder that does not; nothing is overwritten.")
+    saved = adapters.open_adapter(adapter)
+    with console.status("loading base and adapter"):
+        loaded = adapters.load(saved, model=model, dtype=dtype)
+    batch = probe(loaded, text)
+    live = logits(loaded.model, batch)
+    with loaded.model.disable_adapter():
+        moved = (live - logits(loaded.model, batch)).abs().max().item()
+    with console.status("merging"):
+        merged = loaded.model.merge_and_unload()
+    precision = str(next(p for p in merged.parameters() if p.is_floating_point()).dtype).removeprefix("torch.")
+    aside = output.with_name(output.name + ".part")
+    shutil.rmtree(aside, ignore_errors=True)
+    try:
+        with console.status("writing"):
+            merged.save_pretrained(str(aside))
+            loaded.task.tokenizer.save_pretrained(str(aside))
+        del merged
+        with console.status("loading what was written"):
+            again = models.load_base(models.Source(str(aside)), type(loaded.task).auto, precision).eval()
+        found = logits(again, batch)
+        allowed = TOLERANCE.get(precision, 1e-3) * max(1.0, live.abs().max().item())
+        difference = (found - live).abs().max().item()
+        if found.shape != live.shape or not torch.isfinite(found).all() or not difference <= allowed:
+            raise UserError(
+                f"The merged model does not compute what base and adapter do: logits differ by {difference:.3g}, "
+                f"{allowed:.3g} would be rounding in {precision}. Nothing was written. A higher --dtype may help."
+            )
+        os.replace(aside, output)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    facts(
+        [
+            ("merged model", f"{output} ({size(folder_size(output))}, {precision})"),
+            ("logits, merged against live adapter", f"differ by {difference:.2e} at most; allowed {allowed:.2e}"),
+            ("the adapter moves the logits by", f"{moved:.3g}"),
+        ],
+        "Written, loaded again and compared",
+    )
+    if moved == 0:
+        console.print("[yellow]The adapter changes nothing on this text: is it trained?[/]")
+
+
+def probe(loaded: Any, text: str) -> dict[str, Any]:
+    """A small batch in the form of the task."""
+    import torch
+
+    ids = torch.tensor([loaded.task.tokenizer(text).input_ids], device=loaded.model.device)
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    if loaded.model.config.is_encoder_decoder:
+        batch["decoder_input_ids"] = ids[:, :8]
+    return batch
+
+
+def logits(model: Any, batch: dict[str, Any]) -> Any:
+    import torch
+
+    with torch.no_grad():
+        return model(**batch).logits.float().cpu()

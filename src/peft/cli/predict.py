@@ -1,0 +1,70 @@
+"""`peft predict`: labels (or answers) for rows, with an adapter."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .console import UserError, command, console, escape, quiet_libraries, table
+
+Adapter = Annotated[str, typer.Argument(help="The folder of a run, or of an adapter.", show_default=False)]
+Base = Annotated[str | None, typer.Option("--model", "-m", help="The base, if not the one that the adapter names.")]
+Dtype = Annotated[str, typer.Option(help="Of the base: auto, float32, bfloat16, float16.")]
+Template = Annotated[str | None, typer.Option(help="The prompt, with columns in braces, if not the run's own.")]
+
+
+@command
+def predict(
+    adapter: Adapter,
+    texts: Annotated[list[str] | None, typer.Option("--text", "-t", help="A text to label; repeat for more.")] = None,
+    data: Annotated[str | None, typer.Option(help="Rows to label: JSONL, CSV, Parquet, or a data set's name.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Write the rows with their predictions as JSONL.")
+    ] = None,
+    model: Base = None,
+    dtype: Dtype = "auto",
+    template: Template = None,
+    choice: Annotated[list[str] | None, typer.Option(help="A possible answer, if not the run's own; repeat.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Rows at a time.")] = 16,
+) -> None:
+    """Label texts or rows. Where rows have the target column, the score is printed too."""
+    import datasets
+
+    from . import adapters
+    from . import data as files
+
+    quiet_libraries()
+    if bool(texts) == bool(data):
+        raise UserError("Give either --text (repeat it for more) or --data.")
+    saved = adapters.open_adapter(adapter)
+    rows = files.rows(data) if data else None
+    loaded = adapters.load(saved, model=model, dtype=dtype, data={"template": template, "choices": choice})
+    task = loaded.task
+    if rows is None:
+        rows = datasets.Dataset.from_list([{task.data.text: text} for text in texts or []])
+    files.check_columns(rows, task.data, target=False)
+    found = task.predict(loaded.model, rows, batch_size)
+    if data and task.data.target in rows.column_names:
+        scores = task.evaluate(loaded.model, rows, batch_size)
+        console.print("  ".join(f"{k} {v:.4f}" if isinstance(v, float) else f"{k} {v}" for k, v in scores.items()))
+    if output is not None:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with output.open("w", encoding="utf-8") as file:
+            file.writelines(
+                json.dumps(row | answer, ensure_ascii=False, default=str) + "\n" for row, answer in zip(rows, found)
+            )
+        console.print(f"{len(found)} rows written to {output}")
+    else:
+        _show([row[task.data.text] for row in rows], found)
+
+
+def _show(texts: list[Any], found: list[dict[str, Any]]) -> None:
+    grid = table("prediction", "probability", "text", right=("probability",))
+    for text, answer in zip(texts, found):
+        said = answer["prediction"]
+        shown = " ".join(f"{w}/{p}" for w, p in zip(answer["words"], said)) if "words" in answer else str(said)
+        grid.add_row(f"[green]{escape(shown)}[/]", str(answer.get("probability", "")), escape(str(text)))
+    console.print(grid)

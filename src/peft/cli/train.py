@@ -1,0 +1,79 @@
+"""`peft train`: from a job to an adapter, a loss plot and a JSON of metrics."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from . import job as jobs
+from .console import command
+
+JobFile = Annotated[
+    Path | None, typer.Argument(help="A YAML job file; flags override what it says.", show_default=False)
+]
+
+
+@command
+def train(
+    file: JobFile = None,
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help="Hub id, folder, GGUF file, or package that ships a model.")
+    ] = None,
+    task: Annotated[str | None, typer.Option(help="causal_lm, seq2seq_lm, seq_cls or token_cls.")] = None,
+    train: Annotated[
+        str | None, typer.Option("--train", help="Training rows: JSONL, CSV, Parquet, or a data set's name.")
+    ] = None,
+    eval: Annotated[
+        str | None, typer.Option("--eval", help="Held-out rows: likewise, or a fraction such as 0.1.")
+    ] = None,
+    text: Annotated[str | None, typer.Option(help="The column to read.")] = None,
+    target: Annotated[str | None, typer.Option(help="The column to learn.")] = None,
+    template: Annotated[str | None, typer.Option(help="The prompt, with columns in braces.")] = None,
+    choice: Annotated[list[str] | None, typer.Option(help="A possible answer; repeat for each.")] = None,
+    max_length: Annotated[int | None, typer.Option(help="Tokens kept of a row.")] = None,
+    method: Annotated[str | None, typer.Option(help="`peft methods` lists them.")] = None,
+    set: Annotated[list[str] | None, typer.Option("--set", help="A field of the method's config: r=8.")] = None,
+    trainer: Annotated[
+        list[str] | None, typer.Option("--trainer", help="A training argument: learning_rate=1e-3.")
+    ] = None,
+    output: Annotated[str | None, typer.Option("--output", "-o", help="Folder for adapter, plot and metrics.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="Of the base: auto, float32, bfloat16, float16.")] = None,
+    seed: Annotated[int | None, typer.Option(help="For the adapter's start, the order of rows, dropout.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be adapted, and stop.")] = False,
+    every: Annotated[bool, typer.Option("--every", help="Show each layer in that table.")] = False,
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Discard what the output folder holds of an earlier run.")
+    ] = False,
+    stop_after: Annotated[
+        int | None, typer.Option(help="Save and stop after so many steps; run again to go on.")
+    ] = None,
+) -> None:
+    """Fine-tune a model on your rows. An interrupted run goes on where it stopped when it is started again."""
+    flags: dict[str, Any] = {
+        "model": model,
+        "task": task,
+        "method": method,
+        "output": output,
+        "dtype": dtype,
+        "seed": seed,
+        "config": jobs.assignments(set or [], "--set"),
+        "trainer": jobs.assignments(trainer or [], "--trainer"),
+        "data": {
+            "train": train,
+            "eval": jobs.parse(eval, "--eval") if eval is not None else None,
+            "text": text,
+            "target": target,
+            "template": template,
+            "choices": choice or None,
+            "max_length": max_length,
+        },
+    }
+    from .run import Run  # loads torch and transformers
+
+    run = Run(jobs.read(file, flags))
+    if dry_run:
+        run.dry_run(every)
+    else:
+        run.train(restart=restart, stop_after=stop_after, every=every)

@@ -1,0 +1,64 @@
+"""Functions on models whose adapters were injected without a PeftModel around them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from .core import inject
+from .core.mix import Hub
+from .core.model import get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
+
+__all__ = [
+    "cast_adapter_dtype",
+    "delete_adapter",
+    "get_peft_model_state_dict",
+    "inject_adapter_in_model",
+    "set_adapter",
+    "set_peft_model_state_dict",
+    "set_requires_grad",
+]
+
+
+def _hub(model: nn.Module) -> Hub:
+    hub = inject.hub_of(model)
+    if hub is None:
+        raise ValueError("This model has no adapters.")
+    return hub
+
+
+def delete_adapter(model: nn.Module, adapter_name: str, prefix: str = "", layer_cls: Any = None) -> list[str] | None:
+    """Remove an adapter; returns the adapters that act then. `prefix` and `layer_cls` are not needed to find it."""
+    inject.delete(model, adapter_name)
+    return list(_hub(model).chosen) or None
+
+
+def set_adapter(
+    model: nn.Module, adapter_name: str | Sequence[str], inference_mode: bool = False, layer_cls: Any = None
+) -> None:
+    """Activate one adapter or several together, and train exactly those."""
+    hub = _hub(model)
+    names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
+    hub.activate(names)
+    hub.train_only(names, inference_mode)
+
+
+def set_requires_grad(model: nn.Module, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+    """Say which adapters train, whatever is active."""
+    hub = _hub(model)
+    names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+    hub.known(names)
+    for name in names:
+        hub.set_trainable(name, requires_grad)
+
+
+def cast_adapter_dtype(model: nn.Module, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+    """Give an adapter's half-precision parameters fp32 values, as mixed-precision training needs."""
+    hub = _hub(model)
+    hub.known([adapter_name])
+    for p in hub.adapters[adapter_name].parameters():
+        if autocast_adapter_dtype and p.dtype in (torch.float16, torch.bfloat16):
+            p.data = p.data.float()

@@ -1,0 +1,81 @@
+"""Small conveniences around a PeftModel."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+from .config import CONFIG_NAME, find_file
+from .core.adapted import adapted_layers
+from .core.inject import hub_of
+
+
+def update_forward_signature(model: Any) -> None:
+    """Let `inspect.signature(model.forward)` show the base model's arguments."""
+    _show(model, "forward")
+
+
+def update_generate_signature(model: Any) -> None:
+    """Let `inspect.signature(model.generate)` show the base model's arguments."""
+    _show(model, "generate")
+
+
+def update_signature(model: Any, method: str = "all") -> None:
+    """Both, or one of `forward` and `generate`."""
+    if method not in ("all", "forward", "generate"):
+        raise ValueError(f"method {method!r} is not supported; expected 'forward', 'generate' or 'all'.")
+    for name in ("forward", "generate") if method == "all" else (method,):
+        _show(model, name)
+
+
+def _show(model: Any, name: str) -> None:
+    shown, own = getattr(model.get_base_model(), name), getattr(type(model), name)
+
+    @functools.wraps(shown)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return own(model, *args, **kwargs)
+
+    model.__dict__[name] = call
+
+
+def check_if_peft_model(model_name_or_path: str | os.PathLike[str]) -> bool:
+    """Whether a folder or repository holds an adapter."""
+    try:
+        return find_file(os.fspath(model_name_or_path), CONFIG_NAME, None, {}) is not None
+    except ValueError:
+        return False
+
+
+@contextmanager
+def rescale_adapter_scale(model: nn.Module, multiplier: float) -> Iterator[None]:
+    """Within, the active adapters' strength times `multiplier`; restored afterwards."""
+    if not isinstance(multiplier, (int, float)) or isinstance(multiplier, bool):
+        raise TypeError(f"multiplier should be of type float, got {type(multiplier)}")
+    hub = hub_of(model)
+    if hub is None or not hub.adapters:
+        raise ValueError("This model has no adapters to rescale.")
+    methods = [m for n in hub.chosen for _, m in hub.adapters[n].methods]
+    before = [m.multiplier for m in methods]
+    try:
+        for m in methods:
+            m.multiplier *= multiplier
+        yield
+    finally:
+        for m, value in zip(methods, before, strict=True):
+            m.multiplier = value
+
+
+@contextmanager
+def disable_input_dtype_casting(model: nn.Module, active: bool = True) -> Iterator[None]:
+    """Within, adapted layers leave their inputs' dtype alone, which they always do: adapters compute in the layer's.
+
+    Kept for diffusers' layerwise casting, which asks for it.
+    """
+    if active and next(adapted_layers(model), None) is None:
+        raise ValueError("This model has no adapted layers.")
+    yield

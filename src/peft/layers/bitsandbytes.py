@@ -1,0 +1,207 @@
+"""bitsandbytes' linear layers: LLM.int8() (arXiv 2208.07339) and 4-bit NF4/FP4 (arXiv 2305.14314).
+
+8-bit: W~ = codes · SCB / 127 per output row; the forward also codes the activations, row by row, to 8 bits.
+4-bit: W~ = table[code] · absmax per block of weights. On CPUs with AVX512-BF16 the first inference call rewrites the
+layer for its kernel: codes are interleaved by blocks of 32 rows, absmax becomes a transposed bf16 matrix, and
+`quant_state.packing_format_for_cpu` says so. The kernel has no backward, and the library's own way back (which
+`state_dict()` takes) leaves absmax transposed; `plain` undoes both.
+
+The library is never imported here unless the model already holds its layers.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections.abc import Callable
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..core.quantised import Quantised
+
+
+def layers() -> Any:
+    """The library's `nn`, if somebody imported it: a model with its layers cannot exist otherwise."""
+    return sys.modules.get("bitsandbytes.nn")
+
+
+class EightBit(Quantised):
+    name = "bitsandbytes_8bit"
+    summary = "bitsandbytes' Linear8bitLt"
+    # The base's forward rounds each input row to 127 steps (relative error up to 1/254 an entry); the merged layer
+    # computes in floating point. Over these sums of 16 to 64 terms the two differ by about 1% of the largest output.
+    tolerance = 2e-2
+    compiles = False  # the library's forward rewrites the layer's state
+
+    def examples(self) -> dict[str, Callable[[], tuple[Any, ...]]]:
+        if find_spec("bitsandbytes") is None:
+            return {}
+
+        def make() -> tuple[Any, ...]:
+            import bitsandbytes.nn as bnb
+
+            layer = bnb.Linear8bitLt(16, 24, has_fp16_weights=False)
+            layer.load_state_dict(nn.Linear(16, 24).state_dict())
+            return layer.to("cpu").requires_grad_(False), torch.randn(4, 16)
+
+        return {"bias": make}
+
+    def claims(self, module: nn.Module) -> bool:
+        return (bnb := layers()) is not None and isinstance(module, bnb.Linear8bitLt)
+
+    def decode(self, module: Any) -> Tensor:
+        codes = module.state.CB if module.state.CB is not None else module.weight.data
+        scale = module.state.SCB if module.state.SCB is not None else getattr(module.weight, "SCB", None)
+        if codes.is_floating_point():  # not coded yet: the library does that when the layer is moved
+            return codes
+        if scale is None:
+            raise ValueError("This 8-bit layer has codes but no scales (SCB): its checkpoint is incomplete.")
+        return (codes.to(scale.dtype) * (scale / 127)[:, None]).to(self.model_dtype(module))
+
+    def model_dtype(self, module: nn.Module) -> torch.dtype:
+        """The codes do not tell: the bias has the model's dtype, else what was found around the layer."""
+        if module.bias is not None:
+            return module.bias.dtype  # type: ignore[return-value]
+        return module.__dict__.get("surrounding_dtype", torch.float32)
+
+    def adopted(self, module: nn.Module, dtype: torch.dtype) -> None:
+        module.__dict__["surrounding_dtype"] = dtype
+
+    def encode(self, original: Any, merged: nn.Linear) -> nn.Module:
+        bnb = layers()
+        coded = bnb.Linear8bitLt(
+            merged.in_features,
+            merged.out_features,
+            bias=merged.bias is not None,
+            has_fp16_weights=False,
+            threshold=original.state.threshold,
+            device="meta",
+        )
+        coded.bias = merged.bias
+        coded.weight = bnb.Int8Params(merged.weight.data.cpu(), requires_grad=False, has_fp16_weights=False)
+        return coded.to(merged.weight.device)
+
+
+class FourBit(Quantised):
+    name = "bitsandbytes_4bit"
+    summary = "bitsandbytes' Linear4bit (NF4 and FP4)"
+    # The CPU kernel rounds activations, absmax and table to bf16 (2^-9 each); the merged layer computes in fp32.
+    tolerance = 2e-2
+    compiles = False  # the library's forward rewrites the layer's state
+
+    def examples(self) -> dict[str, Callable[[], tuple[Any, ...]]]:
+        if find_spec("bitsandbytes") is None:
+            return {}
+
+        def make() -> tuple[Any, ...]:
+            import bitsandbytes.nn as bnb
+
+            layer = bnb.Linear4bit(
+                64, 32, compute_dtype=torch.float32, compress_statistics=False, quant_type="nf4"
+            )  # sizes that the CPU kernel takes: rows in 32s, columns in blocks of 64
+            layer.load_state_dict(nn.Linear(64, 32).state_dict())
+            return layer.to("cpu").requires_grad_(False), torch.randn(4, 64)
+
+        return {"bias": make}
+
+    def claims(self, module: nn.Module) -> bool:
+        return (bnb := layers()) is not None and isinstance(module, bnb.Linear4bit)
+
+    def decode(self, module: Any) -> Tensor:
+        from bitsandbytes.functional import dequantize_4bit
+
+        data, state = plain(module)
+        return data if state is None else dequantize_4bit(data, state).to(self.model_dtype(module))
+
+    def compute_dtype(self, module: Any) -> torch.dtype:
+        return module.compute_dtype or self.model_dtype(module)
+
+    def model_dtype(self, module: Any) -> torch.dtype:
+        state = _state(module)
+        if state is None:
+            return module.weight.dtype
+        return state.original_dtype if getattr(state, "packing_format_for_cpu", False) else state.dtype
+
+    def run(self, module: Any, *args: Any, **kwargs: Any) -> Any:
+        """The library's forward, which may repack: what that loses is remembered first, and undone for a backward."""
+        state = _state(module) if self.claims(module) else None
+        if state is not None:
+            trains = torch.is_grad_enabled() and (module.training or any(_needs_grad(a) for a in args))
+            if not _is_plain(state) and (trains or not state.packing_format_for_cpu):
+                self._unpack(module)
+            state = _state(module)
+            if not trains and _is_plain(state) and state.absmax.device.type == "cpu":
+                state.before_packing = copy.copy(state)
+        return module(*args, **kwargs)
+
+    def trainable(self, module: Any) -> None:
+        """Plain, and never packed again: the packed kernel has no backward, not even towards the input."""
+        self._unpack(module)
+        module.support_avx512bf16_for_cpu = False
+
+    def _unpack(self, module: Any) -> None:
+        data, state = plain(module)
+        if state is not None and state is not _state(module):
+            module.weight.data, module.weight.quant_state, module.quant_state = data, state, state
+
+    def encode(self, original: Any, merged: nn.Linear) -> nn.Module:
+        bnb, weight = layers(), original.weight
+        coded = bnb.Linear4bit(
+            merged.in_features,
+            merged.out_features,
+            bias=merged.bias is not None,
+            compute_dtype=original.compute_dtype,
+            device="meta",
+        )
+        coded.bias = merged.bias
+        coded.weight = bnb.Params4bit(
+            merged.weight.data,
+            requires_grad=False,
+            blocksize=weight.blocksize,
+            compress_statistics=weight.compress_statistics,
+            quant_type=weight.quant_type,
+            quant_storage=weight.quant_storage,
+            module=coded,
+        )
+        return coded.to(merged.weight.device)
+
+
+def _state(module: Any) -> Any:
+    """FSDP takes attributes off parameters; the layer has the state, too."""
+    state = getattr(module.weight, "quant_state", None)
+    return state if state is not None else module.quant_state
+
+
+def _needs_grad(x: Any) -> bool:
+    return torch.is_tensor(x) and x.requires_grad
+
+
+def _is_plain(state: Any) -> bool:
+    """Whether the state was never packed; the library's way back leaves the attribute, and absmax changed."""
+    return not hasattr(state, "packing_format_for_cpu")
+
+
+def plain(module: Any) -> tuple[Tensor, Any]:
+    """(codes, state) in the form that the library's dequantisation reads, whatever form the layer is in."""
+    data, state = module.weight.data, _state(module)
+    if state is None or _is_plain(state):
+        return data, state
+    known = getattr(state, "before_packing", None)
+    state = copy.copy(state)
+    if state.packing_format_for_cpu:
+        from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse
+
+        state.original_nested = False  # absmax itself is kept: coding it again would lose more
+        data, state = _convert_weight_packed_for_cpu_inverse(data, state)
+    if known is not None:
+        return data, known
+    if state.absmax.dim() == 2:  # [K / block, N] -> per row, per block
+        state.absmax = state.absmax.T.reshape(-1).float()
+    del state.packing_format_for_cpu
+    return data, state
+
+
+kinds = [EightBit(), FourBit()]

@@ -1,0 +1,139 @@
+"""Convolutions and transposed convolutions over 1, 2 or 3 axes: y = W ∗ x + b with W[out, inputs/groups · kernel].
+
+Every matrix runs through the layer's own stride, padding (its mode too), dilation and groups. With one group the
+factored form is a convolution with A as r output channels, then B over the channels: `B ∗₁ (A ∗ x) = (B A) ∗ x`.
+With groups each output sees its own group's inputs only, so r shared channels do not exist and ΔW is run whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..core.layer import Geometry, LayerKind
+
+CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+POINTWISE = (F.conv1d, F.conv2d, F.conv3d)
+DECONV = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
+
+
+class Conv(LayerKind):
+    def __init__(self, axes: int) -> None:
+        self.axes, self.module_class = axes, CONVS[axes - 1]
+        self.name = f"conv{axes}d"  # type: ignore[misc]
+        self.summary = f"nn.Conv{axes}d: stride, dilation, groups and every padding mode"  # type: ignore[misc]
+
+    def examples(self) -> dict[str, Callable[[], tuple[Any, ...]]]:
+        one = torch.randn(4, 8, 12) if self.axes == 1 else None
+        if self.axes == 1:
+            return {
+                "stride": lambda: (nn.Conv1d(8, 16, 3, stride=2, padding=1), one),
+                "same": lambda: (nn.Conv1d(8, 12, 3, padding="same", dilation=2, bias=False), one),
+            }
+        if self.axes == 3:
+            return {"kernel": lambda: (nn.Conv3d(4, 8, (2, 3, 1), padding=1), torch.randn(4, 4, 4, 4, 3))}
+        return {
+            "stride": lambda: (nn.Conv2d(8, 16, 3, stride=2, padding=1), torch.randn(4, 8, 7, 6)),
+            "pointwise": lambda: (nn.Conv2d(8, 16, 1), torch.randn(4, 8, 3, 3)),
+            "dilation": lambda: (nn.Conv2d(8, 16, 3, dilation=2), torch.randn(4, 8, 7, 6)),
+            "groups": lambda: (nn.Conv2d(8, 16, 3, groups=2, padding="valid"), torch.randn(4, 8, 5, 5)),
+            "circular": lambda: (nn.Conv2d(8, 16, 3, padding=2, padding_mode="circular"), torch.randn(4, 8, 5, 6)),
+            "reflect": lambda: (nn.Conv2d(8, 16, (3, 1), padding="same", padding_mode="reflect"), torch.randn(4, 8, 5, 4)),
+            "rectangle": lambda: (
+                nn.Conv2d(8, 16, (1, 3), stride=(2, 1), padding=(0, 1), padding_mode="replicate"),
+                torch.randn(4, 8, 6, 5),
+            ),
+        }  # fmt: skip
+
+    def claims(self, module: nn.Module) -> bool:
+        # a subclass with a forward of its own may use W in any way (standardise it, say): only its output is known
+        return isinstance(module, self.module_class) and type(module).forward is self.module_class.forward
+
+    def geometry(self, module: nn.Module) -> Geometry:
+        assert isinstance(module, (*CONVS, *TRANSPOSED))
+        kernel = prod(module.kernel_size)
+        return Geometry(
+            out=module.out_channels,
+            fan_in=module.in_channels // module.groups * kernel,
+            inputs=module.in_channels,
+            kernel=kernel,
+            groups=module.groups,
+            shape=tuple(module.kernel_size),
+        )
+
+    def op(self, module: nn.Module, x: Tensor, matrix: Tensor) -> Tensor:
+        assert isinstance(module, CONVS)
+        weight = matrix.to(x.dtype).reshape(len(matrix), -1, *module.kernel_size)
+        return module._conv_forward(x, weight, None)
+
+    def pointwise(self, h: Tensor, matrix: Tensor) -> Tensor:
+        return POINTWISE[self.axes - 1](h, matrix.reshape(*matrix.shape, *(1 for _ in range(self.axes))))
+
+    # counted from the end, as inputs may lack the batch axis
+    def last(self, t: Tensor) -> Tensor:
+        return t.movedim(-1 - self.axes, -1)
+
+    def unlast(self, t: Tensor) -> Tensor:
+        return t.movedim(-1, -1 - self.axes)
+
+    def matrix(self, native: Tensor, module: nn.Module) -> Tensor:
+        return native.flatten(1)
+
+    def native(self, matrix: Tensor, module: nn.Module) -> Tensor:
+        return matrix.reshape(module.weight.shape)  # type: ignore[union-attr]
+
+
+class ConvTranspose(Conv):
+    """W is kept as `[in, out/groups, *kernel]`: each input channel spreads its taps over the outputs."""
+
+    def __init__(self, axes: int) -> None:
+        super().__init__(axes)
+        self.module_class = TRANSPOSED[axes - 1]  # type: ignore[assignment]
+        self.name = f"conv_transpose{axes}d"  # type: ignore[misc]
+        self.summary = f"nn.ConvTranspose{axes}d"  # type: ignore[misc]
+
+    def examples(self) -> dict[str, Callable[[], tuple[Any, ...]]]:
+        if self.axes == 1:
+            return {"stride": lambda: (nn.ConvTranspose1d(8, 16, 3, stride=2), torch.randn(4, 8, 5))}
+        if self.axes == 3:
+            return {"kernel": lambda: (nn.ConvTranspose3d(4, 8, (2, 3, 1), bias=False), torch.randn(4, 4, 3, 2, 3))}
+        return {
+            "output_padding": lambda: (
+                nn.ConvTranspose2d(8, 16, 3, stride=2, padding=1, output_padding=1, dilation=2),
+                torch.randn(4, 8, 4, 3),
+            ),
+            "groups": lambda: (nn.ConvTranspose2d(8, 16, (3, 2), groups=2), torch.randn(4, 8, 3, 3)),
+        }
+
+    def op(self, module: nn.Module, x: Tensor, matrix: Tensor) -> Tensor:
+        assert isinstance(module, TRANSPOSED)
+        return DECONV[self.axes - 1](
+            x,
+            self.native(matrix.to(x.dtype), module),
+            None,
+            module.stride,
+            module.padding,
+            module.output_padding,
+            module.groups,
+            module.dilation,
+        )
+
+    def matrix(self, native: Tensor, module: nn.Module) -> Tensor:
+        g = self.geometry(module).groups
+        per_group = native.flatten(2).unflatten(0, (g, -1))  # [g, in/g, out/g, kernel]
+        return per_group.transpose(1, 2).flatten(2).flatten(0, 1)
+
+    def native(self, matrix: Tensor, module: nn.Module) -> Tensor:
+        """`matrix[k, in/groups · kernel]` for any k channels as `[in, k/groups, *kernel]`."""
+        g = self.geometry(module)
+        per_group = matrix.unflatten(1, (-1, g.kernel)).unflatten(0, (g.groups, -1))  # [g, k/g, in/g, kernel]
+        return per_group.transpose(1, 2).flatten(0, 1).unflatten(2, g.shape)
+
+
+kinds = [*(Conv(n) for n in (1, 2, 3)), *(ConvTranspose(n) for n in (1, 2, 3))]

@@ -1,0 +1,124 @@
+"""nn.Embedding: y = s · W[:, v] for each index v, W[dim, vocabulary] (kept transposed), s = 1 or the layer's scale.
+
+An input transform acts on the looked-up rows. What a method adds to the output (a bias) moves into every column of W
+when merged. Adapter gradients are dense whatever the layer's `sparse` says: it speaks of the frozen weight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..core.layer import Geometry, LayerKind
+
+
+class ScaledEmbedding(nn.Embedding):
+    """Word embeddings times a constant, as Gemma and BART have them: an example for the laws."""
+
+    def __init__(self, *args: Any, embed_scale: float) -> None:
+        super().__init__(*args)
+        self.embed_scale = embed_scale
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input) * self.embed_scale
+
+
+class Embedding(LayerKind):
+    name = "embedding"
+    summary = "nn.Embedding with padding_idx, and scaled word embeddings (Gemma, BART and their like)"
+
+    def examples(self) -> dict[str, Callable[[], tuple[Any, ...]]]:
+        return {
+            "tokens": lambda: (nn.Embedding(24, 16), _tokens()),
+            "padding": lambda: (nn.Embedding(24, 16, padding_idx=0, sparse=True), _tokens()),
+            "scaled": lambda: (ScaledEmbedding(24, 16, 3, embed_scale=4.0), _tokens()),
+        }
+
+    def claims(self, module: nn.Module) -> bool:
+        if not isinstance(module, nn.Embedding) or module.max_norm is not None:
+            return False
+        # subclasses that compute positions or normalise rows are no lookup of W by the input
+        return type(module).forward is nn.Embedding.forward or _scale(module) is not None
+
+    def geometry(self, module: nn.Module) -> Geometry:
+        assert isinstance(module, nn.Embedding)
+        return Geometry(
+            out=module.embedding_dim, fan_in=module.num_embeddings, inputs=module.embedding_dim, indexed=True
+        )
+
+    def op(self, module: nn.Module, x: Tensor, matrix: Tensor) -> Tensor:
+        assert isinstance(module, nn.Embedding)
+        padding = (
+            module.padding_idx if matrix.shape[1] == module.num_embeddings else None
+        )  # else: another table's columns
+        rows = F.embedding(x, matrix.T, padding, scale_grad_by_freq=module.scale_grad_by_freq)
+        scale = _scale(module)
+        if scale is None:
+            return rows
+        return rows * (scale.to(rows.dtype) if torch.is_tensor(scale) else scale)
+
+    def swappable(self, module: nn.Module) -> bool:
+        return not module.sparse
+
+    def matrix(self, native: Tensor, module: nn.Module) -> Tensor:
+        return native.T
+
+    def native(self, matrix: Tensor, module: nn.Module) -> Tensor:
+        return matrix.T
+
+    def absorb(self, module: nn.Module, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        if b is None:
+            return W, None
+        scale = _scale(module)
+        return W + (b if scale is None else b / scale)[:, None], None
+
+
+class ClippedEmbedding(Embedding):
+    """max_norm: rows longer than that are scaled down when looked up, y = clip(W[:, v]).
+
+    Clipping is not linear in W, so a term cannot be added to the layer's output: W' is composed and its rows clipped,
+    which is what a merged layer does. The layer itself clips the rows of its weight in place, so that asking it twice
+    gives other bits; a frozen weight stays as it is, and the rows are clipped on their way out.
+    """
+
+    name = "embedding_max_norm"
+    summary = "nn.Embedding with max_norm"
+    factored = False
+
+    def examples(self) -> dict[str, Callable[[], tuple[Any, ...]]]:
+        return {"max_norm": lambda: (nn.Embedding(24, 16, max_norm=3.0), _tokens())}
+
+    def claims(self, module: nn.Module) -> bool:
+        plain = isinstance(module, nn.Embedding) and type(module).forward is nn.Embedding.forward
+        return plain and module.max_norm is not None
+
+    def run(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        assert isinstance(module, nn.Embedding) and module.max_norm is not None
+        if module.weight.requires_grad:
+            return module(*args, **kwargs)
+        x = args[0] if args else kwargs["input"]
+        rows = module.weight[x.flatten()]  # a copy
+        torch.embedding_renorm_(rows, torch.arange(len(rows), device=rows.device), module.max_norm, module.norm_type)
+        return rows.reshape(*x.shape, -1)
+
+    def op(self, module: nn.Module, x: Tensor, matrix: Tensor) -> Tensor:
+        assert isinstance(module, nn.Embedding) and module.max_norm is not None
+        rows = super().op(module, x, matrix)
+        norm = rows.norm(p=module.norm_type, dim=-1, keepdim=True).detach()  # a rewritten weight has no history
+        return torch.where(norm > module.max_norm, rows * (module.max_norm / (norm + 1e-7)), rows)
+
+
+def _scale(module: nn.Module) -> Any:
+    """The constant that a subclass with a forward of its own multiplies rows by; None for a plain lookup."""
+    return None if type(module).forward is nn.Embedding.forward else getattr(module, "embed_scale", None)
+
+
+def _tokens() -> Tensor:
+    return torch.randint(24, (4, 5))
+
+
+kinds = [Embedding(), ClippedEmbedding()]

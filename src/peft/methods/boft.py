@@ -1,0 +1,156 @@
+"""BOFT: W' = s ⊙ (W Bᵀ) with B = B_m … B_1 B_0 a product of sparse orthogonal butterfly factors (arXiv 2311.06243).
+
+B_i = P_i blockdiag(Cayley(A_i)) P_iᵀ: each factor mixes channels that lie further apart, P_i being the permutation that
+brings them together, and A = (R − Rᵀ)/2 for the trained R[m, blocks, b, b]; Cayley(A) = (I − A)(I + A)⁻¹. s[out] scales
+the output channels. R = 0 and s = 1 at the start.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..config import TunerConfig, require
+from ..core.errors import Refusal
+from ..core.method import Method, Op, Site
+
+__all__ = ["BOFTConfig"]
+
+
+@dataclass
+class BOFTConfig(TunerConfig):
+    """BOFT (arXiv 2311.06243).
+
+    boft_block_size, or boft_block_num: size or number of the blocks, the other 0. boft_n_butterfly_factor: number of
+    factors; 1 is block-diagonal. boft_dropout: share of one factor's blocks left out (identity) in a training step.
+    init_weights: False starts from random rotations and scales.
+    """
+
+    own_type = "BOFT"
+    boft_block_size: int = 4
+    boft_block_num: int = 0
+    boft_n_butterfly_factor: int = 1
+    boft_dropout: float = 0.0
+    fan_in_fan_out: bool = False  # the layer kind knows its layout; kept for checkpoints
+    init_weights: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self, "boft_block_size", 0)
+        require(self, "boft_block_num", 0)
+        require(self, "boft_n_butterfly_factor")
+        require(self, "boft_dropout", 0, 1)
+        if (self.boft_block_size == 0) == (self.boft_block_num == 0):
+            raise ValueError(
+                "BOFT takes either boft_block_size or boft_block_num, the other must be 0, because their product is the "
+                f"layer's width; got {self.boft_block_size} and {self.boft_block_num}."
+            )
+
+
+class BOFT(Method):
+    peft_type = "BOFT"
+    config_class = BOFTConfig
+    summary = "Rotates all input channels by a product of trained sparse butterfly factors, and scales the outputs."
+    formula = "W' = s ⊙ (W Bᵀ), B = ∏ P_i blockdiag(Cayley(R_i)) P_iᵀ"
+    paper = "arXiv 2311.06243"
+    prefix = "boft_"
+    keys = {"boft_R": "boft_R", "boft_s": "boft_s"}
+    examples = (
+        {"boft_block_size": 4},
+        {"boft_block_size": 2, "boft_n_butterfly_factor": 2, "boft_dropout": 0.5},
+        {"boft_block_size": 0, "boft_block_num": 2},
+    )
+    view_attributes = ("boft_block_size", "boft_block_num")
+
+    def __init__(self, config: BOFTConfig, site: Site) -> None:
+        super().__init__(config, site)
+        width = site.geometry.width
+        self.boft_block_size: int = config.boft_block_size or width // config.boft_block_num
+        self.boft_block_num = width // self.boft_block_size
+        b = self.boft_block_size
+        self.boft_R = site.empty(config.boft_n_butterfly_factor, self.boft_block_num, b, b)
+        self.boft_s = site.empty(site.geometry.out)
+        self.identity = config.init_weights  # type: ignore[misc]
+
+    @classmethod
+    def check(cls, config: BOFTConfig, site: Site) -> None:
+        super().check(config, site)
+        width, where = site.geometry.width, f"{site.path} ({site.layer})"
+        field = "boft_block_size" if config.boft_block_size else "boft_block_num"
+        value = getattr(config, field)
+        if width % value:
+            raise Refusal(cls.peft_type, where, f"its input width {width} must be divisible by {field} ({value})")
+        b = config.boft_block_size or width // config.boft_block_num
+        furthest = 2 ** (config.boft_n_butterfly_factor - 1)
+        if b == 1:
+            raise Refusal(cls.peft_type, where, "blocks of size 1 cannot rotate: choose larger blocks")
+        if furthest > 1 and (b % 2 or (width // b) % furthest):
+            raise Refusal(
+                cls.peft_type,
+                where,
+                f"{config.boft_n_butterfly_factor} butterfly factors need an even block size (here {b}) and a number of "
+                f"blocks (here {width // b}) that {furthest} divides",
+            )
+
+    @torch.no_grad()
+    def reset(self, rng: torch.Generator, site: Site) -> None:
+        if self.config.init_weights:
+            self.boft_R.zero_()
+            self.boft_s.fill_(1)
+        else:
+            self.boft_R.normal_(0, 0.1, generator=rng)
+            self.boft_s.normal_(1, 0.1, generator=rng)
+
+    def resize(self, state: dict[str, Tensor]) -> None:
+        """Where upstream finds no CUDA compiler it trains and saves one factor, whatever the config asks for."""
+        stored = state.get("boft_R")
+        if stored is not None and stored.shape[1:] == self.boft_R.shape[1:] and len(stored) < len(self.boft_R):
+            self.boft_R = torch.nn.Parameter(self.boft_R.detach()[: len(stored)].clone())
+
+    def rotations(self) -> Tensor:
+        """The blocks of every factor, [m, blocks, b, b]."""
+        R = self.boft_R
+        A = (R - R.mT) / 2
+        eye = torch.eye(R.shape[-1], device=R.device, dtype=R.dtype).expand_as(A)
+        Q = torch.linalg.solve(eye + A, eye - A, left=False)
+        if self.training and (left_out := int(self.config.boft_dropout * R.shape[1])):
+            kept = (torch.randperm(R.shape[1], device=R.device) >= left_out)[:, None, None]
+            factor = torch.randint(len(R), (1,), device=R.device)
+            other = torch.arange(len(R), device=R.device)[:, None, None, None] != factor
+            Q = torch.where(kept | other, Q, eye)
+        return Q
+
+    def rotate(self, rows: Tensor) -> Tensor:
+        """rows Bᵀ for rows[..., width], factor by factor."""
+        Q = self.rotations().to(rows.dtype)
+        n, b = rows.shape[-1], self.boft_block_size
+        order = torch.arange(n, device=rows.device)
+        for i, blocks in enumerate(Q):
+            if i:  # halves of blocks that are 2^i apart come together: even halves first, then odd ones
+                perm = order.view(-1, 2**i, 2, b // 2).transpose(1, 2).reshape(n)
+                back = torch.argsort(perm)
+                rows = torch.einsum("...nk,nck->...nc", rows[..., back].unflatten(-1, (-1, b)), blocks).flatten(-2)
+                rows = rows[..., perm]
+            else:
+                rows = torch.einsum("...nk,nck->...nc", rows.unflatten(-1, (-1, b)), blocks).flatten(-2)
+        return rows
+
+    def weight(self, W: Tensor) -> Tensor:
+        turned = self.rotate(W.T).T if self.geometry.indexed else self.rotate(W)
+        return self.boft_s.to(W.dtype)[:, None] * turned
+
+    def add(self, x: Tensor, y: Tensor, op: Op) -> Tensor:
+        if not op.geometry.indexed:
+            return super().add(x, y, op)
+        base = op(x, op.read())  # the looked-up rows, not the whole table
+        return y + (self.boft_s.to(y.dtype) * self.rotate(base) - base).to(y.dtype)
+
+    def disk_shape(self, attr: str) -> tuple[int, ...] | None:
+        if attr == "boft_s":
+            return (1, -1) if self.geometry.shape else (-1, 1)
+        return None
+
+    def rank(self) -> int:
+        return min(self.geometry.out, self.geometry.width)

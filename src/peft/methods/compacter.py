@@ -1,0 +1,85 @@
+"""Compacter: PHM adapters that share the A_i and have B_i of low rank (arXiv 2106.04647).
+
+    W = Σ_i A_i ⊗ (s_i t_i),  A[n, n, n] one for all layers and both matrices, s[n, out/n, k], t[n, k, in/n]
+
+Compacter sits after attention and FFN, Compacter++ after FFN only. t of W_up starts at 0: the identity.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ..config import require
+from ..core.method import Site
+from .bottleneck import Bottleneck
+from .phm import Phm, PhmConfig, kronecker_sum
+
+__all__ = ["CompacterConfig"]
+
+
+@dataclass
+class CompacterConfig(PhmConfig):
+    """Compacter (arXiv 2106.04647). variant: "compacter" or "compacter++". phm_dim: n. phm_rank: k, the rank of B_i.
+
+    The rest as in `BottleneckConfig`.
+    """
+
+    own_type = "COMPACTER"
+    variant: str = "compacter"
+    phm_rank: int = 1
+
+    roles: ClassVar[dict[str, str]] = {"compacter": "attention_and_mlps", "compacter++": "mlps"}
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self, "phm_rank")
+
+
+class Compacter(Phm):
+    peft_type = "COMPACTER"
+    config_class = CompacterConfig
+    summary = "A bottleneck adapter of Kronecker products whose left factors are shared by all layers."
+    formula = "y ← y + s·W_up f(W_down y), W = Σ_i A_i ⊗ (s_i t_iᵀ), A shared"
+    paper = "arXiv 2106.04647"
+    keys = {
+        **{k: v for k, v in Bottleneck.keys.items() if k not in ("adapter_down", "adapter_up")},
+        **{f"adapter_{part}_{m}": f"adapter_{part}.phm_{m}" for part in ("down", "up") for m in "st"},
+    }
+    shared_keys = {"adapter_phm_rule": "adapter_phm_rule"}
+    examples = (
+        {"bottleneck_size": 4, "phm_dim": 2},
+        {"bottleneck_size": 4, "phm_dim": 4, "variant": "compacter++", "phm_rank": 2, "scaling": "learned"},
+    )
+
+    @classmethod
+    def shared(cls, config: CompacterConfig, sites: list[Site], rng: torch.Generator) -> dict[str, nn.Parameter]:
+        n = config.phm_dim
+        rule = sites[0].empty(n, n, n)
+        if not rule.is_meta:
+            nn.init.normal_(rule, std=n**-0.5, generator=rng)
+        return {"adapter_phm_rule": rule}
+
+    def make(self, site: Site) -> None:
+        n, b, k, out = self.config.phm_dim, self.size, self.config.phm_rank, site.geometry.out
+        self.adapter_phm_rule = site.shared["adapter_phm_rule"]
+        self.adapter_down_s, self.adapter_down_t = site.empty(n, b // n, k), site.empty(n, k, self.width // n)
+        self.adapter_up_s, self.adapter_up_t = site.empty(n, out // n, k), site.empty(n, k, b // n)
+
+    def start(self, rng: torch.Generator) -> None:
+        """s and t alike, so that W_down has variance 1/in."""
+        rank = self.config.phm_rank
+        for p, inputs in (
+            (self.adapter_down_s, self.width),
+            (self.adapter_down_t, self.width),
+            (self.adapter_up_s, self.size),
+        ):
+            nn.init.normal_(p, std=(inputs * rank) ** -0.25, generator=rng)
+        nn.init.zeros_(self.adapter_up_t)
+
+    def matrices(self) -> tuple[Tensor, Tensor]:
+        down = kronecker_sum(self.adapter_phm_rule, self.adapter_down_s @ self.adapter_down_t)
+        return down, kronecker_sum(self.adapter_phm_rule, self.adapter_up_s @ self.adapter_up_t)

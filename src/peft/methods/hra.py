@@ -1,0 +1,90 @@
+"""HRA: W' = W H₁ H₂ … H_r with Householder reflections H_i = I − 2 u_i u_iᵀ/‖u_i‖², u_i[in] trained (arXiv 2405.17484).
+
+The chain is one matrix of rank-r form, I − U T Uᵀ (compact WY): with unit columns U[in, r], T⁻¹ = I/2 + the strict upper
+triangle of UᵀU. So an input row becomes x − ((x U) Tᵀ) Uᵀ: two thin products. The columns start in equal pairs, whose
+reflections cancel. With `apply_GS` the columns are orthonormalised first, and the product is I − 2 Q Qᵀ.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..config import TunerConfig, require
+from ..core.errors import Refusal
+from ..core.method import Method, Site
+
+__all__ = ["HRAConfig"]
+
+
+@dataclass
+class HRAConfig(TunerConfig):
+    """HRA (arXiv 2405.17484).
+
+    r: number of reflections; an even number lets a fresh adapter be the identity. apply_GS: orthogonalise the
+    reflections' directions (Gram-Schmidt); their product is then never the identity. init_weights: False starts from
+    random directions.
+    """
+
+    own_type = "HRA"
+    r: int = 8
+    apply_GS: bool = False
+    init_weights: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self, "r")
+
+
+class HRA(Method):
+    peft_type = "HRA"
+    config_class = HRAConfig
+    summary = "Reflects the input of frozen weights by a chain of trained Householder reflections."
+    formula = "W' = W ∏(I − 2 u_i u_iᵀ)"
+    paper = "arXiv 2405.17484"
+    prefix = "hra_"
+    keys = {"hra_u": "hra_u"}
+    examples = ({"r": 4}, {"r": 4, "apply_GS": True})
+
+    def __init__(self, config: HRAConfig, site: Site) -> None:
+        super().__init__(config, site)
+        self.hra_u = site.empty(site.geometry.width, config.r)
+        self.paired = config.init_weights and not config.apply_GS and config.r % 2 == 0
+        self.identity = self.paired  # type: ignore[misc]
+
+    @classmethod
+    def check(cls, config: HRAConfig, site: Site) -> None:
+        super().check(config, site)
+        if config.apply_GS and config.r > site.geometry.width:
+            raise Refusal(
+                cls.peft_type,
+                f"{site.path} ({site.layer})",
+                f"r={config.r} directions cannot be orthogonal in {site.geometry.width} dimensions",
+            )
+
+    @torch.no_grad()
+    def reset(self, rng: torch.Generator, site: Site) -> None:
+        n, r = self.hra_u.shape
+        if self.config.init_weights and r % 2:
+            warnings.warn(f"HRA: r={r} is odd, so the reflections do not cancel and the adapter starts with an effect.")
+        columns = r // 2 if self.paired else r
+        start = (2 * torch.rand(n, columns, generator=rng) - 1) / math.sqrt(columns)
+        self.hra_u.copy_(start.repeat_interleave(r // columns, dim=1))
+
+    def before(self, x: Tensor) -> Tensor:
+        u = self.hra_u
+        rows = x.to(u.dtype)
+        if self.config.apply_GS:
+            Q = torch.linalg.qr(u).Q
+            return (rows - 2 * (rows @ Q) @ Q.T).to(x.dtype)
+        U = u / u.norm(dim=0)
+        eye = torch.eye(U.shape[1], device=U.device, dtype=U.dtype)
+        T = torch.linalg.solve_triangular(eye / 2 + torch.triu(U.T @ U, 1), eye, upper=True)
+        return (rows - (rows @ U) @ (T.T @ U.T)).to(x.dtype)
+
+    def rank(self) -> int:
+        return min(self.config.r, self.geometry.out, self.geometry.width)

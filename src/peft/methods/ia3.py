@@ -1,0 +1,127 @@
+"""(IA)³: y' = l ⊙ y, or for feed-forward modules y = W (l ⊙ x), with a trained vector l = 1 at the start
+(arXiv 2205.05638).
+
+The output form scales the bias, too: W' = diag(l) W, b' = l ⊙ b. The input form is W' = W diag(l).
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..config import TunerConfig
+from ..core.errors import NoMatchingPeftModuleError, Refusal
+from ..core.method import Method, Site
+from ..core.roles import default_targets
+
+__all__ = ["IA3Config"]
+
+
+@dataclass
+class IA3Config(TunerConfig):
+    """(IA)³ (arXiv 2205.05638).
+
+    feedforward_modules: names or a regex of the targets whose input is scaled instead of the output, among
+    target_modules; [] for none. init_ia3_weights: False starts from random vectors.
+    """
+
+    own_type = "IA3"
+    feedforward_modules: list[str] | str | None = None
+    fan_in_fan_out: bool = False  # the layer kind knows its layout; kept for checkpoints
+    init_ia3_weights: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.feedforward_modules, (set, tuple)):
+            self.feedforward_modules = sorted(self.feedforward_modules)
+        if isinstance(self.feedforward_modules, list) and isinstance(self.target_modules, list):
+            strange = sorted(set(self.feedforward_modules) - set(self.target_modules))
+            if strange:
+                raise ValueError(f"`feedforward_modules` should be a subset of `target_modules`; {strange} are not.")
+
+    def scales_input(self, path: str) -> bool:
+        names = self.feedforward_modules or []
+        return re.fullmatch(names, path) is not None if isinstance(names, str) else path.endswith(tuple(names))
+
+
+class IA3(Method):
+    peft_type = "IA3"
+    config_class = IA3Config
+    form = "after"  # `before` at feed-forward sites
+    summary = "Scales keys, values and feed-forward activations by trained vectors."
+    formula = "y' = l ⊙ y (feed-forward: y = W (l ⊙ x))"
+    paper = "arXiv 2205.05638"
+    prefix = "ia3_"
+    keys = {"ia3_l": "ia3_l"}
+    role = "keys_values_ffn"
+    examples = ({"feedforward_modules": []}, {"feedforward_modules": ".*"})
+
+    def __init__(self, config: IA3Config, site: Site) -> None:
+        super().__init__(config, site)
+        g = site.geometry
+        self.is_feedforward = config.scales_input(site.path)
+        if self.is_feedforward:
+            self.form = "before"
+        size = g.inputs if self.is_feedforward else g.out
+        if g.shape:
+            shape = (1, size, *(1 for _ in g.shape))
+        else:
+            shape = (1, size) if self.is_feedforward else (size, 1)
+        self.ia3_l = site.empty(*shape)
+        self.identity = config.init_ia3_weights  # type: ignore[misc]
+
+    @classmethod
+    def prepare(cls, config: IA3Config, model: nn.Module) -> None:
+        super().prepare(config, model)
+        if config.feedforward_modules is None:
+            model_type = getattr(getattr(model, "config", None), "model_type", None)
+            try:
+                config.feedforward_modules = default_targets("ffn", model_type, cls.peft_type)
+            except NoMatchingPeftModuleError as e:
+                raise ValueError(
+                    f"Please specify `feedforward_modules` in `peft_config` ([] for none): {cls.peft_type} has no default "
+                    f"for model type {model_type!r}."
+                ) from e
+
+    @classmethod
+    def check(cls, config: IA3Config, site: Site) -> None:
+        super().check(config, site)
+        if config.scales_input(site.path) and site.geometry.weightless:
+            raise Refusal(
+                cls.peft_type,
+                f"{site.path} ({site.layer})",
+                "the width of this module's input is not known, so it cannot be scaled; scale its output instead by "
+                "leaving it out of feedforward_modules",
+            )
+
+    @torch.no_grad()
+    def reset(self, rng: torch.Generator, site: Site) -> None:
+        self.ia3_l.fill_(1) if self.config.init_ia3_weights else self.ia3_l.normal_(generator=rng)
+
+    @property
+    def channelwise(self) -> bool:
+        return True
+
+    def before(self, x: Tensor) -> Tensor:
+        return (x * self.ia3_l.flatten()).to(x.dtype)
+
+    def after(self, y: Tensor, x: Any) -> Tensor:
+        return (y * self.ia3_l.flatten()).to(y.dtype)
+
+    def fold(self, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        scale = self.ia3_l.flatten().to(W.dtype)
+        if self.is_feedforward:
+            return W * self.geometry.spread(scale), b
+        return W * scale[:, None], None if b is None else b * scale
+
+    @classmethod
+    def blend(cls, methods: list[Method], weights: list[float]) -> dict[str, Tensor]:
+        """Σ wᵢ lᵢ: the effect is linear in l."""
+        return {"ia3_l": torch.stack([w * m.get_parameter("ia3_l") for m, w in zip(methods, weights)]).sum(0)}
+
+    def rank(self) -> int | None:
+        return None if self.geometry.weightless else min(self.geometry.out, self.geometry.fan_in)

@@ -1,0 +1,95 @@
+"""KronA^B_res: a Kronecker branch beside a block, y = f(x) + s·(A ⊗ B) x + t·x with t learnt (arXiv 2212.10650).
+
+f is the FFN block (or any module whose input and output have as many channels); A[a1, a2], B[b1, b2] with
+a1·b1 = a2·b2 = channels. B and t start at 0, so that a fresh adapter is the identity.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..config import TunerConfig
+from ..core.errors import Refusal
+from ..core.kron import apply_kron, kron, plain
+from ..core.method import Method, Site
+from .krona import check_shape, sizes, start
+
+__all__ = ["KronAResConfig"]
+
+
+@dataclass
+class KronAResConfig(TunerConfig):
+    """KronA^B_res (arXiv 2212.10650).
+
+    a_shape: (a1, a2), the size of A, both dividing the block's channels; None takes the divisors nearest to the square
+    root. scale: s, not trained. residual: where the learnt scale t of the residual starts; 1.0 passes x on whole, 0.0
+    leaves the model as it is. krona_dropout: on the branch's input. init_weights: True starts B at 0, False at random.
+    """
+
+    own_type = "KRONA_RES"
+    a_shape: tuple[int, int] | list[int] | None = None
+    scale: float = 1.0
+    residual: float = 0.0
+    krona_dropout: float = 0.0
+    init_weights: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_shape(self)
+
+
+class KronARes(Method):
+    peft_type = "KRONA_RES"
+    config_class = KronAResConfig
+    summary = "Puts a Kronecker product and a learnt residual beside a feed-forward block."
+    formula = "h = FFN(x) + s·(A ⊗ B) x + t·x"
+    paper = "arXiv 2212.10650"
+    prefix = "krona_"
+    keys = {"krona_A": "krona_A", "krona_B": "krona_B", "krona_residual": "krona_residual"}
+    role = "mlps"
+    view_attributes = ("scaling",)
+    examples = ({}, {"scale": 2.0, "krona_dropout": 0.1})
+
+    def __init__(self, config: KronAResConfig, site: Site) -> None:
+        super().__init__(config, site)
+        (a1, b1), (a2, b2) = sizes(config, site.geometry.out, site.geometry.inputs, site.path)
+        self.krona_A, self.krona_B = site.empty(a1, a2), site.empty(b1, b2)
+        self.krona_residual = site.empty(1)
+
+    @classmethod
+    def check(cls, config: KronAResConfig, site: Site) -> None:
+        g, where = site.geometry, f"{site.path} ({site.layer})"
+        if not g.weightless and not plain(g):
+            reason = "a branch beside the layer needs its input as channels at the same positions as its output"
+            raise Refusal(cls.peft_type, where, reason)
+        if g.out != g.inputs:
+            reason = (
+                f"the residual adds the input to the output, but they have {g.inputs} and {g.out} channels: "
+                "target the whole feed-forward block"
+            )
+            raise Refusal(cls.peft_type, where, reason)
+        sizes(config, g.out, g.inputs, site.path)
+
+    @torch.no_grad()
+    def reset(self, rng: torch.Generator, site: Site) -> None:
+        start(self.krona_A, self.krona_B, self.config, rng)
+        self.krona_residual.fill_(self.config.residual)
+
+    @property
+    def scaling(self) -> float:
+        return self.multiplier * self.config.scale
+
+    def after(self, y: Tensor, x: Tensor) -> Tensor:
+        A, B, t = (p.to(y.dtype) for p in (self.scaling * self.krona_A, self.krona_B, self.krona_residual))
+        x = x.to(y.dtype)
+        branch = torch.nn.functional.dropout(x, self.config.krona_dropout, self.training)
+        return y + apply_kron(branch, A, B) + self.multiplier * t * x
+
+    def fold(self, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Beside a single matrix the branch is W + s·(A ⊗ B) + t·I."""
+        eye = torch.eye(W.shape[0], device=W.device, dtype=W.dtype)
+        change = kron(self.scaling * self.krona_A, self.krona_B).to(W.dtype)
+        return W + change + self.multiplier * self.krona_residual.to(W.dtype) * eye, b

@@ -1,0 +1,32 @@
+"""LayerNorm tuning: P' for every parameter P of the targeted modules, trained from P itself (arXiv 2312.11420).
+
+The targets are normalisation layers by default, but any module will do.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..config import TunerConfig
+from ..core.copies import Copies
+
+__all__ = ["LNTuningConfig"]
+
+
+@dataclass
+class LNTuningConfig(TunerConfig):
+    """LayerNorm tuning (arXiv 2312.11420). Its only settings are which modules to train."""
+
+    own_type = "LN_TUNING"
+
+
+class LNTuning(Copies):
+    peft_type = "LN_TUNING"
+    config_class = LNTuningConfig
+    summary = "Trains all parameters of the normalisation layers (or of any other modules) and nothing else."
+    formula = "P' trained, from P' = P"
+    paper = "arXiv 2312.11420"
+    prefix = "ln_tuning_"
+    role = "norms"
+    holder = "ln_tuning_layers"
+    examples = ({},)

@@ -1,0 +1,119 @@
+"""LoKr: ΔW = s·(w1 ⊗ w2), the factors full or of low rank themselves (LyCORIS, arXiv 2309.14859).
+
+With out = a·b and inputs = c·d: w1[a, c], w2[b, d·taps]. w2 = w2_a w2_b where r < max(b, d)/2, with `decompose_both` w1
+likewise; with `use_effective_conv2d` a kernel's w2 is Tucker, core t2[r, r, *kernel]. w1 starts at 0.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from ..config import require
+from ..core.kron import apply_kron, factorization, kron, plain
+from ..core.method import Op, Site
+from .lycoris import Lycoris, LycorisConfig, kaiming, tucker
+
+__all__ = ["LoKrConfig", "factorization"]
+
+
+@dataclass
+class LoKrConfig(LycorisConfig):
+    """LoKr (arXiv 2309.14859).
+
+    decompose_both: low rank for w1, too. decompose_factor: the smaller factor of each size; -1: near the square root.
+    rank_dropout_scale: the rows that rank_dropout keeps grow to make up for the others. init_weights: True (w1 = 0),
+    "lycoris" (w2 = 0), False (random).
+    """
+
+    own_type = "LOKR"
+    decompose_both: bool = False
+    decompose_factor: int = -1
+    rank_dropout_scale: bool = False
+    init_weights: bool | Literal["lycoris"] = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self, "decompose_factor", -1)
+        if isinstance(self.init_weights, str) and self.init_weights != "lycoris":
+            raise ValueError(f"init_weights={self.init_weights!r}: expected True, False or 'lycoris'.")
+
+
+class LoKr(Lycoris):
+    peft_type = "LOKR"
+    config_class = LoKrConfig
+    summary = "Adds a Kronecker product of two small matrices, each full or of low rank."
+    formula = "W' = W + (α/r)·(w₁ ⊗ w₂)"
+    paper = "arXiv 2309.14859"
+    prefix = "lokr_"
+    keys = {k: k for k in (f"lokr_{k}" for k in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2"))}
+    examples = (
+        {"r": 4},
+        {"r": 1, "decompose_both": True, "decompose_factor": 4, "rank_dropout": 0.1, "rank_dropout_scale": True},
+        {"r": 1, "use_effective_conv2d": True, "init_weights": "lycoris"},
+        {"r": 1, "alpha": 2, "use_dora": True},
+    )
+
+    lokr_w1: Tensor | None
+    lokr_w2: Tensor | None
+
+    def __init__(self, config: LoKrConfig, site: Site) -> None:
+        super().__init__(config, site)
+        g, r = site.geometry, self.r
+        a, b = factorization(g.out, config.decompose_factor)
+        c, d = factorization(g.fan_in // g.kernel, config.decompose_factor)
+        low1 = config.decompose_both and r < max(a, c) / 2
+        low2 = r < max(b, d) / 2
+        self.tucker = self.tucker and low2
+        self.rescaled = config.rank_dropout_scale
+        shapes: dict[str, tuple[int, ...]] = {"w1_a": (a, r), "w1_b": (r, c)} if low1 else {"w1": (a, c)}
+        if self.tucker:
+            shapes |= {"w2_a": (r, b), "w2_b": (r, d), "t2": (r, r, *self.core_shape)}
+        elif low2:
+            shapes |= {"w2_a": (b, r), "w2_b": (r, d * g.kernel)}
+        else:
+            shapes["w2"] = (b, d, *g.shape)
+        for name in self.keys:
+            shape = shapes.get(name.removeprefix(self.prefix))
+            self.register_parameter(name, None if shape is None else site.empty(*shape))
+
+    @torch.no_grad()
+    def reset(self, rng: torch.Generator, site: Site) -> None:
+        for p in self.parameters():
+            kaiming(p, rng)
+        if self.config.init_weights == "lycoris":
+            nn.init.zeros_(self.lokr_w2 if self.lokr_w2 is not None else self.lokr_w2_b)
+        elif self.config.init_weights:
+            nn.init.zeros_(self.lokr_w1 if self.lokr_w1 is not None else self.lokr_w1_a)
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """(w1[a, c], w2[b, d·taps])."""
+        w1 = self.lokr_w1 if self.lokr_w1 is not None else self.lokr_w1_a @ self.lokr_w1_b
+        if self.lokr_w2 is not None:
+            return w1, self.lokr_w2.flatten(1)
+        if self.tucker:
+            return w1, tucker(self.lokr_t2, self.lokr_w2_a, self.lokr_w2_b)
+        return w1, self.lokr_w2_a @ self.lokr_w2_b
+
+    def delta(self) -> tuple[Tensor]:
+        w1, w2 = self.factors()
+        if self.lokr_w2 is not None and self.lokr_w2.dim() == 3:
+            # checkpoints of 1-d kernels mean the product in which w1 meets w2's inputs and taps, not its outputs
+            # and inputs: torch.kron of a matrix with a stack of matrices, then reshaped
+            return (self.scaling * torch.kron(w1, self.lokr_w2).reshape(self.geometry.out, self.geometry.fan_in),)
+        return (kron(self.scaling * w1, w2),)
+
+    def product(self, x: Tensor, op: Op, dtype: torch.dtype) -> Tensor:
+        if not plain(op.geometry):
+            return super().product(x, op, dtype)
+        w1, w2 = self.factors()
+        return apply_kron(x.to(dtype), (self.scaling * w1).to(dtype), w2.to(dtype))
+
+    def rank(self) -> int:
+        ranks = []
+        for full, low in ((self.lokr_w1, self.lokr_w1_a), (self.lokr_w2, self.lokr_w2_b)):
+            ranks.append(min(full.flatten(1).shape) if full is not None else min(low.shape))
+        return min(ranks[0] * ranks[1], self.geometry.out, self.geometry.fan_in)

@@ -1,0 +1,98 @@
+"""P-tuning: the vectors before the input are the output of a small network, P = g(E) with E[n, d] (arXiv 2103.10385).
+
+g is an MLP of three layers, d → h → h → d with ReLU, or a bidirectional LSTM followed by an MLP, 2h → 2h → d. The file
+holds the result P; how training goes on after a reload, see `core/prompt.py`, `Encoded`.
+"""
+
+from __future__ import annotations
+
+import enum
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.utils import skip_init
+
+from ..config import PromptLearningConfig, extra, require
+from ..core.method import Site
+from ..core.prompt import Encoded, Table
+from .prompt_tuning import chosen
+
+__all__ = ["PromptEncoderConfig", "PromptEncoderReparameterizationType"]
+
+
+class PromptEncoderReparameterizationType(str, enum.Enum):
+    """The network: MLP or LSTM."""
+
+    MLP = "MLP"
+    LSTM = "LSTM"
+
+
+@dataclass
+class PromptEncoderConfig(PromptLearningConfig):
+    """P-tuning (arXiv 2103.10385).
+
+    encoder_reparameterization_type: "MLP" or "LSTM". encoder_hidden_size: h, by default the model's width.
+    encoder_num_layers, encoder_dropout: of the LSTM (the MLP always has its three layers). save_encoder: the file holds
+    the network, too, so that training goes on exactly.
+    """
+
+    own_type = "P_TUNING"
+    encoder_reparameterization_type: str | PromptEncoderReparameterizationType = PromptEncoderReparameterizationType.MLP
+    encoder_hidden_size: int = None  # type: ignore[assignment]
+    encoder_num_layers: int = 2
+    encoder_dropout: float = 0.0
+    save_encoder: bool = extra(True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.encoder_reparameterization_type = kind = chosen(
+            PromptEncoderReparameterizationType, "encoder_reparameterization_type", self.encoder_reparameterization_type
+        )
+        require(self, "encoder_num_layers")
+        require(self, "encoder_dropout", 0, 1)
+        if self.encoder_hidden_size is not None:
+            require(self, "encoder_hidden_size")
+        if kind.value == "MLP" and self.encoder_num_layers != 2:
+            warnings.warn("encoder_num_layers is for the LSTM; the MLP always has its three layers.", stacklevel=3)
+
+
+class PTuning(Encoded):
+    peft_type = "P_TUNING"
+    config_class = PromptEncoderConfig
+    summary = "Prompt tuning whose vectors come out of a small network, which makes them easier to train."
+    formula = "f([g(E); E(x)])"
+    paper = "arXiv 2103.10385"
+    networks = ("lstm_head", "mlp_head")
+    examples = (
+        {"num_virtual_tokens": 3, "encoder_hidden_size": 8},
+        {"num_virtual_tokens": 3, "encoder_hidden_size": 8, "encoder_reparameterization_type": "LSTM"},
+    )
+
+    def __init__(self, config: PromptEncoderConfig, site: Site) -> None:
+        super().__init__(config, site)
+        d, h = config.token_dim, config.encoder_hidden_size
+        made: dict[str, Any] = {"device": site.device, "dtype": site.dtype}
+        total = config.num_virtual_tokens * (config.num_transformer_submodules or 1)
+        self.embedding = Table(site.empty(total, d))
+        self.lstm_head: nn.LSTM | None = None
+        widths = [d, h, h, d]
+        if config.encoder_reparameterization_type == "LSTM":
+            options = {"dropout": config.encoder_dropout, "bidirectional": True, "batch_first": True}
+            self.lstm_head = nn.LSTM(d, h, config.encoder_num_layers, device="meta", dtype=site.dtype, **options)
+            self.lstm_head.to_empty(device=site.device)
+            widths = [2 * h, 2 * h, d]
+        layers: list[nn.Module] = []
+        for i, o in zip(widths, widths[1:], strict=False):
+            layers += [skip_init(nn.Linear, i, o, **made), nn.ReLU()]
+        self.mlp_head: nn.Sequential | None = nn.Sequential(*layers[:-1])
+
+    def encode(self, table: Tensor, part: slice | None = None) -> Tensor:
+        if self.lstm_head is not None:
+            table = self.lstm_head(table[None])[0][0]
+        assert self.mlp_head is not None
+        return self.mlp_head(table)
+
+    def prompt(self, tasks: Tensor | None) -> Tensor:
+        return self.result()

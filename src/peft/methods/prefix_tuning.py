@@ -1,0 +1,104 @@
+"""Prefix tuning: every attention layer also attends to n trained keys and values (arXiv 2101.00190; 2110.07602).
+
+All of them are one row per virtual token, [n, 2·L·kv] with kv = kv_heads · head_dim, holding K₀ V₀ K₁ V₁ …. With
+`prefix_projection` (P-tuning v2) the row is W₂ tanh(W₁ e + b₁) + b₂ of a vector e[kv]. The decoder of an
+encoder-decoder model reads pair 2i mod L at layer i: upstream's layout, in which half the pairs are not used.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils import skip_init
+
+from ..config import PromptLearningConfig, extra
+from ..core.errors import Refusal
+from ..core.method import Site
+from ..core.prompt import Encoded, Table, number, takes_prefix, text_config
+
+__all__ = ["PrefixTuningConfig"]
+
+
+@dataclass
+class PrefixTuningConfig(PromptLearningConfig):
+    """Prefix tuning (arXiv 2101.00190).
+
+    init_weights: "zero" starts with keys and values of 0, None at random. prefix_projection: train through a small
+    network (P-tuning v2); encoder_hidden_size: its width. save_encoder: the file holds the network, too.
+    """
+
+    own_type = "PREFIX_TUNING"
+    init_weights: Literal["zero"] | None = None
+    encoder_hidden_size: int = None  # type: ignore[assignment]
+    prefix_projection: bool = False
+    save_encoder: bool = extra(True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.init_weights not in (None, "zero"):
+            raise ValueError(f"`init_weights` should be None or 'zero' but the value passed is {self.init_weights!r}")
+
+
+class PrefixTuning(Encoded):
+    peft_type = "PREFIX_TUNING"
+    config_class = PrefixTuningConfig
+    summary = "Puts trained keys and values before every attention layer's own."
+    formula = "attention(q, [K; k], [V; v])"
+    paper = "arXiv 2101.00190"
+    networks = ("transform",)
+    examples = (
+        {"num_virtual_tokens": 3},
+        {"num_virtual_tokens": 2, "prefix_projection": True, "encoder_hidden_size": 8},
+    )
+
+    @classmethod
+    def sizes(cls, text: Any, model: nn.Module) -> dict[str, int]:
+        heads = number(text, "num_attention_heads", "encoder_attention_heads")
+        width = getattr(text, "head_dim", None) or getattr(text, "d_kv", None) or number(text, "hidden_size") // heads
+        kv = getattr(text, "num_key_value_heads", None) or heads
+        return {"num_layers": number(text, "num_hidden_layers"), "token_dim": width * kv, "num_attention_heads": kv}
+
+    @classmethod
+    def fits(cls, config: Any, model: nn.Module) -> None:
+        reason = takes_prefix(model)
+        if reason:
+            raise Refusal(cls.peft_type, type(model).__name__, reason)
+        for name, size in cls.sizes(text_config(model), model).items():
+            if getattr(config, name) != size:
+                raise ValueError(
+                    f"{cls.peft_type}: {name}={getattr(config, name)}, but this model's keys and values need {size}. "
+                    f"Is this the right base model? Leave {name} at None to read it from the model."
+                )
+
+    def __init__(self, config: PrefixTuningConfig, site: Site) -> None:
+        super().__init__(config, site)
+        n, kv, out = config.num_virtual_tokens, config.token_dim, 2 * config.num_layers * config.token_dim  # type: ignore[operator]
+        made: dict[str, Any] = {"device": site.device, "dtype": site.dtype}
+        self.transform: nn.Sequential | None = None
+        self.embedding = Table(site.empty(n, kv if config.prefix_projection else out))
+        if config.prefix_projection:
+            first = skip_init(nn.Linear, kv, config.encoder_hidden_size, **made)
+            self.transform = nn.Sequential(first, nn.Tanh(), skip_init(nn.Linear, first.out_features, out, **made))
+
+    @torch.no_grad()
+    def reset(self, rng: torch.Generator, site: Site) -> None:
+        super().reset(rng, site)
+        if self.config.init_weights == "zero":
+            for p in self.embedding.parameters() if self.transform is None else self.transform[2].parameters():
+                p.zero_()
+
+    def encode(self, table: Tensor, part: slice | None = None) -> Tensor:
+        assert self.transform is not None
+        last, part = self.transform[2], part or slice(None)
+        return F.linear(self.transform[1](self.transform[0](table)), last.weight[part], last.bias[part])
+
+    def keys_values(self, layer: int) -> tuple[Tensor, Tensor]:
+        c = self.config
+        pair = layer if c.num_transformer_submodules == 1 else (2 * layer) % c.num_layers
+        rows = self.result(slice(2 * pair * c.token_dim, 2 * (pair + 1) * c.token_dim))  # [n, 2 kv]
+        K, V = rows.reshape(len(rows), 2, c.num_attention_heads, -1).permute(1, 2, 0, 3)  # [heads, n, width] each
+        return K, V

@@ -1,0 +1,103 @@
+"""Prompt tuning: n trainable vectors before the input embeddings, f([P; E(ids)]) with P[n, d] (arXiv 2104.08691)."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..config import PromptLearningConfig
+from ..core.method import Site
+from ..core.prompt import PromptMethod, Table
+
+__all__ = ["PromptTuningConfig", "PromptTuningInit"]
+
+
+class PromptTuningInit(str, enum.Enum):
+    """Where the vectors start: TEXT, embeddings of a text; SAMPLE_VOCAB, of random tokens; RANDOM, N(0, 1)."""
+
+    TEXT = "TEXT"
+    SAMPLE_VOCAB = "SAMPLE_VOCAB"
+    RANDOM = "RANDOM"
+
+
+@dataclass
+class PromptTuningConfig(PromptLearningConfig):
+    """Prompt tuning (arXiv 2104.08691).
+
+    num_virtual_tokens: n. prompt_tuning_init: see `PromptTuningInit`. prompt_tuning_init_text, tokenizer_name_or_path,
+    tokenizer_kwargs: the text that TEXT starts from (repeated or cut to n tokens), and the tokenizer that splits it.
+    """
+
+    own_type = "PROMPT_TUNING"
+    prompt_tuning_init: PromptTuningInit | str = PromptTuningInit.RANDOM
+    prompt_tuning_init_text: str | None = None
+    tokenizer_name_or_path: str | None = None
+    tokenizer_kwargs: dict[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.prompt_tuning_init = self.choice(self.prompt_tuning_init)
+        text = self.prompt_tuning_init.value == "TEXT"
+        for name in ("tokenizer_name_or_path", "prompt_tuning_init_text"):
+            if text and not getattr(self, name):
+                raise ValueError(f"When prompt_tuning_init='TEXT', {name} can't be {getattr(self, name)!r}: state it.")
+        if self.tokenizer_kwargs and not text:
+            raise ValueError("tokenizer_kwargs only valid when using prompt_tuning_init='TEXT': leave it out.")
+
+    def choice(self, value: Any) -> Any:
+        return chosen(PromptTuningInit, "prompt_tuning_init", value)
+
+
+def chosen(options: Any, name: str, value: Any) -> Any:
+    """The member of an enum that a config's field names."""
+    try:
+        return options(getattr(value, "value", value))
+    except ValueError:
+        known = ", ".join(o.value for o in options)
+        raise ValueError(f"`{name}` should be one of {known} but the value passed is {value!r}") from None
+
+
+class PromptTuning(PromptMethod):
+    peft_type = "PROMPT_TUNING"
+    config_class = PromptTuningConfig
+    summary = "Puts trainable vectors before the embedded input; the model itself is untouched."
+    formula = "f([P; E(x)])"
+    paper = "arXiv 2104.08691"
+    examples = (
+        {"num_virtual_tokens": 3},
+        {"num_virtual_tokens": 2, "prompt_tuning_init": "SAMPLE_VOCAB"},
+    )
+
+    def __init__(self, config: Any, site: Site) -> None:
+        super().__init__(config, site)
+        total = config.num_virtual_tokens * config.num_transformer_submodules
+        self.embedding = Table(site.empty(total, config.token_dim))
+
+    @torch.no_grad()
+    def reset(self, rng: torch.Generator, site: Site) -> None:
+        P = self.embedding.weight
+        start = self.config.prompt_tuning_init.value
+        if start == "SAMPLE_VOCAB":
+            P.copy_(site.embed(torch.randint(site.vocabulary, (len(P),), generator=rng)))
+        elif start == "TEXT":
+            P.copy_(site.embed(torch.tensor(self.text_ids(len(P)))))
+        else:
+            P.normal_(generator=rng)
+
+    def text_ids(self, n: int) -> list[int]:
+        """The text's tokens, repeated or cut to n. Remote code is never run for it."""
+        from transformers import AutoTokenizer
+
+        options = {k: v for k, v in (self.config.tokenizer_kwargs or {}).items() if k != "trust_remote_code"}
+        tokenizer = AutoTokenizer.from_pretrained(self.config.tokenizer_name_or_path, **options)
+        ids = list(tokenizer(self.config.prompt_tuning_init_text)["input_ids"])
+        if not ids:
+            raise ValueError("prompt_tuning_init_text gives no tokens: state a text.")
+        return (ids * (n // len(ids) + 1))[:n]
+
+    def prompt(self, tasks: Tensor | None) -> Tensor:
+        return self.embedding.weight

@@ -1,0 +1,203 @@
+"""Trainable tokens: some rows of an embedding, or of an output head, get trained values; all other rows stay as they are.
+
+    W'[i] = δ_k  for the k-th token index i,    δ[n, dim] trained, from δ_k = W[i]
+
+The forward touches only those rows: it adds (δ_k − W[i]) where token i is looked up, or x·(δ_k − W[i]) to logit i. The
+original rows are kept beside δ and not saved. Where embedding and head are tied, both ends use one δ, saved once. The
+config field `trainable_token_indices` brings the same along with any other method.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..config import TunerConfig
+from ..core.method import Method, Op, Site
+from ..core.targets import Place, find_whole, names, walk
+
+__all__ = ["TrainableTokensConfig"]
+
+
+def check_indices(indices: Any, field: str) -> None:
+    whole = isinstance(indices, (list, tuple)) and all(isinstance(i, int) and not isinstance(i, bool) for i in indices)
+    if not whole or not indices or min(indices) < 0 or len(set(indices)) != len(indices):
+        raise ValueError(f"`{field}` should be a list of different token indices from 0 on, but got {indices!r}.")
+
+
+@dataclass
+class TrainableTokensConfig(TunerConfig):
+    """Trainable tokens.
+
+    token_indices: the tokens to train. target_modules: embeddings (and heads); the input embedding by default.
+    init_weights: False starts the rows from random values.
+    """
+
+    own_type = "TRAINABLE_TOKENS"
+    token_indices: list[int] = dataclasses.field(default_factory=list)
+    init_weights: bool = True
+
+    def indices_at(self, path: str) -> list[int]:
+        return self.token_indices
+
+
+class TrainableTokens(Method):
+    peft_type = "TRAINABLE_TOKENS"
+    config_class = TrainableTokensConfig
+    summary = "Trains the embeddings of chosen tokens only."
+    formula = "W'[i] = δ_k for chosen rows i"
+    prefix = "trainable_tokens_"
+    keys = {"trainable_tokens_delta": "trainable_tokens_delta"}
+    examples = ({"token_indices": [0, 1, 2, 3, 4, 5, 7]},)
+
+    def __init__(self, config: Any, site: Site) -> None:
+        super().__init__(config, site)
+        self.token_indices = list(config.indices_at(site.path))
+        order = torch.tensor(sorted(range(len(self.token_indices)), key=self.token_indices.__getitem__))
+        self.order: Tensor
+        self.known: Tensor
+        self.original: Tensor
+        self.register_buffer("order", order, persistent=False)
+        self.register_buffer("known", torch.tensor(sorted(self.token_indices)), persistent=False)
+        self.register_buffer("original", torch.empty(0), persistent=False)
+        self.trainable_tokens_delta = site.shared[self.source(config, site)]
+        self.follows = self.source(config, site) != site.path
+        if self.follows:
+            self.unwritten = ("trainable_tokens_delta",)
+
+    @classmethod
+    def source(cls, config: Any, site: Site) -> str:
+        """The path of the site whose rows this one uses: of the other end, where the weights are tied."""
+        together = site.tied and config.indices_at(site.tied) == config.indices_at(site.path)
+        return site.tied if together else site.path
+
+    @classmethod
+    def shared(cls, config: Any, sites: list[Site], rng: torch.Generator) -> dict[str, nn.Parameter]:
+        own = [s for s in sites if cls.source(config, s) == s.path]
+        return {s.path: s.empty(len(config.indices_at(s.path)), _width(s)) for s in own}
+
+    @classmethod
+    def prepare(cls, config: TrainableTokensConfig, model: nn.Module) -> None:
+        check_indices(config.token_indices, "token_indices")
+        if config.target_modules is None and not config.target_parameters:
+            config.target_modules = [input_embedding(model)]
+
+    @classmethod
+    def tokens_needed(cls, config: Any) -> int:
+        return max(config.token_indices, default=-1) + 1
+
+    @classmethod
+    def followers(cls, config: Any, model: nn.Module, places: list[Place]) -> list[Place]:
+        """The other ends of tied weights."""
+        weights = {id(w) for p in places if (w := p.module._parameters.get("weight")) is not None}
+        have = {p.path for p in places}
+        return [p for p in walk(model) if p.path not in have and id(p.module._parameters.get("weight")) in weights]
+
+    @classmethod
+    def check(cls, config: Any, site: Site) -> None:
+        super().check(config, site)
+        rows = site.geometry.fan_in if site.geometry.indexed else site.geometry.out
+        indices = config.indices_at(site.path)
+        if max(indices) >= rows:
+            raise ValueError(
+                f"Token index {max(indices)} is out of range: {site.path} has {rows} rows. Add the tokens to the tokenizer "
+                "and call model.resize_token_embeddings(len(tokenizer)) first."
+            )
+
+    def derive(self, rng: torch.Generator, site: Site) -> None:
+        W = site.read()
+        rows = (W.T if self.geometry.indexed else W)[self.token_indices]
+        self.original = rows.detach().to(self.trainable_tokens_delta.dtype, copy=True)
+
+    @torch.no_grad()
+    def reset(self, rng: torch.Generator, site: Site) -> None:
+        if self.follows:
+            return
+        if self.config.init_weights:
+            self.trainable_tokens_delta.copy_(self.original)
+        else:
+            self.trainable_tokens_delta.copy_(torch.randn(self.original.shape, generator=rng))
+
+    def weight(self, W: Tensor) -> Tensor:
+        at = torch.tensor(self.token_indices, device=W.device)
+        rows = self.trainable_tokens_delta.to(W.dtype)
+        return W.index_copy(1, at, rows.T) if self.geometry.indexed else W.index_copy(0, at, rows)
+
+    def add(self, x: Tensor, y: Tensor, op: Op) -> Tensor:
+        change = self.trainable_tokens_delta - self.original.to(self.trainable_tokens_delta.device)
+        if op.geometry.indexed:  # a small table: the changed rows in the order of their tokens, then rows of zeros
+            n = len(self.known)
+            zeros = change.new_zeros(2 if n + 1 == op.geometry.fan_in else 1, change.shape[1])
+            place = torch.searchsorted(self.known, x).clamp(max=n - 1)
+            place = torch.where(self.known[place] == x, place, n)
+            return y + op(place, torch.cat([change[self.order], zeros]).T.to(y.dtype))
+        if not op.geometry.factored:
+            W = change.new_zeros(op.geometry.out, change.shape[1])
+            return y + op(x, W.index_copy(0, self.known, change[self.order]).to(y.dtype))
+        last = op.kind.last(y)
+        logits = op.kind.last(op(x, change[self.order].to(y.dtype)))
+        return op.kind.unlast(last.index_add(-1, self.known, logits.to(last.dtype)))
+
+    def rank(self) -> int:
+        return min(len(self.token_indices), self.geometry.out, self.geometry.fan_in)
+
+
+@dataclass
+class Along:
+    """`trainable_token_indices` as this method reads it."""
+
+    by_name: dict[str, list[int]]
+    init_weights: bool = True
+
+    def indices_at(self, path: str) -> list[int]:
+        default = next(iter(self.by_name.values()))  # the other end of a tied weight
+        return next((v for k, v in self.by_name.items() if names(k, path)), default)
+
+
+class TokensAlong(TrainableTokens):
+    companion = "trainable_token_indices"
+    peft_type = ""
+    keys = {"trainable_tokens_delta": "token_adapter.trainable_tokens_delta"}
+    examples = ()
+
+    @classmethod
+    def tokens_needed(cls, config: Any) -> int:
+        asked = config.trainable_token_indices
+        return max((i for some in (asked.values() if isinstance(asked, dict) else [asked]) for i in some), default=-1) + 1
+
+    @classmethod
+    def accompany(cls, config: Any, model: nn.Module) -> tuple[list[Place], Along]:
+        asked = config.trainable_token_indices
+        by_name = asked if isinstance(asked, dict) else {input_embedding(model): asked}
+        for name, indices in by_name.items():
+            check_indices(indices, f"trainable_token_indices[{name!r}]")
+            if any(names(name, m) or names(m, name) for m in getattr(config, "modules_to_save", None) or ()):
+                raise ValueError(
+                    f"{name} is in both modules_to_save, which trains it whole, and trainable_token_indices: choose one."
+                )
+        places = find_whole(model, list(by_name), "trainable_token_indices")
+        places += cls.followers(config, model, places)
+        return places, Along(by_name)
+
+
+def input_embedding(model: nn.Module) -> str:
+    """The name of the model's input embedding: short where it is the only module of that name."""
+    get = getattr(model, "get_input_embeddings", None)
+    try:
+        embedding = get() if callable(get) else None
+    except (NotImplementedError, AttributeError):
+        embedding = None
+    paths = {p.path: p for p in walk(model)}
+    path = next((n for n, p in paths.items() if embedding is not None and embedding in (p.held, p.module)), None)
+    if path is None:
+        return "embed_tokens"
+    leaf = path.rpartition(".")[2]
+    return leaf if sum(names(leaf, p) for p in paths) == 1 else path
+
+
+def _width(site: Site) -> int:
+    return site.geometry.out if site.geometry.indexed else site.geometry.fan_in

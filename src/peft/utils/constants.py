@@ -1,0 +1,43 @@
+"""Names of files and of special values."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..auto import TOKENIZER_CONFIG_NAME
+from ..config import CONFIG_NAME
+from ..core.checkpoint import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+from ..core.compat import bloom_model_postprocess_past_key_value, starcoder_model_postprocess_past_key_value
+from ..core.roles import ROLES
+from ..core.targets import ALL_LINEAR as INCLUDE_LINEAR_LAYERS_SHORTHAND
+from ..registry import methods
+
+__all__ = [
+    "CONFIG_NAME",
+    "DUMMY_MODEL_CONFIG",
+    "DUMMY_TARGET_MODULES",
+    "EMBEDDING_LAYER_NAMES",
+    "INCLUDE_LINEAR_LAYERS_SHORTHAND",
+    "SAFETENSORS_WEIGHTS_NAME",
+    "SEQ_CLS_HEAD_NAMES",
+    "TOKENIZER_CONFIG_NAME",
+    "TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING",
+    "WEIGHTS_NAME",
+    "bloom_model_postprocess_past_key_value",
+    "starcoder_model_postprocess_past_key_value",
+]
+
+DUMMY_TARGET_MODULES = "dummy-target-modules"
+DUMMY_MODEL_CONFIG = {"model_type": "custom"}
+EMBEDDING_LAYER_NAMES = ["embed_tokens", "lm_head"]
+SEQ_CLS_HEAD_NAMES = ["score", "classifier"]
+TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING: dict[str, Any] = {}
+
+
+def __getattr__(name: str) -> dict[str, list[str]]:
+    """`TRANSFORMERS_MODELS_TO_<METHOD>_TARGET_MODULES_MAPPING`: model type -> default targets, from `core/roles.py`."""
+    asked = name.removeprefix("TRANSFORMERS_MODELS_TO_").removesuffix("_TARGET_MODULES_MAPPING")
+    for known, cls in methods().items():
+        if asked == known.replace("_", "") and len(asked) < len(name):
+            return {t: list(targets) for targets, types in reversed(ROLES[cls.role]) for t in types}
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

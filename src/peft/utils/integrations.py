@@ -1,0 +1,44 @@
+"""What other libraries import from here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..registry import kind_of
+
+
+def check_deepspeed_zero3_enabled() -> bool:
+    """Whether transformers runs under ZeRO-3."""
+    from transformers.integrations import is_deepspeed_zero3_enabled
+
+    return bool(is_deepspeed_zero3_enabled())
+
+
+@contextmanager
+def gather_params_ctx(param: Any, modifier_rank: int | None = 0, fwd_module: nn.Module | None = None) -> Iterator[None]:
+    """Within, ZeRO-3's parameters are whole."""
+    if not check_deepspeed_zero3_enabled():
+        yield
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(param, modifier_rank=modifier_rank, fwd_module=fwd_module):
+        yield
+
+
+def dequantize_module_weight(module: nn.Module) -> nn.Parameter:
+    """A layer's weight in floating point, native layout."""
+    kind = kind_of(module)
+    return nn.Parameter(kind.native(kind.read(module), module), requires_grad=False)
+
+
+@contextmanager
+def init_empty_weights(include_buffers: bool | None = None) -> Iterator[None]:
+    """Within, new modules are on the meta device."""
+    with torch.device("meta"):
+        yield

@@ -1,0 +1,65 @@
+"""What other libraries import from here."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..core.adapted import Adapted as AuxiliaryTrainingWrapper  # every layer tells where its tensors load
+from ..core.compat import cast_mixed_precision_params, fsdp_auto_wrap_policy, shift_tokens_right
+from ..core.compat import get_submodules as _get_submodules
+from ..core.doors import layer_view
+from ..functional import set_adapter as _set_adapter
+from .constants import (
+    CONFIG_NAME,
+    EMBEDDING_LAYER_NAMES,
+    INCLUDE_LINEAR_LAYERS_SHORTHAND,
+    SAFETENSORS_WEIGHTS_NAME,
+    WEIGHTS_NAME,
+    bloom_model_postprocess_past_key_value,
+    starcoder_model_postprocess_past_key_value,
+)
+from .constants import __getattr__ as __getattr__
+
+__all__ = [
+    "CONFIG_NAME",
+    "EMBEDDING_LAYER_NAMES",
+    "INCLUDE_LINEAR_LAYERS_SHORTHAND",
+    "SAFETENSORS_WEIGHTS_NAME",
+    "WEIGHTS_NAME",
+    "AuxiliaryTrainingWrapper",
+    "ModulesToSaveWrapper",
+    "TrainableTokensWrapper",
+    "_get_submodules",
+    "_set_adapter",
+    "bloom_model_postprocess_past_key_value",
+    "cast_mixed_precision_params",
+    "fsdp_auto_wrap_policy",
+    "id_tensor_storage",
+    "infer_device",
+    "shift_tokens_right",
+    "starcoder_model_postprocess_past_key_value",
+    "transpose",
+]
+
+ModulesToSaveWrapper = layer_view("ModulesToSaveWrapper", part="modules_to_save")
+TrainableTokensWrapper = layer_view("TrainableTokensWrapper", part="trainable_token_indices")
+
+
+def infer_device() -> str:
+    """The accelerator that is there, or "cpu"."""
+    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return found.type if found is not None else "cpu"
+
+
+def id_tensor_storage(tensor: Tensor) -> tuple[torch.device, int, int]:
+    """What is equal for tensors that share memory."""
+    storage = tensor.untyped_storage()
+    return tensor.device, storage.data_ptr(), storage.nbytes()
+
+
+def transpose(weight: Any, fan_in_fan_out: bool) -> Any:
+    """The weight as [out, in]."""
+    return (nn.Parameter(weight.T) if isinstance(weight, nn.Parameter) else weight.T) if fan_in_fan_out else weight

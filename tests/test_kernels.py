@@ -1,0 +1,83 @@
+"""The fused low-rank node against the same formula in separate operations."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from peft.kernels.lowrank import lowrank_linear, mask
+
+
+def setting(dtype=torch.float64, batch=(3, 5), k=7, n=6, ranks=(2, 3)):
+    rng = torch.Generator().manual_seed(0)
+
+    def make(*shape):
+        return torch.randn(*shape, generator=rng, dtype=dtype)
+
+    x = make(*batch, k).requires_grad_()
+    W, b = make(n, k), make(n)
+    factors = [(make(r, k).requires_grad_(), make(n, r).requires_grad_()) for r in ranks]
+    return x, W, b, factors
+
+
+@pytest.mark.parametrize("ranks", [(2,), (2, 3)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_output_and_gradients_equal_the_plain_formula(ranks, bias):
+    x, W, b, factors = setting(ranks=ranks)
+    b = b if bias else None
+    leaves = [x, *(t for pair in factors for t in pair)]
+    fused = lowrank_linear(x, W, b, factors, [0.0] * len(ranks))
+    plain = F.linear(x, W, b) + sum(F.linear(F.linear(x, A), B) for A, B in factors)
+    assert torch.allclose(fused, plain, atol=1e-12)
+    g = torch.randn_like(plain)
+    for a, e in zip(torch.autograd.grad(fused, leaves, g), torch.autograd.grad(plain, leaves, g), strict=True):
+        assert torch.allclose(a, e, atol=1e-12)
+
+
+def test_gradients_with_dropout_follow_the_drawn_mask():
+    x, W, b, factors = setting(ranks=(2,))
+    torch.manual_seed(4)
+    out = lowrank_linear(x, W, b, factors, [0.5])
+    torch.manual_seed(4)
+    seed = int(torch.randint(2**62, (1,)).item())
+    keep = mask(torch.Size((15, 7)), 0.5, seed, x.device, x.dtype).view(3, 5, 7)
+    A, B = factors[0]
+    plain = F.linear(x, W, b) + F.linear(F.linear(x * keep, A), B)
+    assert torch.allclose(out, plain, atol=1e-12)
+    g = torch.randn_like(plain)
+    for a, e in zip(torch.autograd.grad(out, (x, A, B), g), torch.autograd.grad(plain, (x, A, B), g), strict=True):
+        assert torch.allclose(a, e, atol=1e-12)
+
+
+@pytest.mark.parametrize("p", [0.05, 0.5])
+def test_the_mask_keeps_the_expected_share_and_mean(p):
+    m = mask(torch.Size((1000, 400)), p, 3, torch.device("cpu"), torch.float32)
+    five_sigma = 5 * (p * (1 - p) / m.numel()) ** 0.5
+    assert abs(float((m > 0).double().mean()) - (1 - p)) < five_sigma + 1 / 32768
+    assert abs(float(m.double().mean()) - 1) < five_sigma / (1 - p) + 1e-4
+    assert len(m.unique()) == 2
+    assert not torch.equal(m, mask(torch.Size((1000, 400)), p, 4, torch.device("cpu"), torch.float32))
+
+
+def test_neighbouring_mask_entries_are_independent():
+    m = (mask(torch.Size((400_000,)), 0.5, 7, torch.device("cpu"), torch.float32) > 0).float() - 0.5
+    for lag in (1, 2, 3, 4, 8):
+        assert abs(float((m[lag:] * m[:-lag]).mean())) < 5 * 0.25 / 400_000**0.5
+
+
+def test_only_x_and_the_thin_products_are_saved():
+    saved = []
+    x, W, b, factors = setting(torch.float32, (2, 64), 32, 48, (4,))
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        lowrank_linear(x, W, b, factors, [0.1])
+    known = {x.data_ptr(), W.data_ptr(), *(t.data_ptr() for pair in factors for t in pair)}
+    new = [t for t in saved if t.data_ptr() not in known]
+    assert sum(t.numel() for t in new) == 2 * 64 * 4
+
+
+def test_low_precision_input_keeps_its_dtype_and_masters_get_their_own():
+    x, W, b, factors = setting(torch.float32)
+    x16 = x.detach().to(torch.bfloat16).requires_grad_()
+    out = lowrank_linear(x16, W.bfloat16(), b.bfloat16(), factors, [0.0, 0.0])
+    out.float().sum().backward()
+    assert out.dtype == torch.bfloat16 and x16.grad.dtype == torch.bfloat16
+    assert all(t.grad.dtype == torch.float32 for pair in factors for t in pair)
