@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from peft import Refusal, get_peft_model, registry
+from peft import Refusal, dry_run, get_peft_model, registry
 from peft.core.adapted import adapted_layers
 
 
@@ -93,7 +93,7 @@ def refusal(cell: Cell) -> str | None:
     """The reason why this cell is refused, None when it is built."""
     try:
         base, _ = cell.base()
-        get_peft_model(base, cell.peft_config())
+        dry_run(base, cell.peft_config())
     except Refusal as e:
         return e.reason
     return None

@@ -52,11 +52,13 @@ def assigned(node: ast.AST) -> list[tuple[str, str]]:
 
 
 class Rename(ast.NodeTransformer):
-    def __init__(self, strings: dict[str, str], classes: dict[str, str]) -> None:
-        self.strings, self.classes = strings, classes
+    def __init__(self, strings: dict[str, str], classes: dict[str, str], mark: str) -> None:
+        self.strings, self.classes, self.mark = strings, classes, mark
 
     def visit_Assign(self, node):
         self.generic_visit(node)
+        if isinstance(node.value, ast.JoinedStr) and any(getattr(t, "attr", "") == "name" for t in node.targets):
+            node.value.values.insert(0, ast.Constant(self.mark))  # a kind named for its number of axes
         if any(n in ("peft_type", "own_type", "name") for n, _ in assigned(node)):
             node.value.value = self.strings.get(node.value.value, node.value.value)
         return node
@@ -102,7 +104,7 @@ def install(seed: int) -> dict[str, str]:
         return prefix + "".join(rng.choices("bcdfghjklmnpqrstvwxz", k=9))
 
     table = {s: fresh("X").upper() if s.isupper() else fresh("x") for s in sorted(strings)}
-    Loader.rename = Rename(table, {c: fresh("C") for c in sorted(classes)})
+    Loader.rename = Rename(table, {c: fresh("C") for c in sorted(classes)}, fresh("x"))
     sys.meta_path.insert(0, Finder())
     return table
 
@@ -114,8 +116,8 @@ def main(seed: int) -> None:
 
     from peft import registry
 
-    known = set(table.values())
-    assert set(registry.methods()) <= known and set(registry.kinds()) <= known, "the names are not renamed"
+    assert not (set(registry.methods()) | set(registry.kinds())) & set(table), "the names are not renamed"
+    assert set(registry.methods()) <= set(table.values())
     plain = registry.kind_of(nn.Linear(2, 2)).name
     others = [k for k, kind in registry.kinds().items() if k != plain and kind.examples()]
     rng = random.Random(seed)
@@ -133,8 +135,6 @@ def main(seed: int) -> None:
         laws.test_forward_equals_merged_and_unmerge_restores_the_bits,
         laws.test_save_and_load_give_the_same_output,
         laws.test_rows_of_a_batch_are_independent,
-        laws.test_several_active_equal_merged_together,
-        laws.test_only_adapter_parameters_get_gradients,
     )
     passed = 0
     for cell in laws.BUILT:

@@ -150,8 +150,8 @@ def test_a_causal_lm_from_rows_to_a_merged_model(peft: Any, home: Path) -> None:
     assert "exists already" in peft("merge", "run", "merged", code=2)
 
 
-@pytest.mark.parametrize("stops", [[4], [7, 2], [6]], ids=["mid-epoch", "twice", "between epochs"])
-def test_interrupted_and_resumed_equals_uninterrupted(peft: Any, home: Path, stops: list[int]) -> None:
+def test_interrupted_and_resumed_equals_uninterrupted(peft: Any, home: Path) -> None:
+    stops = [4, 2, 3]  # of 6 steps an epoch: in the first, between the two, in the second
     extra = [
         "--set",
         "lora_dropout=0.2",

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..kernels import lowrank
 from .errors import Refusal
 from .layer import LayerKind, Slots, Wrapper, named, on_device, tree
 from .method import Method, Op
@@ -28,7 +29,35 @@ def escape(name: str) -> str:
     return "%" + safe if hasattr(nn.Module, safe) or safe in ("training", "") else safe
 
 
-class Adapted(Wrapper):
+class Switch:
+    """What other libraries find in a model and switch its adapters by; it acts on the whole model."""
+
+    hub: Hub
+    merged_adapters: list[str]
+
+    @property
+    def active_adapter(self) -> str | list[str]:
+        return self.hub.chosen[0] if len(self.hub.chosen) == 1 else list(self.hub.chosen)
+
+    @property
+    def active_adapters(self) -> list[str]:
+        return list(self.hub.chosen)
+
+    @property
+    def disable_adapters(self) -> bool:
+        return not self.hub.enabled
+
+    def enable_adapters(self, enabled: bool) -> None:
+        self.hub.enable(enabled)
+
+    def set_adapter(self, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
+        """Activate for the whole model, training the named adapters: the mix is one object for all layers."""
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        self.hub.activate(names)
+        self.hub.train_only(names, inference_mode)
+
+
+class Adapted(Switch, Wrapper):
     """A base layer with adapters. Reads which of them act from the model's shared `Hub`."""
 
     def __init__(self, base_layer: nn.Module, kind: LayerKind, hub: Hub, path: str) -> None:
@@ -90,8 +119,26 @@ class Adapted(Wrapper):
         name = self._input_name if self._input_name in kwargs else next(iter(kwargs))
         return kwargs[name], lambda x: ((), {**kwargs, name: x})
 
+    def _fused(self, methods: Sequence[Method], x: Any) -> Tensor | None:
+        """The whole sum as one autograd node, where base and methods are products and nothing else."""
+        if not lowrank.usable(x) or not all(m.lowrank for m in methods):
+            return None
+        base = self.kind.plain(self.base_layer)
+        if base is None or base[0].dtype != x.dtype:
+            return None
+        factors = [m("delta") for m in methods]
+        if any(len(f) != 2 for f in factors):
+            return None
+        y = lowrank.lowrank_linear(x, *base, factors, [m.dropout if m.training else 0.0 for m in methods])
+        for m in methods:
+            bias = m("bias_change")
+            y = y if bias is None else y + bias.to(y.dtype)
+        return y
+
     def _run(self, methods: Sequence[Method], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         x, call = self._input(args, kwargs)
+        if (fused := self._fused(methods, x)) is not None:
+            return fused
         given = x  # what `after` sees: the layer's own input, so that the parallel branch merges as it stands
         indexed = self.geometry.indexed  # an embedding's rows are what an input transform acts on
         late = [m for m in methods if m.form == "after"]
@@ -214,7 +261,9 @@ class Adapted(Wrapper):
                 "this block takes further tensors besides its input, which have no rows to split",
             )
         return joined(
-            lambda methods, index: self._run(methods, (x[index],), {}) if methods else self.kind.run(self.base_layer, x[index])
+            lambda methods, index: (
+                self._run(methods, (x[index],), {}) if methods else self.kind.run(self.base_layer, x[index])
+            )
         )
 
     # -- merging ------------------------------------------------------------------------------------------------------------
@@ -305,27 +354,6 @@ class Adapted(Wrapper):
     # -- what other libraries use -----------------------------------------------------------------------------------------
     def get_base_layer(self) -> nn.Module:
         return self.base_layer
-
-    @property
-    def active_adapter(self) -> str | list[str]:
-        return self.hub.chosen[0] if len(self.hub.chosen) == 1 else list(self.hub.chosen)
-
-    @property
-    def active_adapters(self) -> list[str]:
-        return list(self.hub.chosen)
-
-    @property
-    def disable_adapters(self) -> bool:
-        return not self.hub.enabled
-
-    def enable_adapters(self, enabled: bool) -> None:
-        self.hub.enable(enabled)
-
-    def set_adapter(self, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
-        """Activate for the whole model, training the named adapters: the mix is one object for all layers."""
-        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
-        self.hub.activate(names)
-        self.hub.train_only(names, inference_mode)
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         for name in [adapter_names] if isinstance(adapter_names, str) else adapter_names:

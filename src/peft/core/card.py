@@ -27,7 +27,7 @@ def write_card(model: Any, folder: str | os.PathLike[str]) -> None:
     version = f"- PEFT {config.peft_version}"
     if not text.strip():
         text = (
-            f"\n# {cls.config_class.own_type} adapter{f' for {base}' if base else ''}\n\n{cls.summary}\n\n"
+            f"\n# {cls.peft_type} adapter{f' for {base}' if base else ''}\n\n{cls.summary}\n\n"
             + (f"Update: `{cls.formula}`" if cls.formula else "")
             + (f" ({cls.paper})" if cls.paper else "")
             + "\n"

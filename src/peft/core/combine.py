@@ -5,7 +5,7 @@
 themselves, weighted by √|wᵢsᵢ| each, which brings cross terms BᵢAⱼ with it; with the ending `_svd` they work on
 the dense ΔWᵢ instead. TIES: arXiv 2306.01708; DARE: arXiv 2311.03099.
 
-Methods meet this file by `Method.pair`, `holding` and `hold` (two thin factors), or `blend` (effects linear in the
+Methods meet this file by `Method.pair`, `pair_config` and `set_pair` (two thin factors), or `blend` (effects linear in the
 parameters).
 """
 
@@ -97,7 +97,7 @@ def add_weighted_adapter(
                 "a weighted sum of its effects is not an adapter of this form; activate the adapters together, or merge them",
             )
     if ranks:
-        config = method(config.peft_type).holding(config, ranks)
+        config = method(config.peft_type).pair_config(config, ranks)
         if config is None:
             raise Refusal(
                 str(next(iter(classes))), "a combination", "its adapters cannot hold any two factors of any rank"
@@ -247,7 +247,7 @@ def _blend(found: list[tuple[Method, float]]) -> dict[str, Tensor] | None:
 
 # -- filling the new adapter ------------------------------------------------------------------------------------------------
 def _holder(A: Tensor, B: Tensor, bias: Tensor | None) -> Callable[[Method], None]:
-    return lambda m: m.hold(A, B, bias)
+    return lambda m: m.set_pair(A, B, bias)
 
 
 def _writer(state: dict[str, Tensor]) -> Callable[[Method], None]:

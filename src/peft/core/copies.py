@@ -107,10 +107,10 @@ class SparseCopies(Method):
         for name, shape in self.shapes.items():
             count = max(1, round(share * shape.numel()))
             values = nn.Parameter(torch.empty(count, device=device, dtype=dtype))
-            self.hold(name, values, torch.zeros(count, dtype=torch.int64, device=device))
+            self.put_entries(name, values, torch.zeros(count, dtype=torch.int64, device=device))
         self.keys = {f"{self.holder}.{n}.{t}": f"{self.holder}.{n}.{t}" for n in self.shapes for t in TABLES}  # type: ignore[misc]
 
-    def hold(self, name: str, values: nn.Parameter, indices: Tensor) -> None:
+    def put_entries(self, name: str, values: nn.Parameter, indices: Tensor) -> None:
         put(getattr(self, self.holder), f"{name}.values", values)
         put(getattr(self, self.holder), f"{name}.indices", indices)
 
@@ -123,7 +123,7 @@ class SparseCopies(Method):
         old, _ = self.entries(name)
         indices = indices.to(old.device)
         values = P.detach().flatten().to(old.device, old.dtype)[indices]
-        self.hold(name, nn.Parameter(values, requires_grad=old.requires_grad), indices)
+        self.put_entries(name, nn.Parameter(values, requires_grad=old.requires_grad), indices)
 
     @torch.no_grad()
     def reset(self, rng: torch.Generator, site: Site) -> None:
@@ -145,7 +145,7 @@ class SparseCopies(Method):
             values, indices = self.entries(name)
             if stored is not None and stored.shape != values.shape:
                 new = nn.Parameter(values.new_empty(stored.shape), requires_grad=values.requires_grad)
-                self.hold(name, new, indices.new_zeros(stored.shape))
+                self.put_entries(name, new, indices.new_zeros(stored.shape))
 
     def stored(self, attr: str, tensor: Tensor) -> Tensor:
         small = attr.endswith(".indices") and all(s.numel() < 2**31 for s in self.shapes.values())

@@ -68,7 +68,7 @@ def _add(a: int | None, b: int | None, out: int, fan_in: int) -> int | None:
 
 def _changed(m: Method, module: nn.Module) -> list[torch.Tensor]:
     """The base parameters whose value a merge of this method changes."""
-    own = dict(module.named_parameters())
+    own: dict[str, torch.Tensor] = dict(module.named_parameters())
     if m.form == "replace":
         return [own[n] for n in m.replaced_names if n in own]
     if not m.mergeable:

@@ -216,7 +216,7 @@ def prepare_model_for_compiled_hotswap(
         if largest > rank:
             raise ValueError(f"target_rank={rank} is smaller than the rank {largest} of adapter {name!r}.")
         paths = dict(zip(own, adapter.targeted))
-        held = method(adapter.config.peft_type).holding(adapter.config, dict.fromkeys(paths.values(), rank))
+        held = method(adapter.config.peft_type).pair_config(adapter.config, dict.fromkeys(paths.values(), rank))
         plan = inject.plan(model, held, _unused(hub), init=False, autocast_adapter_dtype=_wide(adapter))
         twin = plan.adapter()
         twins = _own(twin)
@@ -251,7 +251,7 @@ def _hold(slot: Method, m: Method | None) -> None:
         B[:, : b.shape[1]] = s * b
         bias = m.bias_change()
     with torch.no_grad():
-        slot.hold(A.detach(), B.detach(), None if bias is None else bias.detach())
+        slot.set_pair(A.detach(), B.detach(), None if bias is None else bias.detach())
 
 
 def _into_padded(old: Any, new: Any, name: str) -> None:
@@ -262,11 +262,11 @@ def _into_padded(old: Any, new: Any, name: str) -> None:
             f"The adapter reaches {', '.join(beyond[:5])}, where the prepared adapter {name!r} has no slot."
         )
     for stem, m in fresh.items():
-        pair, slot = m.pair(), slots[stem].pair()
-        if pair is None or slot is None:
+        pair, room = m.pair(), slots[stem].pair()
+        if pair is None or room is None:
             raise Refusal(str(old.config.own_type), stem, "only two-factor deltas fit into padded slots")
-        if pair[0].shape[0] > slot[0].shape[0]:
-            raise ValueError(f"{stem} has rank {pair[0].shape[0]}, its slot was prepared for {slot[0].shape[0]}.")
+        if pair[0].shape[0] > room[0].shape[0]:
+            raise ValueError(f"{stem} has rank {pair[0].shape[0]}, its slot was prepared for {room[0].shape[0]}.")
         if (m.bias_change() is None) != (slots[stem].bias_change() is None):
             raise ValueError(f"{stem}: one of the adapters trains a bias of its delta, the other does not.")
     rest_old = [(s, m) for s, m in old.methods if m is not slots.get(s)]

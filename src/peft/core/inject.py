@@ -32,7 +32,8 @@ def hub_of(model: nn.Module) -> Hub | None:
     """The adapters of a model (the base model, or anything that wraps it)."""
     hub = model.__dict__.get("_peft_hub")
     if hub is None:
-        hub = next((m.hub for m in model.modules() if isinstance(m, Adapted)), None)
+        held = (m.hub if isinstance(m, Adapted) else m.__dict__.get("_peft_hub") for m in model.modules())
+        hub = next((h for h in held if h is not None), None)
     return hub
 
 

@@ -181,6 +181,10 @@ class LayerKind:
         """This layer's geometry with `matrix[k, fan_in]` as its weight, without bias."""
         raise NotImplementedError(f"{type(self).__name__}.op")
 
+    def plain(self, module: nn.Module) -> tuple[Tensor, Tensor | None] | None:
+        """(W, b) where calling the module is `F.linear(x, W, b)` and nothing else: what fused kernels take over."""
+        return None
+
     def pointwise(self, h: Tensor, matrix: Tensor) -> Tensor:
         """`matrix[k, c]` applied over the channel axis of an output of this layer."""
         return F.linear(h, matrix)

@@ -110,7 +110,9 @@ class Method(nn.Module):
     examples: ClassVar[tuple[dict[str, Any], ...]] = ()  # config fields of the variants that the laws test
     noise: ClassVar[float] = 0.3  # how far tests move parameters from their start
     companion: ClassVar[str] = ""  # the config field by which any other method brings this one along
-    wraps: ClassVar[str] = ""  # the config field that puts this method around any delta: made as cls(config, site, delta)
+    wraps: ClassVar[str] = (
+        ""  # the config field that puts this method around any delta: made as cls(config, site, delta)
+    )
 
     def __init__(self, config: Any, site: Site) -> None:
         super().__init__()
@@ -217,6 +219,12 @@ class Method(nn.Module):
             h = op.pointwise(h, f)
         return h
 
+    @property
+    def lowrank(self) -> bool:
+        """Whether the term is just x Aᵀ Bᵀ with the delta's two factors and plain dropout: what fused kernels run."""
+        cls = type(self)
+        return self.form == "delta" and cls.add is Method.add and cls.term is Method.term and cls.drop is Method.drop
+
     def bias_change(self) -> Tensor | None:
         """What the forms `delta` and `weight` add to the bias, [out]."""
         return None
@@ -259,6 +267,11 @@ class Method(nn.Module):
         return ()
 
     @property
+    def shifts(self) -> bool:
+        """Whether a part of its effect is a constant vector, which merges into a bias only."""
+        return self.form in ("delta", "weight") and self.bias_change() is not None
+
+    @property
     def mergeable(self) -> bool:
         """Whether the effect is a change of weights: an `after` needs a `fold`, and a single matrix to fold into."""
         if self.form == "after":
@@ -289,12 +302,12 @@ class Method(nn.Module):
         return None
 
     @classmethod
-    def holding(cls, config: Any, ranks: dict[str, int]) -> Any:
+    def pair_config(cls, config: Any, ranks: dict[str, int]) -> Any:
         """A copy of `config` for adapters that hold any pair of the given ranks (path -> r) with ΔW = B A; or None."""
         return None
 
-    def hold(self, A: Tensor, B: Tensor, bias: Tensor | None) -> None:
-        """Become ΔW = B A, and `bias` added to the layer's; for the configs that `holding` returns."""
+    def set_pair(self, A: Tensor, B: Tensor, bias: Tensor | None) -> None:
+        """Become ΔW = B A, and `bias` added to the layer's; for the configs that `pair_config` returns."""
         raise Refusal(self.peft_type, "a combination", "its ΔW is not any product of two matrices")
 
     @classmethod

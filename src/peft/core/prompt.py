@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..config import require
-from .adapted import Slots, escape
+from .adapted import Slots, Switch, escape
 from .errors import Refusal
 from .layer import on_device
 from .method import Method, Site
@@ -36,6 +36,7 @@ from .mix import BASE, Hub
 from .span import arguments_of
 
 CACHE = "past_key_values"
+LAYER_CACHE = {CACHE, "past_key_value", "layer_past"}  # what attention modules call it
 
 
 class Table(nn.Module):
@@ -44,6 +45,14 @@ class Table(nn.Module):
     def __init__(self, weight: nn.Parameter) -> None:
         super().__init__()
         self.weight = weight
+
+
+class Encoders(Slots, Switch):
+    """The container of a model's prompt methods, `prompt_encoder.<adapter>`."""
+
+    def __init__(self, hub: Hub) -> None:
+        super().__init__()
+        self.hub, self.merged_adapters = hub, []
 
 
 class PromptMethod(Method):
@@ -239,7 +248,9 @@ def stacks(model: nn.Module) -> tuple[nn.Module, nn.Module]:
 def attentions(stack: nn.Module) -> Iterator[nn.Module]:
     """The modules that read and write the cache: they know their layer and hold no other that does."""
     found = [
-        m for m in stack.modules() if isinstance(getattr(m, "layer_idx", None), int) and CACHE in arguments_of(type(m))
+        m
+        for m in stack.modules()
+        if isinstance(getattr(m, "layer_idx", None), int) and LAYER_CACHE & set(arguments_of(type(m)))
     ]
     inner = {id(d) for m in found for d in m.modules() if d is not m}
     holders = {id(m) for m in found if any(id(d) in inner and d in found for d in m.modules() if d is not m)}
@@ -431,13 +442,14 @@ class Prompts:
             return None
         kwargs = self.by_name(module, args, kwargs)
         hidden = kwargs.get("hidden_states")
-        if kwargs.get(CACHE) is not None or hidden is None:
+        name = next(n for n in self.names[type(module)] if n in LAYER_CACHE)
+        if kwargs.get(name) is not None or hidden is None:
             return None
         front = self.front(hidden.shape[0])
         if front is None or not front.P:
             return None
-        kwargs[CACHE] = self.empty_cache()
-        self.fill(kwargs[CACHE], [module], front, hidden.dtype)
+        kwargs[name] = self.empty_cache()
+        self.fill(kwargs[name], [module], front, hidden.dtype)
         return (), kwargs
 
     def by_name(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -538,13 +550,14 @@ class Prompts:
         tokens = kwargs.get("inputs_embeds") if kwargs.get("inputs_embeds") is not None else kwargs["input_ids"]
         length, past = tokens.shape[1], seen(kwargs.get(CACHE))
         names = self.names[type(module)]
-        given, made = (self.given, None) if front.S else (kwargs.get("position_ids"), None)
+        given: Tensor | None = self.given if front.S else kwargs.get("position_ids")
+        made: Tensor | None = None
         if front.P:
             total = length if not past else past - front.P + length
             refuse_packed(given, kwargs.get("attention_mask"), past)
             mask = flat_mask(kwargs.get("attention_mask"), total)
             if not past:
-                dtype = tokens.dtype if tokens.is_floating_point() else next(module.parameters()).dtype
+                dtype = tokens.dtype if tokens.is_floating_point() else floating(module)
                 kwargs[CACHE] = self.roomy(kwargs.get(CACHE), front)
                 refuse_gap(module, kwargs[CACHE], front)
                 self.fill(kwargs[CACHE], attentions(module), front, dtype)
@@ -708,6 +721,10 @@ def bidirectional(stack: nn.Module) -> bool:
     return causal == {False}
 
 
+def floating(stack: nn.Module) -> torch.dtype:
+    return next((p.dtype for p in stack.parameters() if p.is_floating_point()), torch.get_default_dtype())
+
+
 def checkpoints(stack: nn.Module) -> bool:
     if not stack.training or not torch.is_grad_enabled():
         return False
@@ -761,7 +778,7 @@ def attach(model: nn.Module, hub: Hub, name: str, method: Method) -> None:
     prompts = hooks_of(model)
     if prompts is None:
         prompts = model.__dict__["_peft_prompts"] = Prompts(model, hub)
-        model.add_module("prompt_encoder", Slots())
+        model.add_module("prompt_encoder", Encoders(hub))
         prompts.install(model)
     model.prompt_encoder.put(escape(name), method)  # type: ignore[union-attr,operator]
     prompts.methods[name] = method
@@ -788,13 +805,12 @@ def get_prompt(model: nn.Module, rows: int, tasks: Tensor | None = None) -> Any:
     if prompts is None or front is None:
         raise ValueError("No prompt method is active: there is no prompt to get.")
     last = stacks(model)[1]
-    dtype = next(p.dtype for p in last.parameters() if p.is_floating_point())
     if front.S:
         prompts.tasks = tasks
         pieces = [m("prompt", None if tasks is None else tasks) for m in front.groups[0] if m.inputs]
         return torch.cat([p.expand(rows, -1, -1) for p in pieces], 1)
     cache = prompts.empty_cache()
-    prompts.fill(cache, attentions(last), front, dtype)
+    prompts.fill(cache, attentions(last), front, floating(last))
     return cache
 
 

@@ -151,6 +151,21 @@ def output_heads(model: nn.Module) -> set[str]:
     return heads | {name for name, _ in model.named_children() if name in HEADS}
 
 
+def input_embedding(model: nn.Module) -> str:
+    """The name of the model's input embedding: short where it is the only module of that name."""
+    get = getattr(model, "get_input_embeddings", None)
+    try:
+        embedding = get() if callable(get) else None
+    except (NotImplementedError, AttributeError):
+        embedding = None
+    paths = {p.path: p for p in walk(model)}
+    path = next((n for n, p in paths.items() if embedding is not None and embedding in (p.held, p.module)), None)
+    if path is None:
+        return "embed_tokens"
+    leaf = path.rpartition(".")[2]
+    return leaf if sum(names(leaf, p) for p in paths) == 1 else path
+
+
 def find(model: nn.Module, config: Any) -> list[Place]:
     """The places that `config` targets, in model order. Raises before anything changes, naming what did not match."""
     places = list(walk(model))
@@ -201,10 +216,7 @@ def find(model: nn.Module, config: Any) -> list[Place]:
 
 def _composed(place: Place) -> bool:
     """Whether the place stands for parts that follow it in the walk."""
-    if isinstance(place.held, Composite):
-        return True
-    module = place.module
-    return not isinstance(place.held, Adapted) and place.owner is None and kind_of(module).composes
+    return isinstance(place.held, Composite) or (place.owner is None and kind_of(place.module).composes)
 
 
 def _matches_any(paths: set[str], path: str) -> bool:

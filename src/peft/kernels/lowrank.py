@@ -14,9 +14,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
-def usable(*tensors: Tensor | None) -> bool:
-    """Whether the fused node may run: eager mode, no function transforms, nothing that needs a higher derivative."""
-    return not (torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None)
+def usable(x: Tensor) -> bool:
+    """Whether the fused node may run: eager mode, no function transforms, no autocast (which would mix dtypes)."""
+    if torch.compiler.is_compiling() or not torch.is_tensor(x) or not x.is_floating_point():
+        return False
+    return torch._C._functorch.peek_interpreter_stack() is None and not torch.is_autocast_enabled(x.device.type)
 
 
 def lowrank_linear(

@@ -33,5 +33,13 @@ class Linear(LayerKind):
     def op(self, module: nn.Module, x: Tensor, matrix: Tensor) -> Tensor:
         return F.linear(x, matrix.to(x.dtype))
 
+    def plain(self, module: nn.Module) -> tuple[Tensor, Tensor | None] | None:
+        exact = type(module) is nn.Linear and type(module.weight) is nn.Parameter
+        if not exact or module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__:
+            return None
+        if module._backward_hooks or module._backward_pre_hooks or module.weight.requires_grad:
+            return None
+        return module.weight, module.bias
+
 
 kinds = [Linear()]

@@ -100,7 +100,7 @@ class Slice(LayerKind):
 
     def admit(self, module: nn.Module, method: Any, path: str) -> None:
         assert isinstance(module, WeightSlice)
-        if module.bias_name is None and _changes_bias(method):
+        if module.bias_name is None and method.shifts:
             raise Refusal(
                 method.peft_type,
                 path,
@@ -184,11 +184,6 @@ class Slice(LayerKind):
                 here.zero_() if value is None else here.copy_(value)
                 _put_back(module.owner, leaf, param)
         return module
-
-
-def _changes_bias(method: Any) -> bool:
-    """Whether a method adds to the output what only a bias can hold when merged."""
-    return method.form in ("delta", "weight") and method.bias_change() is not None
 
 
 def _replace(owner: nn.Module, leaf: str, data: Tensor) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import nn
 
@@ -43,7 +43,7 @@ class BitFit(Copies):
     prefix = "bitfit_"
     holder = "bitfit_layers"
     keep_state = False
-    examples = ({},)
+    examples: ClassVar[tuple[dict[str, Any], ...]] = ({},)
 
     @classmethod
     def chosen(cls, names: list[str]) -> list[str]:

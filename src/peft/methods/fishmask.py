@@ -2,7 +2,8 @@
 
     F_j = 1/N Σ_i (∂ log p(y_i | x_i) / ∂θ_j)²,   trained: the top `keep_ratio` of all θ_j together, the mask then fixed
 
-The values at the chosen positions are trained and saved with their positions; all others stay as they are. Gradients
+The values at the chosen positions are trained and saved with their positions; all others stay as they are. Every
+parameter keeps at least its best entry, so that a file that lacks one can be told from a mask that does. Gradients
 need data, so the mask is made by `compute_fish_mask(model, batches)` before training. Until then the adapter holds a
 random choice of the same size (the paper's baseline), drawn from the adapter's seed.
 """
@@ -87,7 +88,9 @@ def compute_fish_mask(
     hub.known([adapter_name])
     methods = {stem: m for stem, m in hub.adapters[adapter_name].methods if isinstance(m, FishMask)}
     if not methods:
-        raise ValueError(f"Adapter {adapter_name!r} has no mask to compute: its method is {hub.configs[adapter_name].peft_type}.")
+        raise ValueError(
+            f"Adapter {adapter_name!r} has no mask to compute: its method is {hub.configs[adapter_name].peft_type}."
+        )
     loss = loss or (lambda m, example: m(**example).loss)
     for m in methods.values():
         device = next(m.parameters()).device

@@ -70,7 +70,10 @@ class HRA(Method):
     def reset(self, rng: torch.Generator, site: Site) -> None:
         n, r = self.hra_u.shape
         if self.config.init_weights and r % 2:
-            warnings.warn(f"HRA: r={r} is odd, so the reflections do not cancel and the adapter starts with an effect.")
+            warnings.warn(
+                f"HRA: r={r} is odd, so the reflections do not cancel and the adapter starts with an effect.",
+                stacklevel=2,
+            )
         columns = r // 2 if self.paired else r
         start = (2 * torch.rand(n, columns, generator=rng) - 1) / math.sqrt(columns)
         self.hra_u.copy_(start.repeat_interleave(r // columns, dim=1))

@@ -150,7 +150,7 @@ class Lora(Method):
         return A, sB / self.scaling, self.scaling
 
     @classmethod
-    def holding(cls, config: LoraConfig, ranks: dict[str, int]) -> LoraConfig:
+    def pair_config(cls, config: LoraConfig, ranks: dict[str, int]) -> LoraConfig:
         r = max(set(ranks.values()), key=list(ranks.values()).count)
         other = {p for p, k in ranks.items() if k != r}
         clash = {p for p in ranks if any(p.endswith(f".{o}") for o in other)}
@@ -168,7 +168,7 @@ class Lora(Method):
         )
 
     @torch.no_grad()
-    def hold(self, A: Tensor, B: Tensor, bias: Tensor | None) -> None:
+    def set_pair(self, A: Tensor, B: Tensor, bias: Tensor | None) -> None:
         self.lora_A.copy_(A)
         self.lora_B.copy_(B)
         if self.lora_bias is not None:

@@ -171,6 +171,10 @@ class LoReft(Method):
     def mergeable(self) -> bool:
         return self.config.all_positions and super().mergeable
 
+    @property
+    def shifts(self) -> bool:
+        return self.config.all_positions and not self.geometry.indexed
+
     def fold(self, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
         P, R = (t[0].to(W.dtype) for t in self.factors())
         M = torch.eye(W.shape[0], dtype=W.dtype, device=W.device) + self.multiplier * R.T @ P

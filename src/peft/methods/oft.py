@@ -89,7 +89,8 @@ class OFT(Method):
         if changed:
             field, value = ("r", self.r) if config.r else ("oft_block_size", self.oft_block_size)
             warnings.warn(
-                f"OFT on {site.path}: {field}={getattr(config, field)} does not divide {width}; {value} is used."
+                f"OFT on {site.path}: {field}={getattr(config, field)} does not divide {width}; {value} is used.",
+                stacklevel=2,
             )
         b = self.oft_block_size
         self.oft_R = site.empty(1 if config.block_share else self.r, b * (b - 1) // 2)

@@ -41,7 +41,7 @@ class PromptTuningConfig(PromptLearningConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.prompt_tuning_init = self.choice(self.prompt_tuning_init)
-        text = self.prompt_tuning_init.value == "TEXT"
+        text = self.prompt_tuning_init == "TEXT"
         for name in ("tokenizer_name_or_path", "prompt_tuning_init_text"):
             if text and not getattr(self, name):
                 raise ValueError(f"When prompt_tuning_init='TEXT', {name} can't be {getattr(self, name)!r}: state it.")
@@ -80,7 +80,8 @@ class PromptTuning(PromptMethod):
     @torch.no_grad()
     def reset(self, rng: torch.Generator, site: Site) -> None:
         P = self.embedding.weight
-        start = self.config.prompt_tuning_init.value
+        start = self.config.prompt_tuning_init
+        assert site.embed is not None
         if start == "SAMPLE_VOCAB":
             P.copy_(site.embed(torch.randint(site.vocabulary, (len(P),), generator=rng)))
         elif start == "TEXT":

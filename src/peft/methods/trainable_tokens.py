@@ -11,14 +11,14 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from ..config import TunerConfig
 from ..core.method import Method, Op, Site
-from ..core.targets import Place, find_whole, names, walk
+from ..core.targets import Place, find_whole, input_embedding, names, walk
 
 __all__ = ["TrainableTokensConfig"]
 
@@ -52,7 +52,7 @@ class TrainableTokens(Method):
     formula = "W'[i] = δ_k for chosen rows i"
     prefix = "trainable_tokens_"
     keys = {"trainable_tokens_delta": "trainable_tokens_delta"}
-    examples = ({"token_indices": [0, 1, 2, 3, 4, 5, 7]},)
+    examples: ClassVar[tuple[dict[str, Any], ...]] = ({"token_indices": [0, 1, 2, 3, 4, 5, 7]},)
 
     def __init__(self, config: Any, site: Site) -> None:
         super().__init__(config, site)
@@ -109,9 +109,11 @@ class TrainableTokens(Method):
             )
 
     def derive(self, rng: torch.Generator, site: Site) -> None:
-        W = site.read()
-        rows = (W.T if self.geometry.indexed else W)[self.token_indices]
-        self.original = rows.detach().to(self.trainable_tokens_delta.dtype, copy=True)
+        self.original = self.rows(site.read())
+
+    def rows(self, W: Tensor) -> Tensor:
+        chosen = (W.T if self.geometry.indexed else W)[self.token_indices]
+        return chosen.detach().to(self.trainable_tokens_delta.dtype, copy=True)
 
     @torch.no_grad()
     def reset(self, rng: torch.Generator, site: Site) -> None:
@@ -128,7 +130,9 @@ class TrainableTokens(Method):
         return W.index_copy(1, at, rows.T) if self.geometry.indexed else W.index_copy(0, at, rows)
 
     def add(self, x: Tensor, y: Tensor, op: Op) -> Tensor:
-        change = self.trainable_tokens_delta - self.original.to(self.trainable_tokens_delta.device)
+        if not len(self.original):  # made without values, on the meta device
+            self.original = self.rows(op.read())
+        change = self.trainable_tokens_delta - self.original
         if op.geometry.indexed:  # a small table: the changed rows in the order of their tokens, then rows of zeros
             n = len(self.known)
             zeros = change.new_zeros(2 if n + 1 == op.geometry.fan_in else 1, change.shape[1])
@@ -167,7 +171,9 @@ class TokensAlong(TrainableTokens):
     @classmethod
     def tokens_needed(cls, config: Any) -> int:
         asked = config.trainable_token_indices
-        return max((i for some in (asked.values() if isinstance(asked, dict) else [asked]) for i in some), default=-1) + 1
+        return (
+            max((i for some in (asked.values() if isinstance(asked, dict) else [asked]) for i in some), default=-1) + 1
+        )
 
     @classmethod
     def accompany(cls, config: Any, model: nn.Module) -> tuple[list[Place], Along]:
@@ -182,21 +188,6 @@ class TokensAlong(TrainableTokens):
         places = find_whole(model, list(by_name), "trainable_token_indices")
         places += cls.followers(config, model, places)
         return places, Along(by_name)
-
-
-def input_embedding(model: nn.Module) -> str:
-    """The name of the model's input embedding: short where it is the only module of that name."""
-    get = getattr(model, "get_input_embeddings", None)
-    try:
-        embedding = get() if callable(get) else None
-    except (NotImplementedError, AttributeError):
-        embedding = None
-    paths = {p.path: p for p in walk(model)}
-    path = next((n for n, p in paths.items() if embedding is not None and embedding in (p.held, p.module)), None)
-    if path is None:
-        return "embed_tokens"
-    leaf = path.rpartition(".")[2]
-    return leaf if sum(names(leaf, p) for p in paths) == 1 else path
 
 
 def _width(site: Site) -> int:

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from ..core.adapted import Adapted as BaseTunerLayer
+from ..core.adapted import Switch as BaseTunerLayer
 from ..core.model import Tuner as BaseTuner
 from ..core.targets import ALL_LINEAR as INCLUDE_LINEAR_LAYERS_SHORTHAND
 from ..core.targets import in_layers, matches, walk
