@@ -1,7 +1,7 @@
-"""Writes docs/matrix.md: every method on every layer kind, from the registries and the laws' cells.
+"""Writes docs/matrix.md and the README's table: every method on every layer kind, from the registries and the laws' cells.
 
 A cell is ✓ when it is built, which the laws (tests/test_laws.py) then hold it to; a refused cell shows its reason.
-`python tests/matrix.py` writes the file; tests/test_matrix.py checks that it is up to date.
+`python tests/matrix.py` writes them; tests/test_matrix.py checks that they are up to date.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from cells import cells, refusal
 from peft import registry
 
 PATH = Path(__file__).parent.parent / "docs" / "matrix.md"
+README = Path(__file__).parent.parent / "README.md"
+MARKS = ("<!-- methods -->", "<!-- /methods -->")
 
 
 def render() -> str:
@@ -65,6 +67,17 @@ def render() -> str:
     return "\n".join(lines)
 
 
+def readme() -> str:
+    """The README with its table of methods as the registry has them."""
+    text = README.read_text(encoding="utf-8")
+    before, rest = text.split(MARKS[0])
+    after = rest.split(MARKS[1])[1]
+    rows = [f"| `{m.config_class.__name__}` | {m.summary} | {m.paper} |" for _, m in sorted(registry.methods().items())]
+    table = "\n".join(["| config | what it does | source |", "|---|---|---|", *rows])
+    return f"{before}{MARKS[0]}\n{table}\n{MARKS[1]}{after}"
+
+
 if __name__ == "__main__":
     PATH.write_text(render(), encoding="utf-8")
-    print(f"wrote {PATH.name}")
+    README.write_text(readme(), encoding="utf-8")
+    print(f"wrote {PATH.name} and {README.name}")

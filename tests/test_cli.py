@@ -115,7 +115,7 @@ def test_a_causal_lm_from_rows_to_a_merged_model(peft: Any, home: Path) -> None:
     out = peft(*causal(home, output="run"))
     assert "model.layers.*.self_attn.q_proj" in out and "held-out accuracy" in out and "rank of the update" in out
     assert sorted(p.name for p in Path("run").iterdir()) == ["adapter", "job.yaml", "loss.png", "metrics.json"]
-    assert {"adapter_config.json", "adapter_model.safetensors"} <= {p.name for p in Path("run/adapter").iterdir()}
+    assert {p.name for p in Path("run/adapter").iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
     metrics = json.loads(Path("run/metrics.json").read_text())
     assert metrics["steps"] == 12 and metrics["counts"]["rank"] == 4
     assert 0 < metrics["counts"]["trainable"] < metrics["counts"]["updated"] < metrics["counts"]["total"]
@@ -141,6 +141,10 @@ def test_a_causal_lm_from_rows_to_a_merged_model(peft: Any, home: Path) -> None:
         and f"{metrics['counts']['trainable']:,}" in said
     )
     assert "layers.1.self_attn.q_proj" in peft("inspect", "run/adapter", "--layers")
+    config = Path("run/adapter/adapter_config.json")
+    config.write_text(config.read_text().replace('"r": 4', '"r": 3'))
+    assert "disagrees with the weights' header in r." in peft("inspect", "run")
+    config.write_text(config.read_text().replace('"r": 3', '"r": 4'))
 
     assert "compared" in peft("merge", "run", "merged")
     merged = transformers.AutoModelForCausalLM.from_pretrained("merged")
@@ -241,6 +245,7 @@ def test_token_classification(peft: Any, home: Path) -> None:
 
 def test_dry_run_shows_the_plan_and_writes_nothing(peft: Any, home: Path) -> None:
     said = peft(*causal(home, output="run"), "--dry-run")
+    assert "object at" not in said
     assert "model.layers.*.mlp.up_proj" in said and "new parameters" in said and "12 steps" in said
     assert "model.layers.1.mlp.up_proj" in peft(*causal(home, output="run"), "--dry-run", "--every")
     assert not Path("run").exists()

@@ -377,7 +377,7 @@ def test_the_l0_penalty_reaches_the_loss():
     )
     model.train()
     loss = model(torch.ones(1, 4)).loss
-    assert float(loss) == pytest.approx(0.5 * 20 / (1 + math.exp(-5)), rel=1e-5)
+    assert float(loss.detach()) == pytest.approx(0.5 * 20 / (1 + math.exp(-5)), rel=1e-5)
     loss.backward()
     assert all(p.grad is not None for n, p in model.named_parameters() if "diff_alpha" in n)
 

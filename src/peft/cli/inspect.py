@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,7 +49,8 @@ def inspect(
     from . import adapters
 
     saved = adapters.open_adapter(adapter)
-    entries, file = read(saved.folder)
+    entries, file, header = read(saved.folder)
+    written, base = (json.loads(header.get(name, "{}")) for name in ("peft_config", "peft_base"))
     config, total = saved.config, sum(e.count for e in entries)
     known = {adapters.plain(n): m for n, m in adapters.registry.methods().items()}
     found = known.get(adapters.plain(str(config.get("peft_type"))))
@@ -58,6 +60,7 @@ def inspect(
             ("method", f"{config.get('peft_type')}: {found.summary if found else 'unknown to this version'}"),
             ("formula", found.formula if found else None),
             ("base model", config.get("base_model_name_or_path") or "not named"),
+            ("trained on", f"{base['class']}, vocabulary {base['vocab_size']}" if base else None),
             ("task", config.get("task_type")),
             ("written by", f"peft {config['peft_version']}" if config.get("peft_version") else None),
             ("rank", ", ".join(map(str, ranks)) or None),
@@ -72,6 +75,9 @@ def inspect(
         facts(settings.items(), "Settings that are not the default")
     heading("Frobenius norm of each tensor" if layers else "Frobenius norms (--layers shows each layer)")
     console.print(norms(entries, layers))
+    other = [k for k, v in written.items() if k not in HIDDEN and config.get(k, v) != v]
+    if other:
+        console.print(f"[yellow]adapter_config.json disagrees with the weights' header in {', '.join(other)}.[/]")
     broken = [f"{e.layer}.{e.name}" for e in entries if not e.finite]
     if broken:
         raise UserError(
@@ -79,8 +85,8 @@ def inspect(
         )
 
 
-def read(folder: Path) -> tuple[list[Entry], Path]:
-    """Every tensor of the adapter in a folder, one in memory at a time."""
+def read(folder: Path) -> tuple[list[Entry], Path, dict[str, str]]:
+    """Every tensor of the adapter in a folder, one in memory at a time; the weights file, and its header's own words."""
     import torch
     from safetensors import SafetensorError, safe_open
 
@@ -88,14 +94,15 @@ def read(folder: Path) -> tuple[list[Entry], Path]:
     if safe.is_file():
         try:
             with safe_open(str(safe), framework="pt") as file:
-                return [entry(key, file.get_tensor(key)) for key in file.keys()], safe  # noqa: SIM118 - no dict
+                found = [entry(key, file.get_tensor(key)) for key in file.keys()]  # noqa: SIM118 - no dict
+                return found, safe, file.metadata() or {}
         except SafetensorError as error:
             raise UserError(
                 f"{safe} cannot be read ({error}): it is damaged or cut short. Fetch or save it again."
             ) from None
     if pickled.is_file():
         state = torch.load(pickled, map_location="cpu", weights_only=True)
-        return [entry(key, tensor) for key, tensor in state.items()], pickled
+        return [entry(key, tensor) for key, tensor in state.items()], pickled, {}
     raise UserError(f"{folder} has no weights: expected adapter_model.safetensors (or adapter_model.bin).")
 
 

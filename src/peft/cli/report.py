@@ -28,7 +28,7 @@ def plan(rows: Iterable[Any], *, every: bool = False, title: str = "What will be
         total, layers = total + each * len(found), layers + len(found)
         grid.add_row(
             escape(path or "(the whole model)"),
-            str(kind or ""),
+            str(getattr(kind, "name", kind) or ""),
             shape(sizes),
             str(len(found)),
             f"{each * len(found):,}",

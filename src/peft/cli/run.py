@@ -108,7 +108,8 @@ class Run:
         model = peft.get_peft_model(base, self.config)
         # what the adapter's config tells others to load: as the job names it, a folder by its full path
         local = Path(self.job.model).expanduser()
-        self.config.base_model_name_or_path = str(local.resolve()) if local.exists() else self.job.model
+        for config in model.peft_config.values():
+            config.base_model_name_or_path = str(local.resolve()) if local.exists() else self.job.model
         counts = report.counts(peft.counts(model))
 
         if "logging_steps" not in self.job.trainer:

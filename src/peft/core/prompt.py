@@ -549,7 +549,6 @@ class Prompts:
         """Prefixes into the cache and the mask; positions, where the model would count them wrongly."""
         tokens = kwargs.get("inputs_embeds") if kwargs.get("inputs_embeds") is not None else kwargs["input_ids"]
         length, past = tokens.shape[1], seen(kwargs.get(CACHE))
-        names = self.names[type(module)]
         given: Tensor | None = self.given if front.S else kwargs.get("position_ids")
         made: Tensor | None = None
         if front.P:
@@ -561,11 +560,6 @@ class Prompts:
                 kwargs[CACHE] = self.roomy(kwargs.get(CACHE), front)
                 refuse_gap(module, kwargs[CACHE], front)
                 self.fill(kwargs[CACHE], attentions(module), front, dtype)
-                if checkpoints(module) and kwargs.get("inputs_embeds") is None and "inputs_embeds" in names:
-                    table = token_embeddings(module)
-                    if table is not None:  # a reentrant checkpoint gives no gradients unless an input has one
-                        kwargs["inputs_embeds"], kwargs["input_ids"] = table(tokens), None
-                        kwargs["inputs_embeds"] = kwargs["inputs_embeds"].requires_grad_()
             if mask is None and front.uneven:
                 mask = torch.ones(front.rows, total, device=tokens.device).long()
             if mask is not None:
@@ -723,12 +717,6 @@ def bidirectional(stack: nn.Module) -> bool:
 
 def floating(stack: nn.Module) -> torch.dtype:
     return next((p.dtype for p in stack.parameters() if p.is_floating_point()), torch.get_default_dtype())
-
-
-def checkpoints(stack: nn.Module) -> bool:
-    if not stack.training or not torch.is_grad_enabled():
-        return False
-    return any(getattr(m, "gradient_checkpointing", False) for m in stack.modules())
 
 
 def where(module: nn.Module) -> torch.device:

@@ -39,7 +39,8 @@ class Linear(LayerKind):
             return None
         if module._backward_hooks or module._backward_pre_hooks or module.weight.requires_grad:
             return None
-        return module.weight, module.bias
+        bias = module.bias
+        return module.weight, bias if isinstance(bias, nn.Parameter) else None
 
 
 kinds = [Linear()]
