@@ -141,9 +141,8 @@ def _by_stem(sources: list[tuple[Adapter, float]]) -> dict[str, list[tuple[Metho
     """The adapters' own methods at each place, in the order of the first that is there."""
     sites: dict[str, list[tuple[Method, float]]] = {}
     for adapter, w in sources:
-        for stem, m in adapter.methods:
-            if m.peft_type == adapter.config.own_type:
-                sites.setdefault(stem, []).append((m, w))
+        for stem, m in adapter.own():
+            sites.setdefault(stem, []).append((m, w))
     return sites
 
 
@@ -263,9 +262,8 @@ def _companions(hub: Hub, names: Sequence[str]) -> dict[tuple[str, type[Method]]
     """(place, class) -> which of the adapters bring a companion (a head trained whole, …) there."""
     found: dict[tuple[str, type[Method]], list[int]] = {}
     for i, name in enumerate(names):
-        for stem, m in hub.adapters[name].methods:
-            if m.peft_type != hub.configs[name].own_type:
-                found.setdefault((stem, type(m)), []).append(i)
+        for stem, m in hub.adapters[name].brought():
+            found.setdefault((stem, type(m)), []).append(i)
     return found
 
 

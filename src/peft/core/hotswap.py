@@ -237,7 +237,7 @@ def _ranks(config: Any) -> list[int]:
 
 
 def _own(adapter: Any) -> dict[str, Method]:
-    return {s: m for s, m in adapter.methods if m.peft_type == adapter.config.own_type}
+    return dict(adapter.own())
 
 
 def _hold(slot: Method, m: Method | None) -> None:

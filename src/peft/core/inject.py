@@ -76,7 +76,8 @@ class Plan:
     def adapter(self) -> Adapter:
         methods = [(i.place.stem if i.place else "", i.method) for i in self.items]
         targeted = [i.path for i in self.items if not i.part]
-        return Adapter(self.config, methods, self.shared, targeted=targeted)  # type: ignore[arg-type]
+        parts = [i.part for i in self.items]
+        return Adapter(self.config, methods, parts, self.shared, targeted=targeted)  # type: ignore[arg-type]
 
     def composites(self) -> dict[str, Composite]:
         return {p.owner.stem: p.composite for i in self.items if (p := i.place) and p.owner and p.composite}

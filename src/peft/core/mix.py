@@ -81,10 +81,19 @@ class Adapter:
 
     config: Any
     methods: list[tuple[str, Method]] = field(default_factory=list)  # (key stem below the base model, method)
+    parts: list[str] = field(default_factory=list)  # "" for the config's own method, else the field that brought it
     shared: dict[str, nn.Parameter] = field(default_factory=dict)
     trainable: bool = True
     targeted: list[str] = field(default_factory=list)
     padded: bool = False  # slots for swaps that recompile nothing: core/hotswap.py
+
+    def own(self) -> Iterator[tuple[str, Method]]:
+        """The methods that the config is about, without companions (heads, biases, token rows trained along)."""
+        return (entry for entry, part in zip(self.methods, self.parts, strict=True) if not part)
+
+    def brought(self) -> Iterator[tuple[str, Method]]:
+        """The companions."""
+        return (entry for entry, part in zip(self.methods, self.parts, strict=True) if part)
 
     def parameters(self) -> Iterator[nn.Parameter]:
         seen: set[int] = set()

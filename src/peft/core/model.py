@@ -143,9 +143,7 @@ class Tuner(nn.Module):
         """After backward and before zero_grad: lets methods with a budget schedule (AdaLoRA) follow it."""
         for name in self.hub.chosen:
             adapter = self.hub.adapters[name]
-            table: dict[str, Any] = {
-                stem: m.nested()[-1] for stem, m in adapter.methods if m.peft_type == adapter.config.own_type
-            }
+            table: dict[str, Any] = {stem: m.nested()[-1] for stem, m in adapter.own()}
             method(adapter.config.peft_type).step(table, adapter.config, global_step)
 
     def __getattr__(self, name: str) -> Any:

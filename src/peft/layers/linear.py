@@ -39,8 +39,9 @@ class Linear(LayerKind):
             return None
         if module._backward_hooks or module._backward_pre_hooks or module.weight.requires_grad:
             return None
-        bias = module.bias
-        return module.weight, bias if isinstance(bias, nn.Parameter) else None
+        weight, bias = module.weight, module.bias
+        assert isinstance(weight, nn.Parameter)
+        return weight, bias if isinstance(bias, nn.Parameter) else None
 
 
 kinds = [Linear()]
