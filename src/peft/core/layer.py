@@ -322,13 +322,16 @@ def named(
     while isinstance(module, Wrapper):
         module, held = module.base_layer, f"{held}base_layer."
     for leaf, t in getattr(module, table).items():
-        if t is not None and id(t) not in seen and not (table == "_buffers" and leaf in module._non_persistent_buffers_set):
+        if (
+            t is not None
+            and id(t) not in seen
+            and not (table == "_buffers" and leaf in module._non_persistent_buffers_set)
+        ):
             seen.add(id(t))
             yield name + leaf, held + leaf, t
     for step, child in module._modules.items():
         if child is not None:
             yield from named(child, table, f"{name}{step}.", f"{held}{step}.", seen)
-
 
 
 def on_device(module: nn.Module) -> Any:

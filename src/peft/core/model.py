@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from ..config import PeftConfig
-from ..registry import TaskType, method
+from ..registry import method
 from . import checkpoint, inject, prompt
 from .adapted import adapted_layers
 from .errors import CheckpointError
-from .mix import BASE, Hub, Mix, Rows
+from .mix import Hub, Mix, Rows
 from .vocabulary import room_for_tokens
 
 
@@ -318,9 +318,7 @@ class PeftModel(nn.Module):
         with self.hub.using(dataclasses.replace(self.hub.mix, tasks=task_ids)):
             yield
 
-    def get_prompt(
-        self, batch_size: int, task_ids: Tensor | None = None, max_cache_len: int | None = None
-    ) -> Any:
+    def get_prompt(self, batch_size: int, task_ids: Tensor | None = None, max_cache_len: int | None = None) -> Any:
         """The active prompt for a batch: vectors [batch, n, d], or a cache that holds the prefixes."""
         return prompt.get_prompt(self.get_base_model(), batch_size, task_ids)
 
@@ -852,10 +850,3 @@ def load_peft_weights(
 ) -> dict[str, Tensor]:
     """The tensors of a saved adapter."""
     return read_adapter(model_id, PeftConfig(), key_mapping, False, kwargs).tensors
-
-
-def task_of(name: str) -> TaskType:
-    return TaskType(name)
-
-
-BASE_ADAPTER = BASE
