@@ -1011,3 +1011,20 @@ def test_promise_20_whole_embeddings_are_saved_when_asked_for_and_their_size_is_
     model.save_pretrained(tmp_path / "yes", save_embedding_layers=True)
     assert any("embed" in k for k in load_file(tmp_path / "yes" / "adapter_model.safetensors"))
     assert "MiB" in capsys.readouterr().out
+
+
+def test_26_setting_an_adapter_layer_by_layer_visits_its_parameters_once(monkeypatch):
+    """transformers and diffusers call `set_adapter` on every layer; the whole model must not be walked each time."""
+    from peft.core.mix import Hub
+
+    model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(20)))
+    wrapped = get_peft_model(model, LoraConfig(r=2, target_modules=r"\d+"))
+    wrapped.add_adapter("b", LoraConfig(r=2, target_modules=r"\d+"))
+    calls = []
+    plain = Hub.set_trainable
+    monkeypatch.setattr(Hub, "set_trainable", lambda self, *a: calls.append(a) or plain(self, *a))
+    for layer in adapted_layers(wrapped):
+        layer.set_adapter("b")
+    assert len(calls) == 2  # "default" frozen, "b" trained
+    assert wrapped.active_adapters == ["b"]
+    assert all(p.requires_grad for p in wrapped.adapter_parameters("b"))

@@ -51,10 +51,15 @@ class Switch:
         self.hub.enable(enabled)
 
     def set_adapter(self, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
-        """Activate for the whole model, training the named adapters: the mix is one object for all layers."""
+        """Activate for the whole model, training the named adapters: the mix is one object for all layers.
+
+        Libraries call this on every layer of a model in turn; all calls but the first find it done.
+        """
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
-        self.hub.activate(names)
-        self.hub.train_only(names, inference_mode)
+        self.hub.known(names)
+        if not self.hub.trains_only(names, inference_mode):
+            self.hub.activate(names)
+            self.hub.train_only(names, inference_mode)
 
 
 class Adapted(Switch, Wrapper):

@@ -37,7 +37,7 @@ def hotswap_adapter(
     model: nn.Module, model_name_or_path: str, adapter_name: str, torch_device: str | None = None, **kwargs: Any
 ) -> None:
     """Replace the loaded adapter `adapter_name` by a saved one, under the same name."""
-    from .model import read_adapter
+    from .loading import read_adapter
 
     loaded = read_adapter(model_name_or_path, None, kwargs.pop("key_mapping", None), True, kwargs)
     swap(model, loaded, adapter_name)

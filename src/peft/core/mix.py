@@ -139,6 +139,13 @@ class Hub:
         self.enabled = enabled
         self.mix = Mix(self.chosen) if enabled else Mix()
 
+    def trains_only(self, names: Sequence[str], inference_mode: bool = False) -> bool:
+        """Whether exactly these are chosen, and train (or, with inference_mode, none does)."""
+        wanted = set() if inference_mode else set(names)
+        return self.chosen == tuple(dict.fromkeys(names)) and all(
+            a.trainable == (n in wanted) for n, a in self.adapters.items()
+        )
+
     def train_only(self, names: Sequence[str], inference_mode: bool = False) -> None:
         """Let the named adapters train and freeze the others."""
         self.known(names)

@@ -9,7 +9,7 @@ from torch import nn
 from .. import registry
 from ..core.doors import door, layer_view
 from ..core.errors import PeftError, PeftWarning
-from ..core.model import Tuner
+from ..core.tuner import Tuner
 from . import tuners_utils
 
 EXTRA: dict[str, dict[str, Any]] = {

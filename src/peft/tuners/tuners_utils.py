@@ -7,9 +7,9 @@ from typing import Any
 from torch import nn
 
 from ..core.adapted import Switch as BaseTunerLayer
-from ..core.model import Tuner as BaseTuner
 from ..core.targets import ALL_LINEAR as INCLUDE_LINEAR_LAYERS_SHORTHAND
 from ..core.targets import in_layers, matches, walk
+from ..core.tuner import Tuner as BaseTuner
 from ..functional import cast_adapter_dtype, delete_adapter, set_adapter, set_requires_grad
 from ..mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 

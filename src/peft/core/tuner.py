@@ -1,0 +1,163 @@
+"""The base model with adapters in it: what `peft_model.base_model` is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..config import PeftConfig
+from ..registry import method
+from . import inject
+from .adapted import adapted_layers
+from .mix import Hub
+
+
+class Tuner(nn.Module):
+    """The base model with adapters in it: `peft_model.base_model`. Works for adapters of any methods at once."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    @property
+    def hub(self) -> Hub:
+        hub = self.model.__dict__.get("_peft_hub")
+        if hub is None:
+            raise ValueError("This model has no adapters (they were unloaded).")
+        return hub
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        out = self.model(*args, **kwargs)
+        return add_penalties(self.hub, out) if self.training and torch.is_grad_enabled() else out
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        return self.model.generate(*args, **kwargs)  # type: ignore[operator]
+
+    # -- which adapters act -------------------------------------------------------------------------------------------
+    @property
+    def peft_config(self) -> dict[str, PeftConfig]:
+        return self.hub.configs
+
+    @property
+    def active_adapter(self) -> str | list[str]:
+        chosen = self.hub.chosen
+        return chosen[0] if len(chosen) == 1 else list(chosen)
+
+    @property
+    def active_adapters(self) -> list[str]:
+        return list(self.hub.chosen)
+
+    @property
+    def prefix(self) -> str:
+        """The stem of the first adapter's parameter names."""
+        return method(next(iter(self.hub.configs.values())).peft_type).prefix
+
+    def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
+        """Activate one adapter or several together, and train exactly those."""
+        names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
+        self.hub.activate(names)
+        self.hub.train_only(names, inference_mode)
+
+    def enable_adapter_layers(self) -> None:
+        self.hub.enable(True)
+
+    def disable_adapter_layers(self) -> None:
+        self.hub.enable(False)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        inject.delete(self.model, adapter_name)
+
+    def inject_adapter(
+        self, model: nn.Module, adapter_name: str, config: PeftConfig | None = None, **options: Any
+    ) -> None:
+        inject.inject(model, config if config is not None else self.peft_config[adapter_name], adapter_name, **options)
+
+    # -- merging --------------------------------------------------------------------------------------------------------
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """Write the active (or named) adapters into the base weights; `unmerge_adapter` restores the same bits."""
+        for _ in inject.merge(self.model, adapter_names, safe=safe_merge):
+            pass
+
+    def unmerge_adapter(self) -> None:
+        inject.unmerge(self.model)
+
+    def merge_and_unload(
+        self,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+        requantize: bool = False,
+    ) -> nn.Module:
+        """The base model with the adapters written in. A quantised base gives a dequantised model.
+
+        requantize: store merged weights in the base's quantised format; the error this introduces is returned as
+        `model.requantization_error` (path -> largest absolute difference of a weight).
+        """
+        from tqdm import tqdm
+
+        layers = [m for m in adapted_layers(self.model)]
+        bar = tqdm(total=len(layers), desc="Merging", disable=not progressbar)
+        for _ in inject.merge(self.model, adapter_names, safe=safe_merge, keep=requantize):
+            bar.update()
+        bar.close()
+        errors = {}
+        if requantize:
+            for layer in layers:
+                if layer.merged and layer._kept is not None:
+                    layer.base_layer, errors[layer.path] = layer.kind.requantize(layer._kept[0], layer.base_layer)
+        model = inject.unload(self.model)
+        if requantize:
+            model.__dict__["requantization_error"] = errors
+        return model
+
+    def unload(self) -> nn.Module:
+        """The base model as it was, bit for bit."""
+        if any(layer.merged for layer in adapted_layers(self.model)):
+            inject.unmerge(self.model)
+        return inject.unload(self.model)
+
+    def add_weighted_adapter(
+        self,
+        adapters: list[str],
+        weights: list[float],
+        adapter_name: str,
+        combination_type: str | None = None,
+        **options: Any,
+    ) -> None:
+        """A new adapter that combines others; by default their exact sum. See `core/combine.py`."""
+        from .combine import add_weighted_adapter
+
+        add_weighted_adapter(self.model, adapters, weights, adapter_name, combination_type, **options)
+
+    def update_and_allocate(self, global_step: int) -> None:
+        """After backward and before zero_grad: lets methods with a budget schedule (AdaLoRA) follow it."""
+        for name in self.hub.chosen:
+            adapter = self.hub.adapters[name]
+            table: dict[str, Any] = {stem: m.nested()[-1] for stem, m in adapter.own()}
+            method(adapter.config.peft_type).step(table, adapter.config, global_step)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "model":
+                raise
+            return getattr(self.model, name)
+
+
+def add_penalties(hub: Hub, out: Any) -> Any:
+    """The loss plus what the acting adapters' methods ask for (AdaLoRA's orthogonality, L0)."""
+    loss = getattr(out, "loss", None)
+    if loss is None:
+        return out
+    for name in hub.mix.active:
+        terms = [p for _, m in hub.adapters[name].methods if (p := m("penalty")) is not None]
+        if terms:
+            loss = loss + method(hub.adapters[name].config.peft_type).combine(terms, hub.adapters[name].config).to(
+                loss.device
+            )
+    out.loss = loss
+    return out
