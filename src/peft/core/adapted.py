@@ -9,7 +9,9 @@ factored one does not exist: an input transform on a kernel larger than 1, a raw
 
 from __future__ import annotations
 
+import functools
 import inspect
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -18,7 +20,7 @@ from torch import Tensor, nn
 
 from ..kernels import lowrank
 from .errors import Refusal
-from .layer import LayerKind, Slots, Wrapper, named, on_device, tree
+from .layer import Geometry, LayerKind, Slots, Wrapper, named, on_device, tree
 from .method import Method, Op
 from .mix import BASE, Hub, Rows
 
@@ -65,18 +67,30 @@ class Switch:
 class Adapted(Switch, Wrapper):
     """A base layer with adapters. Reads which of them act from the model's shared `Hub`."""
 
-    def __init__(self, base_layer: nn.Module, kind: LayerKind, hub: Hub, path: str) -> None:
+    adapters: Slots
+    kind: LayerKind
+    path: str
+    geometry: Geometry
+    op: Op
+    methods: dict[str, tuple[Method, ...]]
+    _kept: Any
+    _input_name: str
+
+    def __init__(self, base_layer: nn.Module, kind: LayerKind, hub: Hub, path: str, geometry: Geometry) -> None:
         super().__init__()
-        self.base_layer = base_layer
-        self.adapters = Slots()
-        self.kind, self.hub, self.path = kind, hub, path
-        self.geometry = kind.geometry(base_layer)
-        self.op = Op(kind, base_layer, self.geometry)
-        self.methods: dict[str, tuple[Method, ...]] = {}
-        self.merged_adapters: list[str] = []
-        self._kept: Any = None
-        self._input_name = first_parameter(base_layer)
-        self.training = base_layer.training
+        self._modules.update(base_layer=base_layer, adapters=Slots())
+        self.__dict__.update(
+            kind=kind,
+            hub=hub,
+            path=path,
+            geometry=geometry,
+            op=Op(kind, base_layer, geometry),
+            methods={},
+            merged_adapters=[],
+            _kept=None,
+            _input_name=first_parameter(base_layer),
+            training=base_layer.training,
+        )
 
     # -- adapters -------------------------------------------------------------------------------------------------------
     def attach(self, adapter: str, part: str, method: Method) -> None:
@@ -426,8 +440,14 @@ def _input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, tuple[An
 
 def first_parameter(module: nn.Module) -> str:
     """The name of the first argument of a module's forward: its input where a caller names all arguments."""
+    forward = module.forward
+    return _first_argument(getattr(forward, "__func__", forward), hasattr(forward, "__func__"))
+
+
+@functools.lru_cache(maxsize=256)
+def _first_argument(function: Callable[..., Any], bound: bool) -> str:
     try:
-        return next(iter(inspect.signature(module.forward).parameters), "")
+        return next(itertools.islice(inspect.signature(function).parameters, int(bound), None), "")
     except (TypeError, ValueError):
         return ""
 

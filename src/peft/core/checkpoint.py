@@ -8,8 +8,11 @@ first, so that a reader sees the old adapter or the new one. Loading checks ever
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
+import math
 import os
+import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
@@ -54,12 +57,16 @@ class Slot:
     def save(self) -> Tensor:
         return self._shaped(self.method.stored(self.attr, self.tensor.detach()))
 
-    def assign(self, value: Tensor) -> None:
+    def assign(self, value: Tensor, adopt: bool = False) -> None:
+        """adopt: nobody holds the storage yet, and the value is ours to keep: no copy."""
         old = self.tensor
-        value = value.reshape(old.shape).to(old.dtype)
-        if old.device.type != "meta":
-            value = value.to(old.device)
-        if isinstance(old, nn.Parameter):
+        if value.shape != old.shape:
+            value = value.reshape(old.shape)
+        if value.dtype != old.dtype or value.device != old.device:
+            value = value.to(old.dtype) if old.is_meta else value.to(old.device, old.dtype)
+        if adopt and isinstance(old, nn.Parameter) and not old.is_meta:
+            old.data = value
+        elif isinstance(old, nn.Parameter):
             if old.device.type == "meta":
                 owner, _, leaf = self.attr.rpartition(".")
                 holder = attrgetter(owner)(self.method) if owner else self.method
@@ -179,7 +186,7 @@ def save(
     os.close(fd)
     try:
         if safe:
-            save_file(tensors, aside, metadata=header)
+            write_weights(tensors, aside, header)
         else:
             torch.save(tensors, aside)
         os.chmod(aside, 0o666 & ~_umask())
@@ -191,6 +198,20 @@ def save(
     if os.path.exists(stale):
         os.unlink(stale)
     config.save_pretrained(folder)
+
+
+def write_weights(tensors: dict[str, Tensor], path: str, header: dict[str, str]) -> None:
+    """A safetensors file. What `save_file` would do once more for each tensor was done before: they are contiguous and
+    share no storage; so their addresses go to its writer as they are."""
+    spec = getattr(safetensors._safetensors_rust, "TensorSpec", None)
+    if spec is None or sys.byteorder == "big" or any(t.numel() == 0 for t in tensors.values()):
+        return save_file(tensors, path, metadata=header)
+    held = {k: t.cpu() for k, t in tensors.items()}
+    table = {
+        k: spec(dtype=str(t.dtype).rpartition(".")[2], shape=t.shape, data_ptr=t.data_ptr(), data_len=t.nbytes)
+        for k, t in held.items()
+    }
+    safetensors._safetensors_rust.serialize_file(table, path, metadata=header)
 
 
 def _umask() -> int:
@@ -232,6 +253,7 @@ class Loaded:
     tensors: dict[str, Tensor]
     base: dict[str, Any] | None = None
     source: str = ""
+    owned: bool = False  # the tensors were read from a file for this adapter alone: nobody else holds them
 
 
 def read(
@@ -276,9 +298,26 @@ def read(
             raise CheckpointError(
                 f"{path}: {key} has no elements; the file was written from one rank of a sharded model."
             )
-        if t.is_floating_point() and not torch.isfinite(t).all():
-            raise CheckpointError(f"{path}: {key} holds NaN or inf.")
-    return Loaded(config, tensors, base, path)
+    bad = not_finite(tensors)
+    if bad:
+        raise CheckpointError(f"{path}: {bad[0]} holds NaN or inf.")
+    return Loaded(config, tensors, base, path, owned=True)
+
+
+def not_finite(tensors: dict[str, Tensor]) -> list[str]:
+    """The keys of tensors that hold NaN or inf. The largest magnitude shows both, in one pass over all tensors."""
+    held = {k: t for k, t in tensors.items() if t.is_floating_point() and t.numel() and not t.is_meta}
+    if any(t.dtype.itemsize == 1 for t in held.values()):  # the 8-bit formats have no norm
+        return [k for k, t in held.items() if not torch.isfinite(t.float()).all()]
+    if not held:
+        return []
+    largest = torch._foreach_norm(list(held.values()), float("inf"))
+    if all(math.isfinite(v) for v in torch.stack([n.float() for n in largest]).tolist()):
+        return []
+    return [k for k, t in held.items() if not torch.isfinite(t).all()]
+
+
+_READ: dict[str, Any] = {"backend": "pread"} if "backend" in inspect.signature(load_file).parameters else {}
 
 
 def read_weights(path: str, device: str | None = None) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -287,7 +326,8 @@ def read_weights(path: str, device: str | None = None) -> tuple[dict[str, Tensor
         try:
             with safetensors.safe_open(path, framework="pt") as f:
                 header = f.metadata() or {}
-            return load_file(path, device=device or "cpu"), header
+            # read, not mapped: another process may write the file anew while this adapter is in use
+            return load_file(path, device=device or "cpu", **_READ), header
         except (safetensors.SafetensorError, OSError, ValueError) as e:
             size = os.path.getsize(path)
             raise CheckpointError(
@@ -340,7 +380,7 @@ def check_fit(
     wrong = [
         f"{k}: file {tuple(t.shape)}, model {s.disk_shape}"
         for k, (s, t) in pairs.items()
-        if tuple(t.shape) not in (s.disk_shape, tuple(s.tensor.shape))
+        if t.shape != s.tensor.shape and tuple(t.shape) != s.disk_shape
     ]
     if wrong:
         raise CheckpointError(
@@ -370,10 +410,13 @@ def check_base(model: nn.Module, loaded: Loaded, adapter: Adapter) -> None:
             )
 
 
-def assign(pairs: dict[str, tuple[Slot, Tensor]], adapter: Adapter) -> None:
+def assign(pairs: dict[str, tuple[Slot, Tensor]], adapter: Adapter, adopt: bool = False) -> None:
+    taken: set[int] = set()
     with torch.no_grad():
         for slot, tensor in pairs.values():
-            slot.assign(tensor)
+            at = tensor.data_ptr()
+            slot.assign(tensor, adopt and tensor.is_contiguous() and at not in taken)
+            taken.add(at)
     for _, method in adapter.methods:
         method.loaded()
 

@@ -9,19 +9,21 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import gc
 import hashlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..registry import companions, kind_of, kinds, method
+from ..registry import companions, kinds, method
 from .adapted import Adapted, adapted_layers, move_recorders
 from .checkpoint import vocab_size
 from .errors import NoMatchingPeftModuleError
-from .layer import Composite, Geometry, LayerKind
+from .layer import Composite, Geometry, LayerKind, tree
 from .method import Method, Site
 from .mix import Adapter, Hub
 from .span import unwatch, watch
@@ -72,6 +74,7 @@ class Plan:
     config: Any
     items: list[Item]
     shared: dict[str, nn.Parameter] = field(default_factory=dict)
+    hub: Hub | None = None  # that of the model, where it has adapters already
 
     def adapter(self) -> Adapter:
         methods = [(i.place.stem if i.place else "", i.method) for i in self.items]
@@ -120,12 +123,12 @@ def plan(
     holders: dict[tuple[type[Method], int], str] = {}  # weight -> the path of the first site that has it
 
     def add(place: Place | None, part: str, cls: type[Method], cfg: Any) -> None:
-        kind = kind_of(place.module) if place else None
+        kind = place.kind if place else None
         site = _site(model, place, kind, model_config, autocast_adapter_dtype)
         weight = place.module._parameters.get("weight") if place else None
         if weight is not None and place is not None:
             first = holders.setdefault((cls, id(weight)), place.path)
-            site = dataclasses.replace(site, tied=first if first != place.path else "")
+            site.tied = first if first != place.path else ""
         items.append(Item(place, part, cls, kind, cfg, site))
 
     if cls.form == "prompt":
@@ -147,7 +150,7 @@ def plan(
                 add(place, field_name, companion, sub)
     for item in items:
         item.cls.check(item.config, item.site)
-    _build(items, plan_ := Plan(name, config, items), init, meta)
+    _build(items, plan_ := Plan(name, config, items, hub=hub), init, meta)
     for item in items:
         if item.kind is not None and item.place is not None:
             item.kind.admit(item.place.module, item.method, item.path)
@@ -213,32 +216,35 @@ def _build(items: list[Item], plan: Plan, init: bool, meta: bool) -> None:
     for cls, group in by_class.items():
         rng = torch.Generator().manual_seed(seed_for(seed, "shared"))
         build_on = torch.device("meta") if meta else torch.device("cpu")
-        sites = [copy.copy(i.site) for i in group]
+        sites = [i.site for i in group]
         real = [s.device for s in sites]
         for s in sites:
-            object.__setattr__(s, "device", build_on if s.device.type != "meta" else s.device)
+            s.device = build_on if s.device.type != "meta" else s.device
         shared = cls.shared(group[0].config, sites, rng)
         plan.shared.update(shared)
         for item, site, device in zip(group, sites, real, strict=True):
-            object.__setattr__(site, "shared", shared)
+            site.shared = shared
             item.method = m = item.cls.build(item.config, site)
             path = f"{item.part}:{site.path}" if item.part else site.path
             if site.device.type != "meta":
-                m.derive(torch.Generator().manual_seed(seed_for(0, path)), site)
+                if type(m).derive is not Method.derive:
+                    m.derive(rng.manual_seed(seed_for(0, path)), site)
                 if init:
-                    m.reset(torch.Generator().manual_seed(seed_for(seed, path)), site)
+                    with torch.no_grad():
+                        m.reset(rng.manual_seed(seed_for(seed, path)), site)
                 if device != site.device:
                     m.to(device)
+            site.device = device
 
 
 def commit(model: nn.Module, plan: Plan) -> Hub:
     """Hang the planned methods into the model."""
-    hub = hub_of(model)
-    if hub is None:
-        hub = Hub()
+    hub = plan.hub or Hub()
     if not hub.adapters:
-        for p in model.parameters():
-            p.requires_grad_(False)
+        for module in tree(model):
+            for p in module._parameters.values():
+                if p is not None:
+                    p.requires_grad = False
     model.__dict__["_peft_hub"] = hub
     dtype = _floating(model)
     for item in plan.items:
@@ -256,11 +262,12 @@ def commit(model: nn.Module, plan: Plan) -> Hub:
         if layer is None:
             assert item.kind is not None
             held = place.held if isinstance(place.held, Composite) else place.module
-            layer = Adapted(held, item.kind, hub, place.path)
+            layer = Adapted(held, item.kind, hub, place.path, item.site.geometry)
             place.parent._modules[place.attr] = layer
             item.kind.adopted(place.module, dtype)
         layer.attach(plan.name, item.part, item.method)
-        item.method.train(layer.training)
+        if item.method.training != layer.training:
+            item.method.train(layer.training)
     first = not hub.adapters
     hub.adapters[plan.name] = plan.adapter()
     hub.configs[plan.name] = plan.config
@@ -321,7 +328,20 @@ class _Rebind:
 
 def inject(model: nn.Module, config: Any, name: str = "default", **options: Any) -> Hub:
     """Plan and commit."""
-    return commit(model, plan(model, config, name, **options))
+    with uninterrupted():
+        return commit(model, plan(model, config, name, **options))
+
+
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """No garbage collection while some 100,000 long-lived objects are made: each would be walked many times over."""
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()
 
 
 def delete(model: nn.Module, name: str) -> None:

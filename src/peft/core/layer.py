@@ -7,6 +7,7 @@ matrix, and how to read and write the weight. All matrices are `W[out, fan_in]`,
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -64,13 +65,41 @@ class Part:
     stem: str  # the part's path below the composite, as upstream writes it to disk; "" is the composite's own
 
 
-class Wrapper(nn.Module):
+_FRESH = [(k, type(v) if isinstance(v, (dict, set)) else None, v) for k, v in nn.Module().__dict__.items()]
+
+
+class Light(nn.Module):
+    """A module of which a model may have a hundred thousand.
+
+    The same fields as any nn.Module, whatever this torch gives it, set without the checks that cost most of the time.
+    """
+
+    def __init__(self) -> None:
+        fields = self.__dict__
+        for name, container, value in _FRESH:
+            fields[name] = value if container is None else container()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        fields = self.__dict__
+        if "_parameters" not in fields:  # before __init__
+            super().__setattr__(name, value)
+        elif name in fields["_parameters"] or name in fields["_buffers"] or name in fields["_modules"]:
+            super().__setattr__(name, value)
+        elif type(value) is nn.Parameter and name not in fields:
+            fields["_parameters"][name] = value
+        elif isinstance(value, (Tensor, nn.Module)):
+            super().__setattr__(name, value)
+        else:
+            object.__setattr__(self, name, value)
+
+
+class Wrapper(Light):
     """What this library hangs in the place of a module of the base model."""
 
     base_layer: nn.Module
 
 
-class Slots(nn.Module):
+class Slots(Light):
     """The container whose children are `<adapter>` (and `<adapter>%<part>` for an adapter's further parts)."""
 
     def put(self, name: str, method: nn.Module) -> None:
@@ -94,7 +123,8 @@ def tree(module: nn.Module, wrappers: bool = False) -> Iterator[nn.Module]:
         seen.add(id(m))
         if wrappers or not isinstance(m, Wrapper):
             yield m
-        left += [c for c in reversed(m._modules.values()) if c is not None and not isinstance(c, Slots)]
+        if m._modules:
+            left += [c for c in reversed(m._modules.values()) if c is not None and not isinstance(c, Slots)]
 
 
 class Composite(Wrapper):
@@ -131,6 +161,7 @@ class LayerKind:
     priority: ClassVar[int] = 0  # asked in descending order: the most specific kind claims first
     linear: ClassVar[bool] = False  # what `all-linear` means
     composes: ClassVar[bool] = False  # `split` gives a stand-in
+    by_type: ClassVar[bool] = False  # `claims` asks for the module's class and nothing else
     bare: ClassVar[bool] = False  # asked for `target_parameters` only
     fresh_output: ClassVar[bool] = True  # the base call's result may be added into, in place
     factored: ClassVar[bool] = True  # False where only whole matrices can be run (raw parameters)
@@ -149,6 +180,11 @@ class LayerKind:
     def split(self, module: nn.Module) -> Composite | None:
         """For modules made of several weights: a stand-in whose `parts()` are single-weight layers."""
         return None
+
+    @property
+    def splits(self) -> bool:
+        """Whether `split` may give a stand-in."""
+        return type(self).split is not LayerKind.split
 
     def geometry(self, module: nn.Module) -> Geometry:
         raise NotImplementedError(f"{type(self).__name__}.geometry")
@@ -229,8 +265,8 @@ class LayerKind:
 
     def dtype(self, module: nn.Module) -> torch.dtype:
         """The dtype new adapter parameters follow: the layer's compute dtype."""
-        for p in module.parameters():
-            if p.is_floating_point():
+        for p in itertools.chain(module._parameters.values(), module.parameters()):
+            if p is not None and p.is_floating_point():
                 return p.dtype
         return torch.get_default_dtype()
 
@@ -240,8 +276,9 @@ class LayerKind:
         where = getattr(hook, "execution_device", None)
         if where is not None:
             return torch.device(where if not isinstance(where, int) else f"cuda:{where}")
-        for p in module.parameters():
-            return p.device
+        for p in itertools.chain(module._parameters.values(), module.parameters()):
+            if p is not None:
+                return p.device
         return torch.device("cpu")
 
     def swappable(self, module: nn.Module) -> bool:

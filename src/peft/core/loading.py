@@ -49,7 +49,7 @@ def load_into(
     model: nn.Module, loaded: checkpoint.Loaded, name: str, *, strict: bool = True, autocast_adapter_dtype: bool = True
 ) -> LoadResult:
     """Plan, check every key, then commit: a file that does not fit leaves the model as it was."""
-    with room_for_tokens(model, loaded):
+    with inject.uninterrupted(), room_for_tokens(model, loaded):
         return _load_into(model, loaded, name, strict, autocast_adapter_dtype)
 
 
@@ -68,7 +68,7 @@ def _load_into(
         checkpoint.check_fit(adapter, pairs, missing, extra, loaded.source)
     elif missing or extra:
         warnings.warn(f"{loaded.source}: {len(missing)} tensors missing, {len(extra)} keys not used.", stacklevel=3)
-    checkpoint.assign(pairs, adapter)
+    checkpoint.assign(pairs, adapter, adopt=loaded.owned)
     for p, value in base:
         p.data = value.to(p.device, p.dtype)
     inject.commit(model, plan)
@@ -79,6 +79,8 @@ def base_tensors(
     model: nn.Module, adapter: Any, tensors: dict[str, Tensor], extra: list[str]
 ) -> tuple[list[tuple[nn.Parameter, Tensor]], list[str]]:
     """Whole embeddings that were saved along with the adapter: base weights, put back where their shape fits."""
+    if not extra:
+        return [], []
     root = checkpoint.root_of(adapter.config)
     places = {p.path: p for p in walk(model)}
     found, rest = [], []

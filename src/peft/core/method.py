@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import Refusal
-from .layer import Geometry
+from .layer import Geometry, Light
 
 if TYPE_CHECKING:
     pass
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 FORMS = ("delta", "weight", "before", "after", "replace", "prompt")
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Site:
     """What a method may know of the place it is created for. `path` is the module's name in the base model."""
 
@@ -82,7 +82,7 @@ class Op:
         return self.kind.bias(self.base)
 
 
-class Method(nn.Module):
+class Method(Light):
     """One adapter at one site. Parameters live here and are read only inside a call of this module."""
 
     peft_type: ClassVar[str] = ""  # the name on disk and in the registry

@@ -19,6 +19,16 @@ if TYPE_CHECKING:
     from .method import Method
     from .span import Span
 
+def entries(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, dict[str, Any], str]]:
+    """(dotted name, table that holds it, its name there) of the floating parameters of a module."""
+    for leaf, p in module._parameters.items():
+        if p is not None and (p.is_floating_point() or p.is_complex()):
+            yield prefix + leaf, module._parameters, leaf
+    for name, child in module._modules.items():
+        if child is not None:
+            yield from entries(child, f"{prefix}{name}.")
+
+
 BASE = "__base__"  # a row that uses no adapter
 
 
@@ -86,6 +96,23 @@ class Adapter:
     trainable: bool = True
     targeted: list[str] = field(default_factory=list)
     padded: bool = False  # slots for swaps that recompile nothing: core/hotswap.py
+    _leaves: list[tuple[dict[str, Any], str]] = field(default_factory=list)
+    _walked: int = 0  # how many methods `_leaves` knows
+
+    def leaves(self) -> list[tuple[dict[str, Any], str]]:
+        """(table, name) of each parameter that trains when the adapter does; walked once, so that switching need not.
+
+        The table and not the parameter: loading and moving a model may put another parameter there.
+        """
+        if self._walked != len(self.methods):
+            self._leaves = [
+                (table, leaf)
+                for _, method in self.methods
+                for attr, table, leaf in entries(method)
+                if attr not in method.frozen()
+            ]
+            self._walked = len(self.methods)
+        return self._leaves
 
     def own(self) -> Iterator[tuple[str, Method]]:
         """The methods that the config is about, without companions (heads, biases, token rows trained along)."""
@@ -157,11 +184,10 @@ class Hub:
     def set_trainable(self, name: str, trainable: bool) -> None:
         adapter = self.adapters[name]
         adapter.trainable = trainable
-        for _, method in adapter.methods:
-            frozen = method.frozen()
-            for attr, p in method.named_parameters():
-                if p.is_floating_point() or p.is_complex():
-                    p.requires_grad_(trainable and attr not in frozen)
+        for held, leaf in adapter.leaves():
+            p = held[leaf]
+            if p is not None:
+                p.requires_grad = trainable
 
     @contextmanager
     def using(self, mix: Mix) -> Iterator[None]:

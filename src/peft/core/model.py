@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ..config import PeftConfig
 from ..registry import method
 from . import checkpoint, inject, prompt
+from .layer import tree
 from .adapted import adapted_layers
 from .loading import LoadResult, embedding_tensors, load_into, prepare_head, read_adapter
 from .mix import Hub, Mix, Rows
@@ -53,8 +54,7 @@ class PeftModel(nn.Module):
         if hasattr(model, "config"):
             self.config = model.config
         self.special_peft_forward_args = {"adapter_names", "task_ids"}
-        on = getattr(model, "is_activation_checkpointing", None)  # transformers 5's name; the older one warns there
-        if on if on is not None else getattr(model, "is_gradient_checkpointing", False):
+        if any(m.__dict__.get("gradient_checkpointing") for m in tree(model)):
             self.prepare_model_for_gradient_checkpointing(model)
 
     # -- state ----------------------------------------------------------------------------------------------------------

@@ -13,10 +13,10 @@ from typing import Any
 
 from torch import nn
 
-from ..registry import kind_of
+from ..registry import kind_of, splitter_of
 from .adapted import Adapted, Slots
 from .errors import NoMatchingPeftModuleError, near
-from .layer import Composite, Wrapper
+from .layer import Composite, LayerKind, Wrapper
 
 ALL_LINEAR = "all-linear"
 HEADS = ("classifier", "score", "qa_outputs")  # names that transformers gives newly initialised heads
@@ -32,14 +32,26 @@ class Place:
     stem: str  # the path as upstream writes it to disk
     owner: Place | None = None  # for a part: where its composite stands or will stand
     composite: Composite | None = None
+    _kind: LayerKind | None = None
+    _module: nn.Module | None = None
+
+    @property
+    def kind(self) -> LayerKind:
+        """The kind of the base layer there."""
+        if self._kind is None:
+            held = self.held
+            self._kind = held.kind if isinstance(held, Adapted) else kind_of(self.module)
+        return self._kind
 
     @property
     def module(self) -> nn.Module:
         """The base layer, without any wrapper."""
-        held = self.held
-        while isinstance(held, Wrapper):
-            held = held.base_layer
-        return held
+        if self._module is None:
+            held = self.held
+            while isinstance(held, Wrapper):
+                held = held.base_layer
+            self._module = held
+        return self._module
 
     @property
     def held(self) -> nn.Module:
@@ -77,7 +89,7 @@ def _below(child: nn.Module, place: Place) -> Iterator[Place]:
         yield from _below(child.base_layer, place)
     elif isinstance(child, Composite):
         yield from parts(child, place)
-    elif (composite := kind_of(child).split(child)) is not None:
+    elif (kind := splitter_of(child)) is not None and (composite := kind.split(child)) is not None:
         yield from parts(composite, place)
     else:
         yield from _children(child, place.path + ".", place.stem + ".")
@@ -109,8 +121,10 @@ def for_path(patterns: dict[str, Any] | None, path: str, default: Any) -> Any:
 
     One matrix of a stack, `experts.down_proj[3]`, goes by the name of its stack.
     """
+    if not patterns:
+        return default
     path = path.partition("[")[0] if path.endswith("]") else path
-    for pattern, value in (patterns or {}).items():
+    for pattern, value in patterns.items():
         if names(pattern, path) or re.fullmatch(rf"(.*\.)?(?:{pattern})", path):
             return value
     return default
@@ -182,7 +196,7 @@ def find(model: nn.Module, config: Any) -> list[Place]:
             p
             for p in places
             if p.owner is None
-            and kind_of(p.module).linear
+            and p.kind.linear
             and not _matches_any(heads, p.path)
             and not inside_saved(p.path)
         ]
@@ -216,7 +230,10 @@ def find(model: nn.Module, config: Any) -> list[Place]:
 
 def _composed(place: Place) -> bool:
     """Whether the place stands for parts that follow it in the walk."""
-    return isinstance(place.held, Composite) or (place.owner is None and kind_of(place.module).composes)
+    if isinstance(place.held, Composite) or place.owner is not None:
+        return isinstance(place.held, Composite)
+    kind = splitter_of(place.module)
+    return kind is not None and kind.composes
 
 
 def _matches_any(paths: set[str], path: str) -> bool:

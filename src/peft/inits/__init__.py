@@ -26,6 +26,7 @@ def table(which: str) -> dict[str, Callable[..., Any]]:
     return found
 
 
+@cache
 def find(name: str) -> tuple[Callable[..., Any], str, bool]:
     """(function, argument, whether it starts from W) for a name."""
     for which in ("random", "from_weight"):

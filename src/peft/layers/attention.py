@@ -167,6 +167,7 @@ class MultiheadAttention(Opaque):
     """The kind of the whole module; its parts are slices and linear layers. Keeps torch's fast paths honest."""
 
     name = "multihead_attention"
+    by_type = True
     summary = "nn.MultiheadAttention: its input and output projections"
     priority = 10
     composes = True

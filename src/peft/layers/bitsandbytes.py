@@ -30,6 +30,7 @@ def layers() -> Any:
 
 class EightBit(Quantised):
     name = "bitsandbytes_8bit"
+    by_type = True
     summary = "bitsandbytes' Linear8bitLt"
     # The base's forward rounds each input row to 127 steps (relative error up to 1/254 an entry); the merged layer
     # computes in floating point. Over these sums of 16 to 64 terms the two differ by about 1% of the largest output.
@@ -87,6 +88,7 @@ class EightBit(Quantised):
 
 class FourBit(Quantised):
     name = "bitsandbytes_4bit"
+    by_type = True
     summary = "bitsandbytes' Linear4bit (NF4 and FP4)"
     # The CPU kernel rounds activations, absmax and table to bf16 (2^-9 each); the merged layer computes in fp32.
     tolerance = 2e-2

@@ -24,6 +24,8 @@ DECONV = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
 
 
 class Conv(LayerKind):
+    by_type = True
+
     def __init__(self, axes: int) -> None:
         self.axes, self.module_class = axes, CONVS[axes - 1]
         self.name = f"conv{axes}d"  # type: ignore[misc]

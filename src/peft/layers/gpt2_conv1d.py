@@ -15,6 +15,7 @@ from ..core.layer import Geometry, LayerKind
 
 class GPT2Conv1D(LayerKind):
     name = "gpt2_conv1d"
+    by_type = True
     linear = True
     summary = "transformers' Conv1D, the linear layer of GPT-2 with its weight transposed"
 

@@ -14,6 +14,7 @@ from ..core.layer import Geometry, LayerKind
 
 class Linear(LayerKind):
     name = "linear"
+    by_type = True
     linear = True
     summary = "nn.Linear and its subclasses with a plain weight"
 

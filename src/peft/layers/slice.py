@@ -88,6 +88,7 @@ class WeightSlice(nn.Module):
 
 class Slice(LayerKind):
     name = "slice"
+    by_type = True
     summary = "one matrix inside a parameter that its module reads raw"
     priority = 10
 

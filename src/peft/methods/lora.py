@@ -101,8 +101,7 @@ class Lora(Method):
         self.dropout = config.lora_dropout
         self.first_A: Tensor | None
         self.first_B: Tensor | None
-        self.register_buffer("first_A", None, persistent=False)  # PiSSA, OLoRA: the initial factors, subtracted
-        self.register_buffer("first_B", None, persistent=False)
+        self._buffers.update(first_A=None, first_B=None)  # PiSSA, OLoRA: the initial factors, subtracted; not saved
         self.lora_A = site.empty(self.r, site.geometry.fan_in)
         self.lora_B = site.empty(site.geometry.out, self.r)
         self.lora_bias = site.empty(site.geometry.out) if config.lora_bias else None

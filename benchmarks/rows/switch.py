@@ -1,0 +1,66 @@
+"""Switching among 100 adapters, and the forward after it ÷ one that nothing was switched before."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..case import Case, Figure, at_most
+from ..measure import Turns, python_calls
+from ..models import randomise, tokens
+from .add100 import crowd, small
+
+TITLE = "Switch among 100 adapters"
+
+
+class Switch(Case):
+    def __init__(self, name: str, inference: bool, quick: bool) -> None:
+        self.name, self.inference = name, inference
+        self.n = 5 if quick else 100
+        self.figures = {
+            "set_adapter": Figure("ms", (at_most(0.15),)),
+            "forward after": Figure("×", (at_most(1.05),), "÷ the same forward without a switch before it"),
+            "calls": Figure("calls", what="Python functions entered by set_adapter"),
+        }
+
+    def build(self, folder: Path) -> None:
+        self.model, _ = crowd(small(self.quick), self.n)
+        for k in (0, 1, self.n - 1):
+            randomise(self.model, f"a{k}", salt=str(k))
+        self.ids = tokens(1, 8, 256)
+        self.names = itertools.cycle([f"a{k}" for k in range(self.n)])
+
+    def switch(self, name: str) -> None:
+        self.model.set_adapter(name, inference_mode=self.inference)
+
+    def forward(self) -> Tensor:
+        with torch.no_grad():
+            return self.model(input_ids=self.ids).logits
+
+    def outputs(self) -> dict[str, Tensor]:
+        found = {}
+        for k in (0, self.n - 1, 1):
+            self.switch(f"a{k}")
+            found[f"adapter {k}"] = self.forward()
+        return found
+
+    def sample(self) -> dict[str, float]:
+        turns = Turns(
+            5 if self.quick else 30,
+            switch=lambda: self.switch(next(self.names)),
+            after=self.forward,
+            plain=self.forward,
+        )
+        calls = python_calls(lambda: self.switch(next(self.names)))
+        return {
+            "set_adapter": 1e3 * turns.median("switch"),
+            "forward after": turns.ratio("after", "plain"),
+            "calls": calls,
+        }
+
+
+def cases(quick: bool) -> list[Case]:
+    return [Switch("and train it", False, quick), Switch("inference", True, quick)]
