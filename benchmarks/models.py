@@ -120,6 +120,17 @@ def gradients(model: nn.Module, adapter: str = "default") -> dict[str, Tensor]:
             p.grad = None
 
 
+def with_effect(model: nn.Module, **outputs: Callable[[], Tensor]) -> dict[str, Tensor]:
+    """Outputs, and what the adapter changes in each: without it, two libraries could agree on doing nothing."""
+    found = {}
+    for name, run in outputs.items():
+        with torch.no_grad():
+            found[name] = run()
+            with model.disable_adapter():
+                found[f"effect on {name}"] = found[name] - run()
+    return found
+
+
 def floor(base: nn.Module) -> nn.Module:
     """The frozen model as it must run at least: gradients flow through all layers down to the embedded input."""
     model = copy.deepcopy(base)

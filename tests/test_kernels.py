@@ -4,7 +4,16 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from peft.kernels.lowrank import lowrank_linear, mask
+from peft.kernels import dropout
+from peft.kernels.lowrank import Thin, lowrank_linear, row_norms, scaled_linear
+
+
+CPU = torch.device("cpu")
+
+
+def mask(shape, p, seed):
+    """The factor that dropout puts on each entry."""
+    return dropout.draw(torch.Size(shape), p, seed, CPU) / (1 - dropout.rounded(p))
 
 
 def setting(dtype=torch.float64, batch=(3, 5), k=7, n=6, ranks=(2, 3)):
@@ -25,7 +34,7 @@ def test_output_and_gradients_equal_the_plain_formula(ranks, bias):
     x, W, b, factors = setting(ranks=ranks)
     b = b if bias else None
     leaves = [x, *(t for pair in factors for t in pair)]
-    fused = lowrank_linear(x, W, b, factors, [0.0] * len(ranks))
+    fused = lowrank_linear(x, W, b, [Thin(A, B) for A, B in factors])
     plain = F.linear(x, W, b) + sum(F.linear(F.linear(x, A), B) for A, B in factors)
     assert torch.allclose(fused, plain, atol=1e-12)
     g = torch.randn_like(plain)
@@ -36,10 +45,10 @@ def test_output_and_gradients_equal_the_plain_formula(ranks, bias):
 def test_gradients_with_dropout_follow_the_drawn_mask():
     x, W, b, factors = setting(ranks=(2,))
     torch.manual_seed(4)
-    out = lowrank_linear(x, W, b, factors, [0.5])
+    out = lowrank_linear(x, W, b, [Thin(*factors[0])], [0.5])
     torch.manual_seed(4)
     seed = int(torch.randint(2**62, (1,)).item())
-    keep = mask(torch.Size((15, 7)), 0.5, seed, x.device, x.dtype).view(3, 5, 7)
+    keep = mask((15, 7), 0.5, seed).view(3, 5, 7).double()
     A, B = factors[0]
     plain = F.linear(x, W, b) + F.linear(F.linear(x * keep, A), B)
     assert torch.allclose(out, plain, atol=1e-12)
@@ -50,34 +59,84 @@ def test_gradients_with_dropout_follow_the_drawn_mask():
 
 @pytest.mark.parametrize("p", [0.05, 0.5])
 def test_the_mask_keeps_the_expected_share_and_mean(p):
-    m = mask(torch.Size((1000, 400)), p, 3, torch.device("cpu"), torch.float32)
+    m = mask((1000, 400), p, 3)
     five_sigma = 5 * (p * (1 - p) / m.numel()) ** 0.5
     assert abs(float((m > 0).double().mean()) - (1 - p)) < five_sigma + 1 / 32768
     assert abs(float(m.double().mean()) - 1) < five_sigma / (1 - p) + 1e-4
     assert len(m.unique()) == 2
-    assert not torch.equal(m, mask(torch.Size((1000, 400)), p, 4, torch.device("cpu"), torch.float32))
+    assert not torch.equal(m, mask((1000, 400), p, 4))
 
 
 def test_neighbouring_mask_entries_are_independent():
-    m = (mask(torch.Size((400_000,)), 0.5, 7, torch.device("cpu"), torch.float32) > 0).float() - 0.5
+    m = (mask((400_000,), 0.5, 7) > 0).float() - 0.5
     for lag in (1, 2, 3, 4, 8):
         assert abs(float((m[lag:] * m[:-lag]).mean())) < 5 * 0.25 / 400_000**0.5
+
+
+@pytest.mark.parametrize("shape", [(1,), (7, 3), (16, 16)])
+def test_packed_masks_come_back(shape):
+    keep = dropout.draw(torch.Size(shape), 0.3, 5, CPU)
+    bits = dropout.pack(keep)
+    assert bits.nbytes == -(-keep.numel() // 8) and torch.equal(dropout.unpack(bits, keep.shape), keep)
 
 
 def test_only_x_and_the_thin_products_are_saved():
     saved = []
     x, W, b, factors = setting(torch.float32, (2, 64), 32, 48, (4,))
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-        lowrank_linear(x, W, b, factors, [0.1])
+        lowrank_linear(x, W, b, [Thin(*factors[0])], [0.1])
     known = {x.data_ptr(), W.data_ptr(), *(t.data_ptr() for pair in factors for t in pair)}
     new = [t for t in saved if t.data_ptr() not in known]
-    assert sum(t.numel() for t in new) == 2 * 64 * 4
+    thin, bits = 2 * 64 * 4 * 4, 2 * 64 * 32 // 8
+    assert sum(t.nbytes for t in new) == thin + bits
+
+
+def test_rows_may_have_terms_of_their_own():
+    x, W, b, factors = setting(batch=(6,), ranks=(2, 3, 1))
+    where = [slice(0, 2), torch.tensor([4, 2]), slice(3, 4)]
+    leaves = [x, *(t for pair in factors for t in pair)]
+    fused = lowrank_linear(x, W, b, [Thin(A, B, 0.5) for A, B in factors], where=where)
+    plain = F.linear(x, W, b)
+    for (A, B), at in zip(factors, where, strict=True):
+        one = torch.zeros(6, 1, dtype=x.dtype)
+        one[at] = 0.5
+        plain = plain + one * F.linear(F.linear(x, A), B)
+    assert torch.allclose(fused, plain, atol=1e-12)
+    g = torch.randn_like(plain)
+    for a, e in zip(torch.autograd.grad(fused, leaves, g), torch.autograd.grad(plain, leaves, g), strict=True):
+        assert torch.allclose(a, e, atol=1e-12)
+    with torch.no_grad():
+        assert torch.allclose(lowrank_linear(x, W, b, [Thin(A, B, 0.5) for A, B in factors], where=where), plain)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_scaled_rows_equal_the_plain_formula(bias):
+    x, W, b, [(A, B)] = setting(ranks=(2,))
+    b = b if bias else None
+    c = torch.rand(6, dtype=torch.float64).requires_grad_()
+    fused = scaled_linear(x, W, b, Thin(A, B, 0.7, c))
+    plain = F.linear(x, c[:, None] * (W + 0.7 * B @ A), b)
+    assert torch.allclose(fused, plain, atol=1e-12)
+    g = torch.randn_like(plain)
+    for a, e in zip(torch.autograd.grad(fused, (x, A, B, c), g), torch.autograd.grad(plain, (x, A, B, c), g), strict=True):
+        assert torch.allclose(a, e, atol=1e-12)
+
+
+def test_row_norms_equal_those_of_the_sum_even_where_rows_cancel():
+    _, W, _, [(A, B)] = setting(torch.float32, k=64, n=48, ranks=(4,))
+    A, B = A.detach(), B.detach()
+    W[3] = -0.5 * (B @ A)[3] * (1 + 1e-4)
+    W[4] = -0.5 * (B @ A)[4]
+    expected = (W.double() + 0.5 * B.double() @ A.double()).norm(dim=1)
+    found = row_norms(W, A, B, 0.5).double()
+    assert torch.allclose(found[:3], expected[:3], rtol=1e-6) and torch.allclose(found[5:], expected[5:], rtol=1e-6)
+    assert abs(found[3] / expected[3] - 1) < 1e-2 and found[4] < 1e-5
 
 
 def test_low_precision_input_keeps_its_dtype_and_masters_get_their_own():
     x, W, b, factors = setting(torch.float32)
     x16 = x.detach().to(torch.bfloat16).requires_grad_()
-    out = lowrank_linear(x16, W.bfloat16(), b.bfloat16(), factors, [0.0, 0.0])
+    out = lowrank_linear(x16, W.bfloat16(), b.bfloat16(), [Thin(A, B) for A, B in factors])
     out.float().sum().backward()
     assert out.dtype == torch.bfloat16 and x16.grad.dtype == torch.bfloat16
     assert all(t.grad.dtype == torch.float32 for pair in factors for t in pair)

@@ -4,9 +4,12 @@ The kernels choose their mode by the tensors' device, so nothing here sets Trito
 run in; TRITON_INTERPRET is read when `available` is asked.
 """
 
+import json
+import os
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 import torch
@@ -395,6 +398,31 @@ def test_the_kernels_compile_for_a_gpu(name, options, dtype, ints):
     source = ASTSource(fn=fn, signature=signature, constexprs=values, attrs=hints)
     made = compile(source, target=GPUTarget("cuda", 80, 32), options=dict(num_warps=b.warps, num_stages=b.stages))
     assert made.asm["cubin"] and made.metadata.shared <= 99 * 1024
+
+
+@pytest.mark.slow
+def test_the_benchmark_for_a_gpu_runs_dry(tmp_path):
+    root, out = Path(__file__).resolve().parent.parent, tmp_path / "gpu.json"
+    library = str(Path(K.__file__).resolve().parents[2])
+    paths = os.pathsep.join([library, *filter(None, [os.environ.get("PYTHONPATH")])])
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.gpu",
+        "decode",
+        "ops",
+        "--upstream",
+        "none",
+        "--out",
+        str(out),
+        "--dry-run",
+    ]
+    subprocess.run(command, cwd=root, env={**os.environ, "PYTHONPATH": paths}, check=True, timeout=600)
+    results = json.loads(out.read_text())["results"]
+    assert [r["job"]["variant"] for r in results] == ["ours, torch", "ours, Triton", "ours, Triton"]
+    assert not any({"error", "refused"} & set(r["found"]) for r in results)
+    assert {r["op"] for r in results[-1]["found"]["rows"]} >= {"shrink", "expand_", "grad_h_B", "grad_A", "grad_x_"}
+    assert "grouped_shrink" in out.with_suffix(".md").read_text()
 
 
 # -- on a GPU --------------------------------------------------------------------------------------------------------------

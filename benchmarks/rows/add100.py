@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..case import Case, Figure, at_most
 from ..measure import once
-from ..models import llama, lora, randomise, tokens
+from ..models import llama, lora, randomise, tokens, with_effect
 
 TITLE = "Add the 100th adapter ÷ the first"
 
@@ -49,7 +49,7 @@ class Add(Case):
         model, _ = crowd(copy.deepcopy(self.base), 3)
         randomise(model, "a2")
         model.set_adapter("a2")
-        return {"logits": model(input_ids=tokens(1, 16, 256)).logits}
+        return with_effect(model, logits=lambda: model(input_ids=tokens(1, 16, 256)).logits)
 
     def sample(self) -> dict[str, float]:
         _, times = crowd(copy.deepcopy(self.base), self.n)

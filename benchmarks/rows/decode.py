@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from ..case import Case, Figure, at_most
 from ..measure import Turns
-from ..models import Stack, lora, randomise
+from ..models import Stack, lora, randomise, with_effect
 
 TITLE = "Decode: host time per adapted Linear"
 
@@ -42,7 +42,7 @@ class Decode(Case):
         self.factors = [(torch.randn(16, d).to(self.dtype), torch.randn(d, 16).to(self.dtype)) for _ in range(self.n)]
 
     def outputs(self) -> dict[str, Tensor]:
-        return {"output": self.model(self.x)}
+        return with_effect(self.model, output=lambda: self.model(self.x))
 
     def products(self) -> None:
         x = self.x

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..case import Case, Figure, faster, near
 from ..measure import once
-from ..models import Blocks, lora, randomise
+from ..models import Blocks, lora, randomise, with_effect
 
 TITLE = "Inject LoRA into 2,002 Linear layers"
 
@@ -28,42 +28,38 @@ class Inject(Case):
     def build(self, folder: Path) -> None:
         self.base = Blocks(2 if self.quick else 286, 64)
 
-    def inject(self) -> tuple[Any, float, float]:
+    def inject(self, later: bool) -> tuple[Any, float, float]:
+        """A model with three adapters, and the seconds that the first and the third took."""
         from peft import get_peft_model
 
         base = copy.deepcopy(self.base)
         made: list[Any] = []
-        first = once(lambda: made.append(get_peft_model(base, lora(16), low_cpu_mem_usage=self.later)))
+        first = once(lambda: made.append(get_peft_model(base, lora(16), low_cpu_mem_usage=later)))
         model = made[0]
-        model.add_adapter("second", lora(16), low_cpu_mem_usage=self.later)
-        third = once(lambda: model.add_adapter("third", lora(16), low_cpu_mem_usage=self.later))
+        model.add_adapter("second", lora(16), low_cpu_mem_usage=later)
+        third = once(lambda: model.add_adapter("third", lora(16), low_cpu_mem_usage=later))
         return model, first, third
 
     def outputs(self) -> dict[str, Tensor]:
         """The third adapter's output with weights put in, so that all three are in place, and its trained shapes."""
         from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
-        model, *_ = self.inject()
+        model, *_ = self.inject(self.later)
         if self.later:  # no values yet: they come from a twin that has some
-            twin, was = copy.deepcopy(self.base), self.later
-            self.later = False
-            full, *_ = self.inject()
-            self.later = was
-            del twin
-            randomise(full, "third")
-            state = get_peft_model_state_dict(full, adapter_name="third")
+            twin, *_ = self.inject(later=False)
+            state = get_peft_model_state_dict(randomise(twin, "third"), adapter_name="third")
             set_peft_model_state_dict(model, state, adapter_name="third", low_cpu_mem_usage=True)
         else:
             randomise(model, "third")
         model.set_adapter("third")
         x = torch.randn(4, 64, generator=torch.Generator().manual_seed(3))
         return {
-            "output": model(x),
+            **with_effect(model, output=lambda: model(x)),
             "trained": torch.tensor([sum(p.numel() for p in model.parameters() if p.requires_grad)]),
         }
 
     def sample(self) -> dict[str, float]:
-        _, first, third = self.inject()
+        _, first, third = self.inject(self.later)
         return {"first": 1e3 * first, "third": 1e3 * third, "third ÷ first": third / first}
 
 

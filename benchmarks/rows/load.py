@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..case import Case, Figure, at_most, faster
 from ..measure import once, seconds
-from ..models import llama, lora, randomise, tokens
+from ..models import llama, lora, randomise, tokens, with_effect
 
 TITLE = "Load an adapter of 560 targets"
 
@@ -55,10 +55,10 @@ class Load(Case):
 
     def outputs(self) -> dict[str, Tensor]:
         model, _ = self.load()
-        first = model(input_ids=self.ids).logits
+        first = with_effect(model, first=lambda: model(input_ids=self.ids).logits)
         model.load_adapter(self.folder, "second", **self.how)
         model.set_adapter("second")
-        return {"first": first, "second": model(input_ids=self.ids).logits}
+        return first | with_effect(model, second=lambda: model(input_ids=self.ids).logits)
 
     def sample(self) -> dict[str, float]:
         with torch.no_grad():

@@ -9,7 +9,7 @@ from pathlib import Path
 from torch import Tensor
 
 from ..case import Case, Figure, at_most
-from ..models import lora, randomise, tokens
+from ..models import lora, randomise, tokens, with_effect
 from .add100 import crowd, small
 
 TITLE = "100 resident adapters: Python objects"
@@ -35,7 +35,7 @@ class Resident(Case):
     def outputs(self) -> dict[str, Tensor]:
         randomise(self.model, "a1")
         self.model.set_adapter("a1")
-        return {"logits": self.model(input_ids=tokens(1, 16, 256)).logits}
+        return with_effect(self.model, logits=lambda: self.model(input_ids=tokens(1, 16, 256)).logits)
 
     def sample(self) -> dict[str, float]:
         made = self.n if self.next == 2 else 5

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..case import Case, Figure, at_most
 from ..measure import Turns, python_calls
-from ..models import randomise, tokens
+from ..models import randomise, tokens, with_effect
 from .add100 import crowd, small
 
 TITLE = "Switch among 100 adapters"
@@ -44,7 +44,7 @@ class Switch(Case):
         found = {}
         for k in (0, self.n - 1, 1):
             self.switch(f"a{k}")
-            found[f"adapter {k}"] = self.forward()
+            found |= with_effect(self.model, **{f"adapter {k}": self.forward})
         return found
 
     def sample(self) -> dict[str, float]:

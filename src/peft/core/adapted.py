@@ -140,15 +140,20 @@ class Adapted(Switch, Wrapper):
 
     def _fused(self, methods: Sequence[Method], x: Any) -> Tensor | None:
         """The whole sum as one autograd node, where base and methods are products and nothing else."""
-        if not lowrank.usable(x) or not all(m.lowrank for m in methods):
+        if not lowrank.usable(x):
             return None
         base = self.kind.plain(self.base_layer)
         if base is None or base[0].dtype != x.dtype:
             return None
-        factors = [m("delta") for m in methods]
-        if any(len(f) != 2 for f in factors):
-            return None
-        y = lowrank.lowrank_linear(x, *base, factors, [m.dropout if m.training else 0.0 for m in methods])
+        terms = []
+        for m in methods:
+            if (term := m("thin", self.op)) is None or (term.rows is not None and len(methods) > 1):
+                return None
+            terms.append(term)
+        if terms[0].rows is not None:
+            y = lowrank.scaled_linear(x, *base, terms[0])
+        else:
+            y = lowrank.lowrank_linear(x, *base, terms, [m.dropout if m.training else 0.0 for m in methods])
         for m in methods:
             bias = m("bias_change")
             y = y if bias is None else y + bias.to(y.dtype)

@@ -14,6 +14,7 @@ Merging several gives what activating them gives: both go through the same compo
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -21,11 +22,18 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from ..kernels.lowrank import Thin
 from .errors import Refusal
 from .layer import Geometry, Light
 
 if TYPE_CHECKING:
     pass
+
+@functools.cache
+def _plain(cls: type[Method]) -> bool:
+    """Whether a delta is added as this file does it."""
+    return cls.add is Method.add and cls.term is Method.term and cls.drop is Method.drop
+
 
 FORMS = ("delta", "weight", "before", "after", "replace", "prompt")
 
@@ -219,11 +227,16 @@ class Method(Light):
             h = op.pointwise(h, f)
         return h
 
-    @property
-    def lowrank(self) -> bool:
-        """Whether the term is just x Aᵀ Bᵀ with the delta's two factors and plain dropout: what fused kernels run."""
+    def thin(self, op: Op) -> Thin | None:
+        """ΔW as the two thin matrices that fused kernels run, where the term is just their product with the input.
+
+        None where it is more than that: another chain of factors, a term or a dropout of the method's own.
+        """
         cls = type(self)
-        return self.form == "delta" and cls.add is Method.add and cls.term is Method.term and cls.drop is Method.drop
+        if not _plain(cls) or self.form != "delta":
+            return None
+        factors = self.delta()
+        return Thin(*factors) if len(factors) == 2 else None
 
     def bias_change(self) -> Tensor | None:
         """What the forms `delta` and `weight` add to the bias, [out]."""

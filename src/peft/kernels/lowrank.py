@@ -1,85 +1,202 @@
-"""y = x Wᵀ + b + Σᵢ dropᵢ(x) Aᵢᵀ Bᵢᵀ as one autograd node, for a frozen W.
+"""y = x Wᵀ + b + Σᵢ sᵢ·dropᵢ(x) Aᵢᵀ Bᵢᵀ as one autograd node, for a frozen W; and with rows scaled, as DoRA needs it.
 
 Against the same formula in separate operations this saves the temporaries: each product is accumulated into y, dx with
 `addmm_`. For backward it keeps x once (the caller's tensor, so layers that share their input share the copy), the thin
-h = x Aᵀ, and for dropout a seed from which the mask is drawn again; nothing outside `save_for_backward`.
+h = x Aᵀ, and for dropout a bit an entry or a seed; nothing outside `save_for_backward`. Factors are cast down to x's
+dtype, never x up to theirs: master weights stay in fp32 and get fp32 gradients.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from . import dropout
+
+
+class Thin(NamedTuple):
+    """ΔW = s·B A, with A[r, k] and B[n, r] as they are kept."""
+
+    A: Tensor
+    B: Tensor
+    scale: float = 1.0
+    rows: Tensor | None = None  # c[n]: W' = c ⊙ (W + ΔW) by rows
+
+
+Where = slice | Tensor | None  # which rows of x a term is about; None: all
+
 
 def usable(x: Tensor) -> bool:
     """Whether the fused node may run: eager mode, no function transforms, no autocast (which would mix dtypes)."""
-    if torch.compiler.is_compiling() or not torch.is_tensor(x) or not x.is_floating_point():
+    if torch.compiler.is_compiling() or not isinstance(x, Tensor) or not x.is_floating_point():
         return False
     return torch._C._functorch.peek_interpreter_stack() is None and not torch.is_autocast_enabled(x.device.type)
 
 
 def lowrank_linear(
-    x: Tensor, W: Tensor, b: Tensor | None, factors: list[tuple[Tensor, Tensor]], dropout: list[float]
+    x: Tensor,
+    W: Tensor,
+    b: Tensor | None,
+    terms: list[Thin],
+    drop: list[float] | None = None,
+    where: list[Where] | None = None,
 ) -> Tensor:
-    """x[..., k], W[n, k], b[n] or None, factors (A[r, k], B[n, r]), one dropout probability each."""
-    flat = [t for pair in factors for t in pair]
-    return _LowRankLinear.apply(x, W, b, tuple(dropout), *flat)  # type: ignore[no-any-return]
+    """x[..., k], W[n, k], b[n] or None -> y[..., n].
 
-
-def mask(shape: torch.Size, p: float, seed: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Bernoulli(1 − p)/(1 − p) from a seed. 15 random bits an entry: p is rounded to 1/32768."""
-    n = shape.numel()
-    rng = torch.Generator(device=device).manual_seed(seed)
-    words = torch.empty((n + 3) // 4, dtype=torch.int64, device=device).random_(generator=rng)
-    threshold = round(p * 32768)
-    keep = (words.view(torch.int16)[:n] & 0x7FFF) >= threshold  # random_() leaves the sign bit of each word at 0
-    return keep.view(shape).to(dtype) * (1 / (1 - threshold / 32768))
-
-
-class _LowRankLinear(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, W: Tensor, b: Tensor | None, dropout: tuple[float, ...], *flat: Tensor) -> Tensor:
+    drop: one dropout probability a term. where: which of x's flattened rows each term is about.
+    """
+    n = len(terms)
+    drop, where = drop or [0.0] * n, where or [None] * n
+    if not torch.is_grad_enabled() or not (x.requires_grad or any(t.A.requires_grad or t.B.requires_grad for t in terms)):
         y = F.linear(x, W, b)
         x2, y2 = x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1])
-        hidden, seeds = [], []
-        for i, p in enumerate(dropout):
+        for t, p, at in zip(terms, drop, where, strict=True):
+            _add(x2, y2, t.A.to(x.dtype), t.B.to(x.dtype), t.scale, p, at)
+        return y
+    spec = tuple((t.scale, p, at) for t, p, at in zip(terms, drop, where, strict=True))
+    return _LowRank.apply(x, W, b, spec, *(f for t in terms for f in (t.A, t.B)))  # type: ignore[no-any-return]
+
+
+def _add(
+    x2: Tensor, y2: Tensor, A: Tensor, B: Tensor, s: float, p: float, where: Where
+) -> tuple[Tensor, Tensor | None, int]:
+    """y2 += s·drop(x2) Aᵀ Bᵀ on the rows `where`; returns h, the packed mask, and its seed."""
+    xs = x2 if where is None else x2[where]
+    bits, seed = None, 0
+    if p:
+        seed = int(torch.randint(2**62, (1,)).item())
+        keep = dropout.draw(xs.shape, p, seed, xs.device)
+        xs, s = dropout.dropped(xs, keep), s / (1 - dropout.rounded(p))
+        bits = dropout.pack(keep) if xs.device.type == "cpu" else None
+    if xs.shape[0] == 1:  # one token: vectors are cheaper than matrices of one row
+        h = torch.mv(A, xs[0])[None]
+        if isinstance(where, Tensor):
+            y2.index_add_(0, where, torch.mv(B, h[0])[None], alpha=s)
+        else:
+            (y2 if where is None else y2[where])[0].addmv_(B, h[0], alpha=s)
+        return h, bits, seed
+    h = xs @ A.T  # [T, r]
+    if isinstance(where, Tensor):
+        y2.index_add_(0, where, h @ B.T, alpha=s)
+    else:
+        (y2 if where is None else y2[where]).addmm_(h, B.T, alpha=s)
+    return h, bits, seed
+
+
+class _LowRank(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, W: Tensor, b: Tensor | None, spec: tuple[tuple[float, float, Where], ...], *flat: Tensor
+    ) -> Tensor:
+        y = F.linear(x, W, b)
+        x2, y2 = x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1])
+        hidden, masks, seeds = [], [], []
+        for i, (s, p, where) in enumerate(spec):
             A, B = flat[2 * i].to(x.dtype), flat[2 * i + 1].to(x.dtype)
-            seed = int(torch.randint(2**62, (1,)).item()) if p else 0
-            h = (x2 * mask(x2.shape, p, seed, x.device, x.dtype) if p else x2) @ A.T  # [T, r]
-            y2.addmm_(h, B.T)
+            h, bits, seed = _add(x2, y2, A, B, s, p, where)
             hidden.append(h)
+            masks.append(bits)
             seeds.append(seed)
-        ctx.save_for_backward(x, W, *flat, *hidden)
-        ctx.dropout, ctx.seeds = dropout, seeds
+        ctx.save_for_backward(x, W, *flat, *hidden, *masks)
+        ctx.spec, ctx.seeds = spec, seeds
         return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (dy,) = grads
-        m = len(ctx.dropout)
+        m = len(ctx.spec)
         x, W, *rest = ctx.saved_tensors
-        flat, hidden = rest[: 2 * m], rest[2 * m :]
+        flat, hidden, masks = rest[: 2 * m], rest[2 * m : 3 * m], rest[3 * m :]
         dy2, x2 = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
         needs = ctx.needs_input_grad
         dx = dy2 @ W if needs[0] else None
         out: list[Tensor | None] = []
-        for i, p in enumerate(ctx.dropout):
+        for i, (s, p, where) in enumerate(ctx.spec):
             A, B = flat[2 * i].to(x.dtype), flat[2 * i + 1].to(x.dtype)
-            dh = dy2 @ B if needs[0] or needs[4 + 2 * i] else None  # [T, r]
-            keep = mask(x2.shape, p, ctx.seeds[i], x.device, x.dtype) if p else None
+            xs, dys = (x2, dy2) if where is None else (x2[where], dy2[where])
+            keep = None
+            if p:
+                bits = masks[i]
+                keep = dropout.draw(xs.shape, p, ctx.seeds[i], x.device) if bits is None else dropout.unpack(bits, xs.shape)
+                s = s / (1 - dropout.rounded(p))
+            dh = (dys @ B).mul_(s) if needs[0] or needs[4 + 2 * i] else None  # [T, r]
             dA = dB = None
             if needs[4 + 2 * i]:
                 assert dh is not None
-                dA = dh.T @ (x2 if keep is None else x2 * keep)
+                dA = dh.T @ (xs if keep is None else dropout.dropped(xs, keep))
             if needs[5 + 2 * i]:
-                dB = dy2.T @ hidden[i]
+                dB = (dys.T @ hidden[i]).mul_(s)
             if dx is not None and dh is not None:
-                if keep is None:
-                    dx.addmm_(dh, A)
+                if keep is not None:
+                    added = dropout.dropped(dh @ A, keep)
+                    dx = _into(dx, where, added)
+                elif isinstance(where, Tensor):
+                    dx.index_add_(0, where, dh @ A)
                 else:
-                    dx.addcmul_(dh @ A, keep)
+                    (dx if where is None else dx[where]).addmm_(dh, A)
             out += [dA, dB]
         return None if dx is None else dx.view(x.shape), None, None, None, *out
+
+
+def _into(total: Tensor, where: Where, part: Tensor) -> Tensor:
+    if isinstance(where, Tensor):
+        return total.index_add_(0, where, part)
+    (total if where is None else total[where]).add_(part)
+    return total
+
+
+def scaled_linear(x: Tensor, W: Tensor, b: Tensor | None, term: Thin) -> Tensor:
+    """c ⊙ (x Wᵀ + s·x Aᵀ Bᵀ) + b with the row factors c[n] of the term: DoRA for the price of one base product."""
+    assert term.rows is not None
+    return _Scaled.apply(x, W, b, term.scale, term.A, term.B, term.rows.to(x.dtype))  # type: ignore[no-any-return]
+
+
+class _Scaled(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, W: Tensor, b: Tensor | None, s: float, A: Tensor, B: Tensor, c: Tensor
+    ) -> Tensor:
+        z = F.linear(x, W)
+        x2, z2 = x.reshape(-1, x.shape[-1]), z.view(-1, z.shape[-1])
+        h, _, _ = _add(x2, z2, A.to(x.dtype), B.to(x.dtype), s, 0.0, None)
+        ctx.save_for_backward(x, W, A, B, c, h, z)
+        ctx.s = s
+        return z * c if b is None else torch.addcmul(b, z, c)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (dy,) = grads
+        x, W, A, B, c, h, z = ctx.saved_tensors
+        dy2, x2, z2 = (t.reshape(-1, t.shape[-1]) for t in (dy, x, z))
+        needs = ctx.needs_input_grad
+        g = dy2 * c
+        dc = torch.einsum("tn,tn->n", dy2, z2) if needs[6] else None
+        dh = (g @ B.to(x.dtype)).mul_(ctx.s) if needs[0] or needs[4] else None
+        dx = (g @ W).addmm_(dh, A.to(x.dtype)).view(x.shape) if needs[0] else None
+        dA = dh.T @ x2 if needs[4] else None  # type: ignore[union-attr]
+        dB = (g.T @ h).mul_(ctx.s) if needs[5] else None
+        return dx, None, None, None, dA, dB, dc
+
+
+def row_norms(W: Tensor, A: Tensor, B: Tensor, s: float) -> Tensor:
+    """‖W + s·B A‖ of each row, in fp32 at least, without forming the sum:
+
+        ‖w + s·b A‖² = ‖w‖² + 2s·(W Aᵀ)·b + s²·b (A Aᵀ) bᵀ.
+
+    Rows that nearly cancel lose their digits this way; they are computed from the sum.
+    """
+    wide = torch.promote_types(A.dtype, torch.float32)
+    A, B = A.to(wide), B.to(wide) * s
+    own = torch.linalg.vector_norm(W, dim=1, dtype=wide).square()
+    cross = (W @ A.to(W.dtype).T).to(wide)
+    change = ((B @ (A @ A.T)) * B).sum(1)
+    square = own + 2 * (cross * B).sum(1) + change
+    if not torch.compiler.is_compiling() and not (W.is_cuda and torch.cuda.is_current_stream_capturing()):
+        weak = square < 1e-2 * (own + change)
+        if weak.any():
+            exact = W[weak].to(wide) + B[weak] @ A
+            square[weak] = exact.square().sum(1)
+    return square.clamp_(min=0).sqrt_()

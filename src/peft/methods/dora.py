@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core.method import Method, Op, Site
+from ..core.method import Method, Op, Site, Thin
+from ..kernels.lowrank import row_norms
 
 
 class DoRA(Method):
@@ -45,12 +46,25 @@ class DoRA(Method):
         V, norm = self._moved(W)
         return (getattr(self, self.magnitude).to(W.dtype) / norm)[:, None] * V
 
+    def _norms(self, W: Tensor, op: Op) -> Tensor:
+        """Row norms of W + ΔW, a constant in backward; without forming the sum where ΔW is two thin matrices."""
+        thin = self.inner.thin(op)
+        with torch.no_grad():
+            if thin is not None:
+                return row_norms(W, thin.A, thin.B, thin.scale)
+            return self._moved(W.to(getattr(self, self.magnitude).dtype))[1]
+
+    def thin(self, op: Op) -> Thin | None:
+        """With rows scaled by m/n. Dropout acts on the change alone, which takes W x of another x."""
+        thin = None if self.dropout and self.training else self.inner.thin(op)
+        if thin is None:
+            return None
+        return thin._replace(rows=getattr(self, self.magnitude) / self._norms(op.read(), op))
+
     def add(self, x: Tensor, y: Tensor, op: Op) -> Tensor:
         """y + (m/n − 1) ⊙ W x + (m/n) ⊙ ΔW x, with the delta as it is computed best."""
         m, W, x = getattr(self, self.magnitude), op.read(), self.drop(x, op)
-        with torch.no_grad():
-            norm = self._moved(W.to(m.dtype))[1]
-        scale = (m / norm).to(y.dtype)
+        scale = (m / self._norms(W, op)).to(y.dtype)
         y = y + op.scale(op(x, W.to(y.dtype)), scale - 1) + op.scale(self.inner.term(x, op, y.dtype), scale)
         bias = self.bias_change()
         return y if bias is None else op.shift(y, bias.to(y.dtype))

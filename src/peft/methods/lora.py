@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..config import DeltaConfig, require, require_ranks, unbuilt
-from ..core.method import Method, Site
+from ..core.method import Method, Op, Site, Thin
 from ..core.targets import for_path
 from ..inits import find as find_init
 
@@ -140,6 +140,9 @@ class Lora(Method):
             return self.lora_A, self.scaling * self.lora_B
         A, B = torch.cat([self.lora_A, self.first_A]), torch.cat([self.lora_B, -self.first_B], 1)
         return A, self.scaling * B
+
+    def thin(self, op: Op) -> Thin | None:
+        return Thin(self.lora_A, self.lora_B, self.scaling) if self.first_A is None else super().thin(op)
 
     def bias_change(self) -> Tensor | None:
         return None if self.lora_bias is None else self.scaling * self.lora_bias
