@@ -126,6 +126,6 @@ def __getattr__(name: str) -> Any:
     if not name.startswith("_"):
         for door in ("tuners", "utils"):
             module = importlib.import_module(f".{door}", __name__)
-            if name in vars(module):
+            if hasattr(module, name):
                 return getattr(module, name)
     raise AttributeError(f"module 'peft' has no attribute {name!r}")

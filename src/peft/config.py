@@ -86,11 +86,7 @@ class PeftConfig:
 
     # -- JSON -----------------------------------------------------------------------------------------------------------
     def to_dict(self) -> dict[str, Any]:
-        """All fields as plain values."""
-        return {f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self)}
-
-    def to_json_dict(self) -> dict[str, Any]:
-        """What goes to disk: upstream's fields, and others only where they differ from their default."""
+        """Plain values of what makes an equal config: upstream's fields, and others where they differ from their default."""
         out = {}
         for f in dataclasses.fields(self):
             value = _plain(getattr(self, f.name))
@@ -100,6 +96,10 @@ class PeftConfig:
                 continue
             out[f.name] = value
         return out
+
+    def to_json_dict(self) -> dict[str, Any]:
+        """What goes to disk."""
+        return self.to_dict()
 
     def __getitem__(self, name: str) -> Any:
         return getattr(self, name)
@@ -156,6 +156,7 @@ class PeftConfig:
         """Read a config from a folder or the hub. Keyword arguments that are fields override the file's values."""
         strict = kwargs.pop("strict", False)
         hub = {k: kwargs.pop(k) for k in HUB_KWARGS if k in kwargs}
+        kwargs = {k: v for k, v in kwargs.items() if k not in CODE_KWARGS}
         path = find_file(str(pretrained_model_name_or_path), CONFIG_NAME, subfolder, hub)
         if path is None:
             raise ValueError(f"Can't find '{CONFIG_NAME}' at '{pretrained_model_name_or_path}'")
@@ -210,9 +211,9 @@ class TunerConfig(PeftConfig):
     layers_to_transform: list[int] | int | None = None
     layers_pattern: list[str] | str | None = None
     bias: str = "none"
-    target_parameters: list[str] | None = None
-    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
-    ensure_weight_tying: bool = False
+    target_parameters: list[str] | None = extra(None)
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = extra(None)
+    ensure_weight_tying: bool = extra(False)
     seed: int | None = extra(None)
 
     def __post_init__(self) -> None:
@@ -269,6 +270,7 @@ def require_ranks(config: Any) -> None:
             raise ValueError(f"rank_pattern[{pattern!r}] should be at least 1 but the value passed is {rank}")
 
 
+CODE_KWARGS = ("trust_remote_code", "code_revision")  # of a base model; libraries pass them on to its adapters, too
 HUB_KWARGS = (
     "cache_dir",
     "force_download",

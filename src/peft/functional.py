@@ -10,7 +10,7 @@ from torch import nn
 
 from .core import inject
 from .core.mix import Hub
-from .core.model import get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
+from .core.model import PeftModel, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
 
 __all__ = [
     "cast_adapter_dtype",
@@ -31,9 +31,16 @@ def _hub(model: nn.Module) -> Hub:
 
 
 def delete_adapter(model: nn.Module, adapter_name: str, prefix: str = "", layer_cls: Any = None) -> list[str] | None:
-    """Remove an adapter; returns the adapters that act then. `prefix` and `layer_cls` are not needed to find it."""
+    """Remove an adapter; returns the adapters that act then. With the last one the model is the bare base model again.
+
+    `prefix` and `layer_cls` are not needed to find it.
+    """
+    hub = _hub(model)
     inject.delete(model, adapter_name)
-    return list(_hub(model).chosen) or None
+    if not hub.adapters and not isinstance(model, PeftModel):
+        inject.unload(model)
+        model.__dict__["peft_config"] = hub.configs  # empty; transformers takes it away
+    return list(hub.chosen) or None
 
 
 def set_adapter(

@@ -79,3 +79,9 @@ def disable_input_dtype_casting(model: nn.Module, active: bool = True) -> Iterat
     if active and next(adapted_layers(model), None) is None:
         raise ValueError("This model has no adapted layers.")
     yield
+
+
+@contextmanager
+def DoraCaching(enabled: bool = True) -> Iterator[None]:
+    """Kept for callers: within, DoRA's norms are computed as outside; results are the same."""
+    yield

@@ -12,14 +12,18 @@ from __future__ import annotations
 import functools
 import inspect
 import itertools
+import re
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..kernels import lowrank
+from . import views
 from .errors import Refusal
+from .inflow import load_map
 from .layer import Geometry, LayerKind, Slots, Wrapper, named, on_device, tree
 from .method import Method, Op
 from .mix import BASE, Hub, Rows
@@ -27,7 +31,7 @@ from .mix import BASE, Hub, Rows
 
 def escape(name: str) -> str:
     """An adapter's name as a module name: injective, without dots, and no attribute of nn.Module."""
-    safe = name.replace("%", "%25").replace(".", "%2E")
+    safe = re.sub(r"[%.()]", lambda m: f"%{ord(m[0]):02X}", name)  # parentheses: transformers takes names for patterns
     return "%" + safe if hasattr(nn.Module, safe) or safe in ("training", "") else safe
 
 
@@ -39,15 +43,25 @@ class Switch:
 
     @property
     def active_adapter(self) -> str | list[str]:
-        return self.hub.chosen[0] if len(self.hub.chosen) == 1 else list(self.hub.chosen)
+        return list(self.hub.asked)
+
+    @active_adapter.setter
+    def active_adapter(self, names: str | Sequence[str]) -> None:
+        self.hub.activate([names] if isinstance(names, str) else list(names))
 
     @property
     def active_adapters(self) -> list[str]:
-        return list(self.hub.chosen)
+        return list(self.hub.asked)
 
     @property
     def disable_adapters(self) -> bool:
         return not self.hub.enabled
+
+    @disable_adapters.setter
+    def disable_adapters(self, disabled: bool) -> None:
+        self.hub.enable(not disabled)
+
+    _active_adapter, _disable_adapters = active_adapter, disable_adapters  # where upstream's layers keep the two
 
     def enable_adapters(self, enabled: bool) -> None:
         self.hub.enable(enabled)
@@ -55,19 +69,60 @@ class Switch:
     def set_adapter(self, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
         """Activate for the whole model, training the named adapters: the mix is one object for all layers.
 
-        Libraries call this on every layer of a model in turn; all calls but the first find it done.
+        Libraries call this on every layer of a model in turn; all calls but the first find it done. Names that this
+        model has no adapter of are passed over: a pipeline sets the same list in each of its models.
         """
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
-        self.hub.known(names)
         if not self.hub.trains_only(names, inference_mode):
-            self.hub.activate(names)
-            self.hub.train_only(names, inference_mode)
+            self.hub.activate_present(names)
+            self.hub.train_only(self.hub.chosen, inference_mode)
+
+    def adapter_state_dict_load_map(self, adapter_name: str) -> dict[str, str]:
+        """How keys of an adapter's file lead to its tensors below this module: what transformers' loader asks for."""
+        adapter = self.hub.adapters.get(adapter_name)
+        return {} if adapter is None else load_map(adapter, self.held())
+
+    def held(self) -> Iterator[tuple[str, Method]]:
+        """(name below this module, method) of what hangs here."""
+        return iter(())
+
+
+class Companions(Slots, Switch):
+    """The companions of one sort at a layer: what libraries switch where only companions hang. The layer does the work."""
+
+    def __init__(self, layer: Adapted) -> None:
+        super().__init__()
+        self.hub, self.merged_adapters = layer.hub, []
+        self.__dict__["layer"] = layer  # no child of this
+
+    def merge(self, safe_merge: bool = False, adapter_names: Sequence[str] | None = None) -> None:
+        self.layer.merge(safe_merge, adapter_names)
+
+    def unmerge(self) -> None:
+        self.layer.unmerge()
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        self.layer.delete_adapter(adapter_name)
+
+    def set_scale(self, adapter: str, scale: float) -> None:
+        """Strengths are the targeted layers' alone."""
+
+    def scale_layer(self, scale: float) -> None:
+        """See `set_scale`."""
+
+    def unscale_layer(self, scale: float | None = None) -> None:
+        """See `set_scale`."""
+
+
+Record = dict[str, list[tuple[Method, float]]]  # adapter -> its methods with the multipliers they were merged at
 
 
 class Adapted(Switch, Wrapper):
     """A base layer with adapters. Reads which of them act from the model's shared `Hub`."""
 
     adapters: Slots
+    former: set[str]  # names that adapters no longer here had: their views are empty
+    record: Record  # what was merged under these names
     kind: LayerKind
     path: str
     geometry: Geometry
@@ -78,15 +133,19 @@ class Adapted(Switch, Wrapper):
 
     def __init__(self, base_layer: nn.Module, kind: LayerKind, hub: Hub, path: str, geometry: Geometry) -> None:
         super().__init__()
-        self._modules.update(base_layer=base_layer, adapters=Slots())
+        slots = Slots()
+        slots.__dict__["layer"] = self  # no child of it
+        self._modules.update(base_layer=base_layer, adapters=slots)
         self.__dict__.update(
             kind=kind,
             hub=hub,
             path=path,
             geometry=geometry,
             op=Op(kind, base_layer, geometry),
+            former=set(),
             methods={},
             merged_adapters=[],
+            record={},
             _kept=None,
             _input_name=first_parameter(base_layer),
             training=base_layer.training,
@@ -94,13 +153,38 @@ class Adapted(Switch, Wrapper):
 
     # -- adapters -------------------------------------------------------------------------------------------------------
     def attach(self, adapter: str, part: str, method: Method) -> None:
-        self.adapters.put(escape(adapter) + (f"%{part}" if part else ""), method)
+        """Hang a method at `adapters.<adapter>`, a companion at `adapters.%<part>.<adapter>`."""
+        if part and f"%{part}" not in self.adapters._modules:
+            self.adapters.put(f"%{part}", Companions(self))
+        self._slots(part).put(escape(adapter), method)
         self.methods[adapter] = (*self.methods.get(adapter, ()), method)
 
     def detach(self, adapter: str) -> None:
-        methods = self.methods.pop(adapter, ())
-        for name in [n for n, m in self.adapters._modules.items() if any(m is x for x in methods)]:
-            self.adapters.drop(name)
+        for m in (inner for outer in self.methods.pop(adapter, ()) for inner in outer.nested()):
+            self.former.update((*m.adapter_layer_names, *m.other_param_names))
+        for part in ("", *self.parts):
+            slots = self._slots(part)
+            if escape(adapter) in slots._modules:
+                slots.drop(escape(adapter))
+            if part and not slots._modules:
+                self.adapters.drop(f"%{part}")
+
+    def held(self) -> Iterator[tuple[str, Method]]:
+        own = {id(m) for methods in self.methods.values() for m in methods}
+        return ((f"adapters.{n}", m) for n, m in self.adapters.named_modules() if id(m) in own)  # type: ignore[misc]
+
+    def _slots(self, part: str) -> Slots:
+        return self.adapters._modules[f"%{part}"] if part else self.adapters  # type: ignore[return-value]
+
+    @property
+    def parts(self) -> list[str]:
+        """The config fields that brought companions here."""
+        return [n[1:] for n, m in self.adapters._modules.items() if isinstance(m, Companions)]
+
+    @property
+    def targeted(self) -> bool:
+        """Whether an adapter's own method hangs here, not only companions; also when nothing hangs here any more."""
+        return len(self.parts) < len(self.adapters._modules) or not self.adapters._modules
 
     def active_methods(self, names: Sequence[str]) -> list[Method]:
         table = self.methods
@@ -140,7 +224,7 @@ class Adapted(Switch, Wrapper):
 
     def _fused(self, methods: Sequence[Method], x: Any) -> Tensor | None:
         """The whole sum as one autograd node, where base and methods are products and nothing else."""
-        if not lowrank.usable(x):
+        if not lowrank.usable(x) or not all(m.always_here for m in methods):
             return None
         base = self.kind.plain(self.base_layer)
         if base is None or base[0].dtype != x.dtype:
@@ -203,7 +287,8 @@ class Adapted(Switch, Wrapper):
         held = {n: h for table in ("_parameters", "_buffers") for n, h, _ in named(self.base_layer, table)}
         with on_device(self.base_layer):
             values = {held[n]: v for n, v in self.replaced(replaced).items()}
-            return torch.func.functional_call(self.base_layer, values, args, kwargs)
+            with over_attributes(self.base_layer, values):
+                return torch.func.functional_call(self.base_layer, values, args, kwargs)
 
     def _bias_change(self, methods: Sequence[Method]) -> Tensor:
         b = self.kind.bias(self.base_layer)
@@ -331,7 +416,8 @@ class Adapted(Switch, Wrapper):
         held = dict(self.base_layer.named_parameters())
         for name, value in values.items():
             kept = held[name].dtype if name in held and held[name].is_floating_point() else value.dtype
-            if not torch.isfinite(value.to(kept)).all():
+            stored = value.to(kept)
+            if not torch.isfinite(stored.float() if kept.itemsize == 1 else stored).all():  # float8 has no isfinite
                 raise ValueError(f"Merging into {self.path}.{name} would write NaN or inf; nothing was changed.")
         return {n: v.detach().contiguous() for n, v in values.items()}
 
@@ -354,14 +440,34 @@ class Adapted(Switch, Wrapper):
 
     def merge(self, safe_merge: bool = False, adapter_names: Sequence[str] | None = None) -> None:
         """Write the adapters into the base weight. Checks for NaN and inf always; `safe_merge` is kept for callers."""
-        wanted = list(adapter_names if adapter_names is not None else self.hub.chosen)
-        names = [n for n in wanted if n in self.methods and n not in self.merged_adapters]
-        if not names:
-            return
-        before = list(self.merged_adapters)
-        self.unmerge()  # the composition is stated on the original W, whatever was merged before
-        every = [*before, *names]
-        self.write(self.merged_values(self.active_methods(every)), every)
+        self.merge_also(list(adapter_names if adapter_names is not None else self.hub.chosen))
+
+    def merge_also(self, names: Sequence[str], keep: bool = True, tied: frozenset[int] | set[int] = frozenset()) -> bool:
+        """Merge these besides those merged already, which stay as strong as they were then; as `write` returns."""
+        fresh = [n for n in names if n in self.methods and n not in self.merged_adapters]
+        record = {n: [(m, m.multiplier) for m in self.methods[n]] for n in fresh}
+        return self.merge_as({**self.record, **record}, keep, tied) if fresh else False
+
+    def merge_as(self, record: Record, keep: bool = True, tied: frozenset[int] | set[int] = frozenset()) -> bool:
+        """Merge just what the record says; the composition is stated on the original W, whatever was merged before."""
+        before = self.record
+        self.unmerge()
+        if not record:
+            return False
+        then = [entry for entries in record.values() for entry in entries]
+        now = [(m, m.multiplier) for m, _ in then]
+        try:
+            for m, multiplier in then:
+                m.multiplier = multiplier
+            values = self.merged_values([m for m, _ in then])
+        except ValueError:
+            self.merge_as(before)
+            raise
+        finally:
+            for m, multiplier in now:
+                m.multiplier = multiplier
+        self.record = record
+        return self.write(values, list(record), keep=keep, tied=tied)
 
     def unmerge(self) -> None:
         """Bring back the very bits of the base weight."""
@@ -369,7 +475,7 @@ class Adapted(Switch, Wrapper):
             original, kept = self._kept
             self.base_layer = self.kind.restore(original, kept)
             self.op.base = self.base_layer
-        self._kept, self.merged_adapters = None, []
+        self._kept, self.merged_adapters, self.record = None, [], {}
 
     @property
     def merged(self) -> bool:
@@ -379,23 +485,55 @@ class Adapted(Switch, Wrapper):
     def get_base_layer(self) -> nn.Module:
         return self.base_layer
 
+    def get_base_weight(self) -> Tensor:
+        """The base layer's weight in floating point and its own layout, wherever it is kept."""
+        return self.kind.native(self.kind.read(self.base_layer), self.base_layer)
+
+    def set_base_weight(self, weight_data: Tensor) -> None:
+        """Write the base layer's weight."""
+        if self.merged:
+            raise ValueError(f"{self.path} is merged with {self.merged_adapters}: call unmerge() before writing its weight.")
+        self.base_layer = self.op.base = self.kind.write(self.base_layer, {"weight": weight_data})
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """What an adapter adds to the weight, in the weight's layout."""
+        return views.delta_weight(self, adapter)
+
+    def update_layer(self, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        raise NotImplementedError(
+            f"{self.path}: an adapter is not remade layer by layer. Add one with another config; rank_pattern and "
+            "alpha_pattern give single layers their own rank and strength."
+        )
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        return False
+
+    def _get_available_adapters(self) -> set[str]:
+        return set(self.methods)
+
+    def _nested(self) -> Iterator[Method]:
+        return (inner for methods in self.methods.values() for m in methods for inner in m.nested())
+
+    @property
+    def adapter_layer_names(self) -> tuple[str, ...]:
+        """Upstream's names of the tensors that the adapters hold here."""
+        return tuple(dict.fromkeys(n for m in self._nested() for n in m.adapter_layer_names))
+
+    @property
+    def other_param_names(self) -> tuple[str, ...]:
+        """Upstream's names of their settings."""
+        return tuple(dict.fromkeys(n for m in self._nested() for n in m.other_param_names))
+
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         for name in [adapter_names] if isinstance(adapter_names, str) else adapter_names:
             for m in self.methods.get(name, ()):
                 m.requires_grad_(requires_grad)
 
     def delete_adapter(self, adapter_name: str) -> None:
+        """Take the adapter out of this layer; out of the last one, it is gone from the model."""
+        methods = self.methods.get(adapter_name, ())
         self.detach(adapter_name)
-
-    def adapter_state_dict_load_map(self, adapter_name: str) -> dict[str, str]:
-        """Key in an adapter file -> parameter's name in memory, both below this layer: what transformers loads by."""
-        own = self.methods.get(adapter_name, ())
-        return {
-            key: f"adapters.{slot}.{attr}"
-            for slot, m in self.adapters._modules.items()
-            if any(m is x for x in own)
-            for attr, key in m.disk_keys().items()  # type: ignore[union-attr,operator]
-        }
+        self.hub.released(adapter_name, methods)
 
     def set_scale(self, adapter: str, scale: float) -> None:
         """Multiply the adapter's effect at this layer by `scale`, from its configured strength."""
@@ -414,17 +552,36 @@ class Adapted(Switch, Wrapper):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name in ("base_layer", "methods", "adapters", "hub", "merged_adapters"):
-                raise
-            from .views import view
-
-            found = view(self, name)
+            if name in ("base_layer", "methods", "adapters", "hub", "merged_adapters", "former") or name.startswith("_"):
+                raise  # private names are the base layer's own: hooks that libraries put there are not the wrapper's
+            found = views.view(self, name)
             if found is not None:
                 return found
             # code that reads a parameter instead of calling the module sees what the module computes with
             methods = () if self.merged_adapters else self.active_methods(self.hub.mix.active)
             replaced = [m for m in methods if m.form == "replace" and name in m.replaced_names]
+            if name == "weight" and any(m.companion and m.form != "replace" and m.mergeable for m in methods):
+                W, _ = self.compose([m for m in methods if m.companion], self.kind.dtype(self.base_layer))
+                return self.kind.native(W, self.base_layer)
             return self.replaced(replaced)[name] if replaced else getattr(self.base_layer, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Assignments go where the next forward reads: to the adapters, or to the base layer's own tensors."""
+        own = name in self.__dict__ or hasattr(type(self), name) or "methods" not in self.__dict__
+        if own or name in self._modules:
+            super().__setattr__(name, value)
+        elif views.view(self, name) is not None:
+            views.assign(self, name, value)
+        elif any(name in table for table in (self.base_layer._parameters, self.base_layer._buffers)):
+            if self.merged:
+                raise ValueError(f"{self.path} is merged with {self.merged_adapters}: unmerge before assigning {name}.")
+            setattr(self.base_layer, name, value)
+        else:
+            super().__setattr__(name, value)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        views.from_upstream(self, state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)  # type: ignore[no-untyped-call]
 
     @property
     def original_module(self) -> nn.Module:
@@ -441,6 +598,24 @@ def _input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, tuple[An
         return args[0], args[1:], kwargs
     first = next(iter(kwargs))
     return kwargs[first], (), {k: v for k, v in kwargs.items() if k != first}
+
+
+@contextmanager
+def over_attributes(module: nn.Module, values: dict[str, Tensor]) -> Iterator[None]:
+    """Within, plain attributes that stand before parameters of these names hold the values, too: FSDP 1 puts its views
+    of flat parameters there, and they would win over what `functional_call` swaps in."""
+    swapped = []
+    for name, value in values.items():
+        path, _, leaf = name.rpartition(".")
+        owner = module.get_submodule(path)
+        if leaf in owner.__dict__:
+            swapped.append((owner, leaf, owner.__dict__[leaf]))
+            owner.__dict__[leaf] = value
+    try:
+        yield
+    finally:
+        for owner, leaf, before in swapped:
+            owner.__dict__[leaf] = before
 
 
 def first_parameter(module: nn.Module) -> str:

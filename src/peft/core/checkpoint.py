@@ -15,7 +15,7 @@ import os
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ..config import CONFIG_NAME, PeftConfig, find_file
+from ..registry import method as method_of
+from . import sharded
 from .errors import CheckpointError, near
 from .method import Method
 from .mix import Adapter, Hub
@@ -54,17 +56,20 @@ class Slot:
         shape = self.method.disk_shape(self.attr)
         return t if shape is None else t.reshape(shape)
 
-    def save(self) -> Tensor:
-        return self._shaped(self.method.stored(self.attr, self.tensor.detach()))
+    def save(self, value: Tensor | None = None) -> Tensor:
+        """As the file has it; `value`: what was gathered for it elsewhere."""
+        return self._shaped(self.method.stored(self.attr, (self.tensor if value is None else value).detach()))
 
     def assign(self, value: Tensor, adopt: bool = False) -> None:
         """adopt: nobody holds the storage yet, and the value is ours to keep: no copy."""
         old = self.tensor
         if value.shape != old.shape:
             value = value.reshape(old.shape)
-        if value.dtype != old.dtype or value.device != old.device:
-            value = value.to(old.dtype) if old.is_meta else value.to(old.device, old.dtype)
-        if adopt and isinstance(old, nn.Parameter) and not old.is_meta:
+        device = self.method.home if old.is_meta else old.device
+        if value.dtype != old.dtype or value.device != device:
+            value = value.to(device, old.dtype)
+        value = sharded.like(value, old)
+        if adopt and type(old) is nn.Parameter and not old.is_meta:
             old.data = value
         elif isinstance(old, nn.Parameter):
             if old.device.type == "meta":
@@ -111,21 +116,22 @@ def _hollow(t: Tensor) -> bool:
     return t.numel() == 0 and t.dim() < 2
 
 
-def state_dict(hub: Hub, name: str) -> dict[str, Tensor]:
-    """The adapter's tensors under their keys in the file."""
+def state_dict(hub: Hub, name: str, gathered: sharded.Gathered | None = None) -> dict[str, Tensor]:
+    """The adapter's tensors under their keys in the file. gathered: values of tensors that are not whole here."""
     hub.known([name])
     adapter = hub.adapters[name]
     out: dict[str, Tensor] = {}
     for key, slot in slots(adapter):
         if slot.attr in slot.method.unwritten:
             continue
-        tensor = slot.save()
-        if tensor.is_meta or _hollow(tensor):
+        value = gathered(slot.method, slot.attr) if gathered is not None else None
+        why = sharded.unreadable(slot.tensor if value is None else value)
+        if why:
             raise CheckpointError(
-                f"Adapter {name!r}: {key} holds no values ({'meta device' if tensor.is_meta else 'zero elements'}). "
-                "Load weights first; with ZeRO-3 or FSDP save through the trainer, which gathers them."
+                f"Adapter {name!r}: {key} holds no values ({why}). Load weights first; with ZeRO-3 or FSDP save through "
+                "the trainer, which gathers them, or pass state_dict=accelerator.get_state_dict(model)."
             )
-        out[key] = tensor
+        out[key] = slot.save(value)
     return _translate(hub, out, adapter, "to_disk")
 
 
@@ -167,6 +173,7 @@ def save(
     *,
     safe: bool = True,
     extra: dict[str, Tensor] | None = None,
+    gathered: sharded.Gathered | None = None,
 ) -> None:
     """Write one adapter: two files, no network."""
     adapter = hub.adapters[name]
@@ -174,7 +181,14 @@ def save(
     config.inference_mode = True
     fill_base(config, model)
     os.makedirs(folder, exist_ok=True)
-    tensors = {k: _own(v) for k, v in {**state_dict(hub, name), **(extra or {})}.items()}
+    found = {**state_dict(hub, name, gathered), **(extra or {})}
+    parts = [k for k, t in found.items() if sharded.split(t)]
+    if parts:
+        raise CheckpointError(
+            f"Adapter {name!r}: {parts[0]} is split over processes; pass state_dict=accelerator.get_state_dict(model), "
+            "which gathers it."
+        )
+    tensors = {k: _own(v) for k, v in found.items()}
     tensors = _unshare(tensors)
     header = {
         "format": "pt",
@@ -339,6 +353,15 @@ def read_weights(path: str, device: str | None = None) -> tuple[dict[str, Tensor
         raise CheckpointError(f"{path} cannot be read as plain tensors ({type(e).__name__}: {e}).") from e
 
 
+def targets(tensors: Iterable[str], config: Any) -> set[str] | None:
+    """The paths of the modules that a file's tensors belong to; None where it holds raw parameters' adapters, too."""
+    if getattr(config, "target_parameters", None):
+        return None
+    bodies = (k.removeprefix(ROOT) for k in tensors)
+    mark = f".{method_of(config.peft_type).prefix}"
+    return {b.rpartition(mark)[0] for b in bodies if mark in b}
+
+
 def fit(
     hub: Hub, adapter: Adapter, tensors: dict[str, Tensor]
 ) -> tuple[dict[str, tuple[Slot, Tensor]], list[str], list[str]]:
@@ -348,13 +371,15 @@ def fit(
     tensors = _translate(hub, tensors, adapter, "from_disk")
     for stem, method in adapter.methods:
         prefix = f"{root}{stem}." if stem else ""
-        own = method.disk_keys()
-        method.resize({a: tensors[prefix + k] for a, k in own.items() if prefix + k in tensors})
+        keys = {a: prefix + k for a, k in method.disk_keys().items()}
+        keys |= {a: f"base_model.{k}" for a, k in method.shared_keys.items()}
+        method.resize({a: tensors[k] for a, k in keys.items() if k in tensors})
     wanted = dict(slots(adapter))
     pairs = {k: (s, tensors[k]) for k, s in wanted.items() if k in tensors}
     optional = {k for k, s in wanted.items() if s.attr in (*s.method.optional, *s.method.unwritten)}
     missing = [k for k in wanted if k not in tensors and k not in optional]
-    return pairs, missing, [k for k in tensors if k not in wanted]
+    again = tuple(f"{root}{stem}.{start}" for stem, method in adapter.methods for start in method.repeats)
+    return pairs, missing, [k for k in tensors if k not in wanted and not k.startswith(again)]
 
 
 def _with_root(key: str, root: str) -> str:

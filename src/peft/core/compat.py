@@ -89,13 +89,19 @@ def fsdp_auto_wrap_policy(model: nn.Module) -> Any:
     blocks = functools.partial(
         transformer_auto_wrap_policy, transformer_layer_cls={present[n] for n in wanted if n in present}
     )
-    own = functools.partial(lambda_auto_wrap_policy, lambda_fn=_trains_alone)
+    inner = {id(n) for m in model.modules() if isinstance(m, Method) for n in m.nested() if n is not m}
+    own = functools.partial(
+        lambda_auto_wrap_policy, lambda_fn=lambda m: id(m) not in inner and _trains_alone(m)
+    )  # what a method wraps is read inside its calls
     return functools.partial(_or_policy, policies=[own, blocks])
 
 
 def _trains_alone(module: nn.Module) -> bool:
+    """What a `replace` or a prompt gives is used outside its calls: it stays in the unit of what surrounds it."""
+    if not isinstance(module, Method) or module.form in ("replace", "prompt"):
+        return False
     parameters = list(module.parameters())
-    return isinstance(module, Method) and bool(parameters) and all(p.requires_grad for p in parameters)
+    return bool(parameters) and all(p.requires_grad for p in parameters)
 
 
 # -- small tensor functions -----------------------------------------------------------------------------------------------------
@@ -106,17 +112,17 @@ def shift_tokens_right(input_ids: Tensor, pad_token_id: int, decoder_start_token
     return shifted.masked_fill(shifted == -100, pad_token_id)
 
 
-def bloom_model_postprocess_past_key_value(past: tuple[Tensor, ...]) -> tuple[tuple[Tensor, Tensor], ...]:
+def bloom_model_postprocess_past_key_value(past_key_values: tuple[Tensor, ...]) -> tuple[tuple[Tensor, Tensor], ...]:
     """Prefixes [2·layers, batch, heads, tokens, dim] as Bloom's old cache: keys [batch·heads, dim, tokens] per layer.
 
     The keys' entries are laid out token by token, not transposed per head: that is what trained prefixes rely on.
     """
-    keys, values = torch.cat(past).chunk(2)
+    keys, values = torch.cat(past_key_values).chunk(2)
     layers, batch, heads, tokens, dim = keys.shape
     keys = keys.transpose(2, 3).reshape(layers, batch * heads, dim, tokens)
     return tuple(zip(keys, values.flatten(1, 2), strict=True))
 
 
-def starcoder_model_postprocess_past_key_value(past: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+def starcoder_model_postprocess_past_key_value(past_key_values: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """Prefixes [2, batch, heads, tokens, dim] as StarCoder's old cache of one shared head: [batch, tokens, 2·dim]."""
-    return tuple(k[:, :, 0].permute(1, 2, 0, 3).flatten(-2) for k in past)
+    return tuple(k[:, :, 0].permute(1, 2, 0, 3).flatten(-2) for k in past_key_values)

@@ -54,7 +54,7 @@ class Copies(Method):
         originals = {n: p for n, p in site.parameters().items() if p.is_floating_point()}
         shapes = {n: originals[n] for n in self.chosen(list(originals))}
         for name, p in shapes.items():
-            put(tree, name, site.empty(*p.shape))
+            put(tree, name, self.room(name, p, config, site))
         state = site.buffers() if self.keep_state else {}
         for name, b in state.items():
             put(tree, name, b.detach().clone().to(site.device))
@@ -66,6 +66,10 @@ class Copies(Method):
     def chosen(cls, names: list[str]) -> list[str]:
         """Which of the module's parameters to train."""
         return names
+
+    def room(self, name: str, P: Tensor, config: Any, site: Site) -> nn.Parameter:
+        """The parameter that will hold the copy of P."""
+        return site.empty(*P.shape)
 
     def key(self, name: str) -> str:
         return f"{self.holder}.{name}"

@@ -20,6 +20,7 @@ from ..registry import method
 from . import checkpoint, inject
 from .adapted import adapted_layers
 from .errors import CheckpointError, Refusal
+from .loading import fit
 from .method import Method
 from .mix import Hub
 
@@ -52,18 +53,19 @@ def hotswap_adapter_from_state_dict(
 ) -> None:
     """The same from tensors, named as in a file or with the adapter's name inside (`…lora_A.default.weight`)."""
     tensors = {_without(k.removeprefix("_orig_mod."), adapter_name): v for k, v in state_dict.items()}
-    swap(model, checkpoint.Loaded(copy.deepcopy(config), tensors, source="The state dict"), adapter_name)
+    loaded = checkpoint.Loaded(copy.deepcopy(config), tensors, source="The state dict")
+    swap(model, loaded, adapter_name, checkpoint.targets(tensors, config))
 
 
 def reload(model: nn.Module, loaded: checkpoint.Loaded, name: str) -> None:
     """New weights for a loaded adapter, as when training resumes; other settings make it a swap."""
-    _, hub = _parts(model)
+    base, hub = _parts(model)
     adapter = hub.adapters[name]
     before, after = ({k: v for k, v in c.to_dict().items() if k not in FREE} for c in (adapter.config, loaded.config))
     if before != after or adapter.padded:
         swap(model, loaded, name)
         return
-    pairs, missing, extra = checkpoint.fit(hub, adapter, loaded.tensors)
+    pairs, missing, extra, _ = fit(base, hub, adapter, loaded.tensors)
     checkpoint.check_fit(adapter, pairs, missing, extra, loaded.source)
     checkpoint.assign(pairs, adapter)
 
@@ -73,8 +75,12 @@ def _without(key: str, adapter: str) -> str:
     return head + tail if found and tail in ("", ".weight", ".bias") else key
 
 
-def swap(model: nn.Module, loaded: checkpoint.Loaded, name: str) -> None:
-    """Plan the new adapter beside the old, fill it, check everything, and only then change the model."""
+def swap(model: nn.Module, loaded: checkpoint.Loaded, name: str, only: set[str] | None = None) -> None:
+    """Plan the new adapter beside the old, fill it, check everything, and only then change the model.
+
+    only: the paths it goes to, where they are known better than by the config's target names. What set_scale had asked
+    of the old adapter is not asked of the new one.
+    """
     model, hub = _parts(model)
     hub.known([name])
     old = hub.adapters[name]
@@ -83,19 +89,21 @@ def swap(model: nn.Module, loaded: checkpoint.Loaded, name: str) -> None:
         if name in layer.merged_adapters:
             raise ValueError(f"Adapter {name!r} is merged into {layer.path}: call unmerge_adapter() before swapping.")
     loaded.config.inference_mode = old.config.inference_mode
-    plan = inject.plan(model, loaded.config, _unused(hub), init=False, autocast_adapter_dtype=_wide(old))
+    plan = inject.plan(
+        model, loaded.config, _unused(hub), init=False, autocast_adapter_dtype=_wide(old), only=only or None
+    )
     new = plan.adapter()
     scratch = Hub()
     scratch.composites = {**hub.composites, **plan.composites()}
-    pairs, missing, extra = checkpoint.fit(scratch, new, loaded.tensors)
+    pairs, missing, extra, _ = fit(model, scratch, new, loaded.tensors)
     checkpoint.check_base(model, loaded, new)
     checkpoint.check_fit(new, pairs, missing, extra, loaded.source)
     checkpoint.assign(pairs, new)
     if old.padded:
         _into_padded(old, new, name)
         return
-    for (_, a), (_, b) in zip(old.methods, new.methods):
-        b.multiplier = a.multiplier if old.config.to_dict() == loaded.config.to_dict() else b.multiplier
+    for _, m in old.methods:
+        m.multiplier = 1.0
     if _alike(old.methods, new.methods):
         _copy((a for _, a in old.methods), (b for _, b in new.methods))
         hub.configs[name] = old.config = loaded.config
@@ -168,7 +176,7 @@ def _copy(old: Iterable[Method], new: Iterable[Method]) -> None:
 
 def _replace(model: nn.Module, hub: Hub, name: str, plan: inject.Plan) -> None:
     """The planned methods in the place of the adapter's present ones; activation and training as they were."""
-    chosen, trainable, order = hub.chosen, hub.adapters[name].trainable, list(hub.adapters)
+    asked, trainable, order = hub.asked, hub.adapters[name].trainable, list(hub.adapters)
     inject.delete(model, name)
     plan.name = name
     inject.commit(model, plan)
@@ -176,7 +184,7 @@ def _replace(model: nn.Module, hub: Hub, name: str, plan: inject.Plan) -> None:
         entries = {n: table[n] for n in order}
         table.clear()
         table.update(entries)  # type: ignore[arg-type]
-    hub.activate(chosen)
+    hub.activate_present(asked)
     hub.set_trainable(name, trainable)
 
 
@@ -217,7 +225,14 @@ def prepare_model_for_compiled_hotswap(
             raise ValueError(f"target_rank={rank} is smaller than the rank {largest} of adapter {name!r}.")
         paths = dict(zip(own, adapter.targeted))
         held = method(adapter.config.peft_type).pair_config(adapter.config, dict.fromkeys(paths.values(), rank))
-        plan = inject.plan(model, held, _unused(hub), init=False, autocast_adapter_dtype=_wide(adapter))
+        plan = inject.plan(
+            model,
+            held,
+            _unused(hub),
+            init=False,
+            autocast_adapter_dtype=_wide(adapter),
+            only=None if getattr(held, "target_parameters", None) else set(adapter.targeted),
+        )
         twin = plan.adapter()
         twins = _own(twin)
         for stem, m in own.items():
@@ -241,15 +256,17 @@ def _own(adapter: Any) -> dict[str, Method]:
 
 
 def _hold(slot: Method, m: Method | None) -> None:
-    """s·B and A of `m`, or nothing, into a padded slot."""
+    """s·B and A of `m`, or nothing, into a padded slot; what set_scale asked of `m` stays a factor of its own."""
     A0, B0, _ = slot.pair()  # type: ignore[misc]
     A, B = torch.zeros_like(A0), torch.zeros_like(B0)
-    bias = None
+    bias, slot.multiplier = None, 1.0
     if m is not None:
+        slot.multiplier, m.multiplier = m.multiplier, 1.0
         a, b, s = m.pair()  # type: ignore[misc]
         A[: a.shape[0]] = a
         B[:, : b.shape[1]] = s * b
         bias = m.bias_change()
+        m.multiplier = slot.multiplier
     with torch.no_grad():
         slot.set_pair(A.detach(), B.detach(), None if bias is None else bias.detach())
 

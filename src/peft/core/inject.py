@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import gc
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,19 +20,23 @@ import torch
 from torch import nn
 
 from ..registry import companions, kinds, method
-from .adapted import Adapted, adapted_layers, move_recorders
+from . import older
+from .adapted import Adapted, Record, adapted_layers, move_recorders
 from .checkpoint import vocab_size
 from .errors import NoMatchingPeftModuleError
 from .layer import Composite, Geometry, LayerKind, tree
 from .method import Method, Site
 from .mix import Adapter, Hub
 from .span import unwatch, watch
-from .targets import Place, find, shared_parameters, walk
+from .targets import ALL_LINEAR, Place, exactly, find, shared_parameters, short_names, walk
 
 
 def hub_of(model: nn.Module) -> Hub | None:
     """The adapters of a model (the base model, or anything that wraps it)."""
     hub = model.__dict__.get("_peft_hub")
+    if hub is not None and hub.placed and next(adapted_layers(model), None) is None:
+        _clear(model)  # a library took the wrappers out by itself: the base layers stand bare
+        hub = None
     if hub is None:
         held = (m.hub if isinstance(m, Adapted) else m.__dict__.get("_peft_hub") for m in model.modules())
         hub = next((h for h in held if h is not None), None)
@@ -108,11 +112,14 @@ def plan(
     init: bool = True,
     meta: bool = False,
     autocast_adapter_dtype: bool = True,
+    strict: bool = True,
+    only: Collection[str] | None = None,
 ) -> Plan:
     """Everything `config` would put into `model`; the model is not changed.
 
     init: draw initial values (not needed when weights are loaded next). meta: parameters on the meta device.
-    autocast_adapter_dtype: keep fp32 master weights on half-precision bases.
+    autocast_adapter_dtype: keep fp32 master weights on half-precision bases. strict: refuse target names that match
+    nothing, else warn. only: the paths to target, whatever the config says.
     """
     hub = hub_of(model)
     check_name(hub, name)
@@ -134,9 +141,14 @@ def plan(
     if cls.form == "prompt":
         add(None, "", cls, config)
     else:
+        older.retarget(model, config, cls)
         wanted: list[Place] = []
-        if config.target_modules or not getattr(config, "target_parameters", None):
-            wanted += find(model, config)
+        if only is not None:
+            wanted += exactly(model, only)
+        elif config.target_modules or not getattr(config, "target_parameters", None):
+            wanted += find(model, config, strict)
+            if config.target_modules == ALL_LINEAR:
+                config.target_modules = short_names(model, wanted)  # files name the modules, so that all read the same
         if getattr(config, "target_parameters", None):
             from .parameters import find_parameters
 
@@ -161,8 +173,9 @@ def _site(model: nn.Module, place: Place | None, kind: LayerKind | None, config:
     if place is None or kind is None:
         first = next((p for p in model.parameters() if p.is_floating_point()), None)
         dtype = first.dtype if first is not None else torch.float32
-        device = first.device if first is not None else torch.device("cpu")
-        from .prompt import embed
+        from .prompt import embed, where
+
+        device = where(model)
 
         return Site(
             "",
@@ -202,8 +215,8 @@ def _nothing() -> torch.Tensor:
 
 def _master(dtype: torch.dtype, autocast: bool) -> torch.dtype:
     """fp32 master weights on half-precision bases, as mixed-precision training needs."""
-    low = dtype in (torch.float16, torch.bfloat16) or dtype.itemsize == 1
-    return torch.float32 if low and autocast else dtype
+    low = dtype in (torch.float16, torch.bfloat16)
+    return torch.float32 if (low and autocast) or dtype.itemsize == 1 else dtype
 
 
 def _build(items: list[Item], plan: Plan, init: bool, meta: bool) -> None:
@@ -225,6 +238,7 @@ def _build(items: list[Item], plan: Plan, init: bool, meta: bool) -> None:
         for item, site, device in zip(group, sites, real, strict=True):
             site.shared = shared
             item.method = m = item.cls.build(item.config, site)
+            m.home = device
             path = f"{item.part}:{site.path}" if item.part else site.path
             if site.device.type != "meta":
                 if type(m).derive is not Method.derive:
@@ -246,6 +260,9 @@ def commit(model: nn.Module, plan: Plan) -> Hub:
                 if p is not None:
                     p.requires_grad = False
     model.__dict__["_peft_hub"] = hub
+    for layer in adapted_layers(model):
+        if plan.name in layer.methods:
+            layer.detach(plan.name)  # left behind where loading an adapter of this name had failed
     dtype = _floating(model)
     for item in plan.items:
         assert item.method is not None
@@ -358,11 +375,7 @@ def delete(model: nn.Module, name: str) -> None:
         from .prompt import detach
 
         detach(model, hub, name)
-    del hub.adapters[name]
-    hub.configs.pop(name, None)
-    if name in hub.chosen:
-        rest = [n for n in hub.chosen if n != name] or list(hub.adapters)[:1]
-        hub.activate(rest)
+    hub.forget(name)
 
 
 def unload(model: nn.Module) -> nn.Module:
@@ -382,14 +395,18 @@ def unload(model: nn.Module) -> nn.Module:
 
         for name in list(hub.adapters):
             detach(model, hub, name)
+    _clear(model)
+    return model
+
+
+def _clear(model: nn.Module) -> None:
+    """Forget the adapters where the model keeps them."""
     for module in (model, getattr(model, "model", None)):
         if isinstance(module, nn.Module):
             module.__dict__.pop("_set_gradient_checkpointing", None)
     unwatch(model)
     model.__dict__.pop("_peft_hub", None)
-    if "peft_config" in model.__dict__:
-        del model.__dict__["peft_config"]
-    return model
+    model.__dict__.pop("peft_config", None)
 
 
 # -- merging --------------------------------------------------------------------------------------------------------------
@@ -419,23 +436,17 @@ def merge(model: nn.Module, names: list[str] | None = None, safe: bool = False, 
         for layer in layers:
             layer.merged_values(layer.active_methods(_also(layer, wanted)))
     tied = shared_parameters(model)
-    done: list[Adapted] = []
+    done: list[tuple[Adapted, Record]] = []
     try:
         for layer in layers:
-            every = _also(layer, wanted)
-            fresh = [n for n in every if n not in layer.merged_adapters]
-            if layer.merged:
-                layer.unmerge()
-                fresh = every
-            values = layer.merged_values(layer.active_methods(every))
-            untied = layer.write(values, fresh, keep=keep, tied=tied)
-            if untied:
+            before = layer.record
+            if layer.merge_also(wanted, keep, tied):
                 _untie_config(model, hub)
-            done.append(layer)
+            done.append((layer, before))
             yield layer.path
     except ValueError:
-        for layer in done:
-            layer.unmerge()
+        for layer, before in done:
+            layer.merge_as(before)
         raise
 
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from . import offload
 
 @dataclass(frozen=True)
 class Geometry:
@@ -100,10 +101,25 @@ class Wrapper(Light):
 
 
 class Slots(Light):
-    """The container whose children are `<adapter>` (and `<adapter>%<part>` for an adapter's further parts)."""
+    """The container whose children are `<adapter>`, and `%<part>`: a container of the companions of that sort."""
 
     def put(self, name: str, method: nn.Module) -> None:
         self._modules[name] = method
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Something puts a stand-in around what hangs here (FSDP's units): from now on it is what is called."""
+        held = self.__dict__.get("_modules", {}).get(name)
+        super().__setattr__(name, value)
+        if held is not None and isinstance(value, nn.Module) and value is not held:
+            held.__dict__["gathered"] = True
+            self.replaced(held, value)
+
+    def replaced(self, held: nn.Module, value: nn.Module) -> None:
+        """Tell who calls what hangs here."""
+        layer = self.__dict__.get("layer")
+        if layer is not None:
+            table = layer.methods
+            table.update({n: tuple(value if m is held else m for m in ms) for n, ms in table.items()})
 
     def drop(self, name: str) -> None:
         del self._modules[name]
@@ -272,10 +288,9 @@ class LayerKind:
 
     def device(self, module: nn.Module) -> torch.device:
         """Where adapter parameters live: where the layer computes."""
-        hook = getattr(module, "_hf_hook", None)
-        where = getattr(hook, "execution_device", None)
-        if where is not None:
-            return torch.device(where if not isinstance(where, int) else f"cuda:{where}")
+        found = offload.home(module)
+        if found is not None:
+            return found
         for p in itertools.chain(module._parameters.values(), module.parameters()):
             if p is not None:
                 return p.device
@@ -287,20 +302,16 @@ class LayerKind:
 
     def write(self, module: nn.Module, values: dict[str, Tensor]) -> nn.Module:
         """Put new parameter values into the layer; returns the module that now computes with them."""
-        offload = getattr(module, "_hf_hook", None)
         with on_device(module):
             for name, value in values.items():
                 owner, leaf = _owner(module, name)
                 if leaf in owner._buffers:
                     owner._buffers[leaf] = value
-                    continue
-                param = owner._parameters[leaf]
-                if param is None:
+                elif (param := owner._parameters[leaf]) is None:
                     owner._parameters[leaf] = nn.Parameter(value, requires_grad=False)
-                elif offload is not None and getattr(offload, "offload", False):
-                    param.data.copy_(value)
                 else:
                     param.data = value.to(param.dtype)
+                offload.store(owner, [leaf])
         return module
 
     def untie(self, module: nn.Module, names: list[str], tied: frozenset[int] | set[int]) -> bool:
@@ -322,10 +333,13 @@ class LayerKind:
         """What `restore` needs to bring back the very bits: references, no copies."""
         owners = [(*_owner(module, n), n) for n in names]
         tensors = [(n, o._parameters[leaf] if leaf in o._parameters else o._buffers[leaf]) for o, leaf, n in owners]
-        return [(n, t, None if t is None else t.data) for n, t in tensors]
+        held = [(n, t, None if t is None else t.data) for n, t in tensors]
+        return held, [source for o in {id(o): o for o, *_ in owners}.values() for source in offload.sources(o)]
 
     def restore(self, module: nn.Module, kept: Any) -> nn.Module:
-        for name, param, data in kept:
+        held, sources = kept
+        offload.put_back(sources)
+        for name, param, data in held:
             owner, leaf = _owner(module, name)
             if param is not None:
                 param.data = data
@@ -372,10 +386,7 @@ def named(
 
 
 def on_device(module: nn.Module) -> Any:
-    """A context in which offloaded weights of `module` are present (accelerate's alignment)."""
-    hook = getattr(module, "_hf_hook", None)
-    if hook is None or not getattr(hook, "offload", False):
+    """A context in which offloaded weights at and below `module` are present."""
+    if not any("_hf_hook" in m.__dict__ for m in module.modules()):
         return nullcontext()
-    from accelerate.utils import align_module_device
-
-    return align_module_device(module)
+    return offload.present(module)

@@ -5,14 +5,15 @@ from __future__ import annotations
 import dataclasses
 import re
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor, nn
 
 from ..config import HUB_KWARGS
-from . import checkpoint, inject
+from . import checkpoint, inject, older
 from .errors import CheckpointError
-from .mix import Hub
+from .mix import Adapter, Hub
 from .targets import walk
 from .vocabulary import room_for_tokens
 
@@ -24,6 +25,9 @@ class LoadResult:
     missing_keys: list[str]
     unexpected_keys: list[str]
     mismatched_keys: list[str] = dataclasses.field(default_factory=list)
+
+    def __iter__(self) -> Iterator[list[str]]:
+        return iter((self.missing_keys, self.unexpected_keys))
 
 
 def read_adapter(
@@ -61,8 +65,8 @@ def _load_into(
     adapter = plan.adapter()
     scratch = Hub()
     scratch.composites = plan.composites()
-    pairs, missing, extra = checkpoint.fit(scratch, adapter, loaded.tensors)
-    base, extra = base_tensors(model, adapter, loaded.tensors, extra)
+    pairs, missing, extra, tensors = fit(model, scratch, adapter, loaded.tensors)
+    base, extra = base_tensors(model, adapter, tensors, extra)
     if strict:
         checkpoint.check_base(model, loaded, adapter)
         checkpoint.check_fit(adapter, pairs, missing, extra, loaded.source)
@@ -73,6 +77,17 @@ def _load_into(
         p.data = value.to(p.device, p.dtype)
     inject.commit(model, plan)
     return LoadResult(missing, extra)
+
+
+def fit(
+    model: nn.Module, hub: Hub, adapter: Adapter, tensors: dict[str, Tensor]
+) -> tuple[dict[str, tuple[checkpoint.Slot, Tensor]], list[str], list[str], dict[str, Tensor]]:
+    """`checkpoint.fit`, also for files made on an older layout of the model; and the tensors by the present one."""
+    pairs, missing, extra = checkpoint.fit(hub, adapter, tensors)
+    if extra:
+        tensors = older.translate(model, adapter, tensors)
+        pairs, missing, extra = checkpoint.fit(hub, adapter, tensors)
+    return pairs, missing, extra, tensors
 
 
 def base_tensors(

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from ..kernels.lowrank import Thin
 from .errors import Refusal
@@ -105,12 +106,20 @@ class Method(Light):
     identity: ClassVar[bool] = True  # a fresh adapter leaves the model's output as it is
     optional: ClassVar[tuple[str, ...]] = ()  # attributes that a file may lack
     unwritten: tuple[str, ...] = ()  # attributes that a file may hold, but that are not saved: another site's tensors
+    repeats: ClassVar[tuple[str, ...]] = ()  # starts of keys under which a file may hold a site's tensors once more
     # Of a stack of matrices (experts), a file holds one tensor per key. key -> (axis of the matrix's number, axis that
     # is then joined with the next); keys not named have that number first. `transposed`: the key that holds this
     # key's transpose in a file about ΔWᵀ.
     stacking: ClassVar[dict[str, tuple[int, int]]] = {}
     transposed: ClassVar[dict[str, str]] = {}
+    # How tensors of several matrices become those of one that has them one above the other: key -> "rows" (one below
+    # the other) or "blocks" (along a diagonal). {}: that is not among what this method can hold.
+    joins: ClassVar[dict[str, str]] = {}
     as_modules: tuple[str, ...] = ()  # parameters whose views have a `.weight` though their keys lack it
+    view_names: ClassVar[tuple[str, ...]] = ()  # further tensors that upstream's layer has, empty where none is held
+    view_attributes: ClassVar[tuple[str, ...]] = ()  # settings that upstream's layer shows, by adapter
+    assignable: ClassVar[tuple[str, ...]] = ()  # those of them that are read in every forward
+    dropout_name: ClassVar[str] = ""  # what upstream calls the module that is `dropout` here
     form: str = ""
     replaced_names: tuple[str, ...] = ()  # for the form `replace`
     dropout: float = 0.0  # on the input of the added term, in training
@@ -126,6 +135,7 @@ class Method(Light):
         super().__init__()
         self.config = config
         self.geometry = site.geometry
+        self.home = site.device  # where parameters of the meta device go when they get values
         self.multiplier = 1.0  # set_scale/scale_layer: a factor on the adapter's effect where it has one
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -209,7 +219,13 @@ class Method(Light):
     # -- the one door ---------------------------------------------------------------------------------------------------
     def forward(self, stage: str, *args: Any) -> Any:
         """All reads of parameters happen inside this call, so that FSDP and ZeRO-3 gather here and release after."""
-        return getattr(self, stage)(*args)
+        result = getattr(self, stage)(*args)
+        return result if self.always_here else own_copies(result, self)
+
+    @property
+    def always_here(self) -> bool:
+        """Whether the tensors are there outside calls, too: hooks (FSDP, ZeRO-3) may gather them for each call."""
+        return not (self._forward_hooks or self._forward_pre_hooks or self.__dict__.get("gathered"))
 
     def drop(self, x: Tensor, op: Op) -> Tensor:
         """The input of the added term: with dropout in training. Indices have none."""
@@ -319,6 +335,10 @@ class Method(Light):
         """A copy of `config` for adapters that hold any pair of the given ranks (path -> r) with ΔW = B A; or None."""
         return None
 
+    @classmethod
+    def join(cls, config: Any, path: str, former: list[str]) -> None:
+        """Let `config` give the matrix at `path` what it gives the matrices `former` that lie in it: for `joins`."""
+
     def set_pair(self, A: Tensor, B: Tensor, bias: Tensor | None) -> None:
         """Become ΔW = B A, and `bias` added to the layer's; for the configs that `pair_config` returns."""
         raise Refusal(self.peft_type, "a combination", "its ΔW is not any product of two matrices")
@@ -327,6 +347,30 @@ class Method(Light):
     def blend(cls, methods: list[Method], weights: list[float]) -> dict[str, Tensor] | None:
         """Parameters of the adapter whose effect is the weighted sum of these, where the effect is linear in them."""
         return None
+
+    # -- as upstream's layers show it: core/views.py ------------------------------------------------------------------------
+    @property
+    def adapter_layer_names(self) -> tuple[str, ...]:
+        """Upstream's names of the tensors."""
+        heads = (k.partition(".")[0] for k in self.keys.values())
+        return tuple(dict.fromkeys((*heads, *self.as_modules, *self.view_names)))
+
+    @property
+    def other_param_names(self) -> tuple[str, ...]:
+        """Upstream's names of the settings."""
+        return (*self.view_attributes, *([self.dropout_name] if self.dropout_name else []))
+
+    def setting(self, name: str) -> Any:
+        """What upstream shows of a setting."""
+        return getattr(self, name)
+
+    def rescale(self, scaling: float) -> None:
+        """Make `scaling` this number, by the multiplier."""
+        self.multiplier = 1.0
+        own = getattr(self, "scaling", 0.0)
+        if not own and scaling:
+            raise ValueError(f"{self.peft_type}: a strength of 0 cannot be rescaled to {scaling}.")
+        self.multiplier = scaling / own if own else 1.0
 
     # -- on disk ---------------------------------------------------------------------------------------------------------
     def disk_keys(self) -> dict[str, str]:
@@ -356,3 +400,10 @@ def product(factors: list[Tensor] | tuple[Tensor, ...]) -> Tensor:
     for f in factors[1:]:
         matrix = f @ matrix
     return matrix
+
+
+def own_copies(result: Any, method: nn.Module) -> Any:
+    """What a call gives, without the method's own tensors in it: those are gone after a call for which they were
+    gathered."""
+    mine = {t.untyped_storage().data_ptr() for t in (*method.parameters(), *method.buffers())}
+    return tree_map_only(Tensor, lambda t: t.clone() if t.untyped_storage().data_ptr() in mine else t, result)

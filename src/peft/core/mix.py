@@ -122,6 +122,15 @@ class Adapter:
         """The companions."""
         return (entry for entry, part in zip(self.methods, self.parts, strict=True) if part)
 
+    def drop(self, methods: Sequence[Method]) -> int:
+        """Strike methods off the record; returns how many are left."""
+        gone = {id(m) for m in methods}
+        kept = [(e, p) for e, p in zip(self.methods, self.parts, strict=True) if id(e[1]) not in gone]
+        own = [id(m) not in gone for _, m in self.own()]
+        self.targeted = [path for path, stays in zip(self.targeted, own, strict=True) if stays]
+        self.methods, self.parts = [e for e, _ in kept], [p for _, p in kept]
+        return len(kept)
+
     def parameters(self) -> Iterator[nn.Parameter]:
         seen: set[int] = set()
         for _, method in self.methods:
@@ -131,19 +140,42 @@ class Adapter:
                     yield p
 
 
+class Configs(dict[str, Any]):
+    """The configs by adapter, as `peft_config` shows them.
+
+    Libraries end by popping a name here when they took an adapter out of each layer, or when loading it failed halfway:
+    the name is free then, and one that never came to be is no error, which would hide why.
+    """
+
+    def __init__(self, hub: Hub) -> None:
+        super().__init__()
+        self.hub = hub
+
+    def pop(self, name: str, default: Any = None) -> Any:  # type: ignore[override]
+        config = super().pop(name, default)
+        self.hub.forget(name)
+        return config
+
+
 class Hub:
     """The adapters of one model: the mix that acts and the record of each name."""
 
     def __init__(self) -> None:
         self.mix = Mix()
         self.chosen: tuple[str, ...] = ()  # what acts when nothing is disabled
+        self.asked: tuple[str, ...] = ()  # what was asked for: layer by layer, that may name adapters of other models
         self.enabled = True
         self.adapters: dict[str, Adapter] = {}
-        self.configs: dict[str, Any] = {}  # the same configs, as `peft_config` shows them
+        self.configs: dict[str, Any] = Configs(self)  # the same configs, as `peft_config` shows them
         self.composites: dict[str, Any] = {}  # stem -> stand-in that translates its parts' keys
         self.untied = False  # a merge had to untie the word embeddings
         self._bound = False  # inside a block whose recompute remembers its mix
         self._seen: Mix | None = None  # the mix of the last forward outside a backward
+
+    @property
+    def placed(self) -> bool:
+        """Whether an adapter hangs in layers, not only at the whole model."""
+        return any(m.form != "prompt" for a in self.adapters.values() for _, m in a.methods[:1])
 
     # -- choosing -----------------------------------------------------------------------------------------------------
     def known(self, names: Sequence[str]) -> None:
@@ -158,7 +190,12 @@ class Hub:
     def activate(self, names: Sequence[str]) -> None:
         """Make these adapters act, in this order. O(1) in the number of layers."""
         self.known(names)
-        self.chosen = tuple(dict.fromkeys(names))
+        self.activate_present(names)
+
+    def activate_present(self, names: Sequence[str]) -> None:
+        """The same for names of which some may be adapters of another part of a pipeline."""
+        self.asked = tuple(dict.fromkeys(names))
+        self.chosen = tuple(n for n in self.asked if n in self.adapters or n == BASE)
         if self.enabled:
             self.mix = Mix(self.chosen)
 
@@ -169,9 +206,23 @@ class Hub:
     def trains_only(self, names: Sequence[str], inference_mode: bool = False) -> bool:
         """Whether exactly these are chosen, and train (or, with inference_mode, none does)."""
         wanted = set() if inference_mode else set(names)
-        return self.chosen == tuple(dict.fromkeys(names)) and all(
+        return self.asked == tuple(dict.fromkeys(names)) and all(
             a.trainable == (n in wanted) for n, a in self.adapters.items()
         )
+
+    def forget(self, name: str) -> None:
+        """The name is free, and where the adapter acted alone, the first of the others acts."""
+        if name not in self.adapters:
+            return
+        del self.adapters[name]
+        dict.pop(self.configs, name, None)
+        if name in self.asked:
+            self.activate_present([n for n in self.asked if n != name] or list(self.adapters)[:1])
+
+    def released(self, name: str, methods: Sequence[Method]) -> None:
+        """A layer let go of an adapter's methods; with the last of them the name is free."""
+        if name in self.adapters and not self.adapters[name].drop(methods):
+            self.forget(name)
 
     def train_only(self, names: Sequence[str], inference_mode: bool = False) -> None:
         """Let the named adapters train and freeze the others."""

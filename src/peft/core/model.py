@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from ..config import PeftConfig
 from ..registry import method
-from . import checkpoint, inject, prompt
-from .layer import tree
+from . import checkpoint, inject, prompt, sharded
 from .adapted import adapted_layers
-from .loading import LoadResult, embedding_tensors, load_into, prepare_head, read_adapter
+from .loading import LoadResult, embedding_tensors, fit, load_into, prepare_head, read_adapter
+from .layer import tree
 from .mix import Hub, Mix, Rows
 from .tuner import Tuner
 
@@ -282,24 +282,25 @@ class PeftModel(nn.Module):
         """Write each adapter as two files: `default` at the top, the others in folders of their names.
 
         save_embedding_layers: True stores the whole embeddings too (their size is printed). model_card: also write a
-        README.md. Nothing touches the network.
+        README.md. path_initial_model_for_weight_conversion: anything but None writes plain low-rank pairs for adapters that
+        start from the base's weights (PiSSA, OLoRA), s(B A − B₀ A₀) as one pair of twice the rank; the folder that upstream
+        reads B₀ and A₀ from is not needed. state_dict: values gathered for the whole model, where its tensors are split
+        over processes. Nothing touches the network.
         """
         if os.path.isfile(save_directory):
             raise ValueError(f"Provided path ({save_directory}) should be a directory, not a file")
         names = list(self.hub.adapters) if selected_adapters is None else list(selected_adapters)
         self.hub.known(names)
-        if path_initial_model_for_weight_conversion is not None:
-            raise ValueError(
-                "path_initial_model_for_weight_conversion: this library never changes base weights at initialisation, so "
-                "there is nothing to convert; save without it."
-            )
         if not is_main_process:
             return
         base = self.get_base_model()
         extra = embedding_tensors(base) if save_embedding_layers is True else {}
+        gathered = sharded.gathered(self, kwargs.get("state_dict"))
+        written = _plain_pair if path_initial_model_for_weight_conversion is not None else _as_it_is
         for name in names:
             folder = os.path.join(save_directory, name) if name != "default" else os.fspath(save_directory)
-            checkpoint.save(base, self.hub, name, folder, safe=safe_serialization, extra=extra)
+            with written(self.base_model, name) as saved:
+                checkpoint.save(base, self.hub, saved, folder, safe=safe_serialization, extra=extra, gathered=gathered)
             if model_card:
                 self.create_or_update_model_card(folder)
 
@@ -384,6 +385,22 @@ class PeftModel(nn.Module):
             if name == "base_model":
                 raise
             return getattr(self.base_model, name)
+
+
+@contextmanager
+def _as_it_is(tuner: Tuner, name: str) -> Iterator[str]:
+    yield name
+
+
+@contextmanager
+def _plain_pair(tuner: Tuner, name: str) -> Iterator[str]:
+    """A copy of an adapter as plain pairs of factors, for as long as it takes to save it."""
+    copied = f"{name} converted"
+    tuner.add_weighted_adapter([name], [1.0], copied, "cat")
+    try:
+        yield copied
+    finally:
+        tuner.delete_adapter(copied)
 
 
 def _check_rows(names: Sequence[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
@@ -503,14 +520,24 @@ def inject_adapter_in_model(
     low_cpu_mem_usage: bool = False,
     state_dict: dict[str, Tensor] | None = None,
 ) -> nn.Module:
-    """Put an adapter into a model in place, without wrapping it."""
-    if state_dict is not None:
-        peft_config = copy.deepcopy(peft_config)
-        stems = {
-            k.removeprefix(checkpoint.ROOT).rsplit(f".{method(peft_config.peft_type).prefix}", 1)[0] for k in state_dict
-        }
-        peft_config.target_modules = sorted(stems)  # type: ignore[attr-defined]
-    hub = inject.inject(model, peft_config, adapter_name, meta=low_cpu_mem_usage)
+    """Put an adapter into a model in place, without wrapping it. It is then the one that acts, and that trains.
+
+    state_dict: weights that will be loaded next; the adapter goes just where they belong, whatever else the config's
+    target names would match. An adapter that is loaded takes the base's dtype and tolerates target names that match
+    nothing, with a warning: what loads the weights tells which of them found no place. One to be trained is in fp32.
+    """
+    loading = state_dict is not None or peft_config.inference_mode
+    hub = inject.inject(
+        model,
+        peft_config,
+        adapter_name,
+        meta=low_cpu_mem_usage,
+        autocast_adapter_dtype=not loading,
+        strict=not loading,
+        only=None if state_dict is None else checkpoint.targets(state_dict, peft_config),
+    )
+    hub.activate([adapter_name])
+    hub.train_only([adapter_name], peft_config.inference_mode)
     if not isinstance(model, PeftModel):
         model.__dict__.setdefault("peft_config", hub.configs)
     return model
@@ -528,16 +555,12 @@ def get_peft_model_state_dict(
     hub = inject.hub_of(base)
     if hub is None:
         raise ValueError("This model has no adapters.")
-    out = checkpoint.state_dict(hub, adapter_name)
-    if state_dict is not None:
-        by_id = {id(p): n for n, p in model.named_parameters(remove_duplicate=False)}
-        for key, slot in checkpoint.slots(hub.adapters[adapter_name]):
-            name = by_id.get(id(slot.tensor))
-            if name in state_dict and key in out:
-                out[key] = state_dict[name].reshape(out[key].shape)
+    if state_dict is None and sharded.flat(model):
+        state_dict = model.state_dict()
+    out = checkpoint.state_dict(hub, adapter_name, sharded.gathered(model, state_dict))
     if save_embedding_layers is True:
         out.update(embedding_tensors(base))
-    if not isinstance(getattr(model, "_orig_mod", model), PeftModel):  # injected without a wrapper: no wrapper's prefix
+    if not isinstance(sharded.bare(model), PeftModel):  # injected without a wrapper: no wrapper's prefix
         out = {k.removeprefix(checkpoint.ROOT): v for k, v in out.items()}
     return out
 
@@ -555,18 +578,35 @@ def set_peft_model_state_dict(
     if hub is None or adapter_name not in hub.adapters:
         raise ValueError(f"Adapter {adapter_name!r} is not in this model.")
     adapter = hub.adapters[adapter_name]
-    pairs, missing, extra = checkpoint.fit(hub, adapter, peft_model_state_dict)
+    pairs, missing, extra, _ = fit(base, hub, adapter, peft_model_state_dict)
+    if sharded.flat(model):
+        where = sharded.names(model)
+        model.load_state_dict({f"{where[id(s.method)]}.{s.attr}": t for s, t in pairs.values()}, strict=False)
+        return _told(model, adapter_name, peft_model_state_dict, missing, extra)
     wrong = [k for k, (s, t) in pairs.items() if tuple(t.shape) not in (s.disk_shape, tuple(s.tensor.shape))]
     if wrong and not ignore_mismatched_sizes:
         checkpoint.check_fit(adapter, pairs, [], [], "The state dict")
     checkpoint.assign({k: v for k, v in pairs.items() if k not in wrong}, adapter)
     if missing:
         warnings.warn(f"Missing keys when loading adapter {adapter_name!r}: {', '.join(missing[:5])}", stacklevel=2)
-    return LoadResult(missing, extra, wrong)
+    return _told(model, adapter_name, peft_model_state_dict, missing, extra, wrong)
+
+
+def _told(
+    model: nn.Module, name: str, given: dict[str, Tensor], missing: list[str], extra: list[str], wrong: Sequence[str] = ()
+) -> LoadResult:
+    """What did not fit, as upstream names it: missing tensors with the adapter's name, unused keys as they were given."""
+    root = "" if isinstance(sharded.bare(model), PeftModel) else checkpoint.ROOT
+    as_given = {checkpoint.ROOT + k: k for k in given if not k.startswith("base_model.")}
+    named = []
+    for key in missing:
+        head, _, leaf = key.removeprefix(root).rpartition(".")
+        named.append(f"{head}.{name}.{leaf}" if leaf in ("weight", "bias") else f"{head}.{leaf}.{name}")
+    return LoadResult(named, [as_given.get(k, k) for k in extra], list(wrong))
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:
-    model = getattr(model, "_orig_mod", model)  # type: ignore[assignment]
+    model = sharded.bare(model)
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..config import require
+from . import offload
 from .adapted import Slots, Switch, escape
 from .errors import Refusal
 from .layer import on_device
@@ -53,6 +54,13 @@ class Encoders(Slots, Switch):
     def __init__(self, hub: Hub) -> None:
         super().__init__()
         self.hub, self.merged_adapters = hub, []
+
+    def held(self) -> Iterator[tuple[str, Method]]:
+        return ((n, m) for n, m in self._modules.items() if isinstance(m, Method))
+
+    def replaced(self, held: nn.Module, value: nn.Module) -> None:
+        methods = self.__dict__["prompts"].methods
+        methods.update({n: value for n, m in methods.items() if m is held})
 
 
 class PromptMethod(Method):
@@ -320,6 +328,7 @@ class Prompts:
         self.names: dict[type[nn.Module], tuple[str, ...]] = {}
         self.entered = False  # the model's hook has made room in this call; the stack's fills it
         self.awaited = False  # and the stack's has not run yet
+        self.lent = False  # this call's cache is ours: the caller asked for none
         self.given: Tensor | None = None  # position_ids that the caller gave
         self.tasks: Tensor | None = None
 
@@ -333,6 +342,7 @@ class Prompts:
         else:
             hooks += [(first, self.enter_stack), (model, self.enter_model)]
             model.register_forward_hook(self.leave_model)
+        last.register_forward_hook(self.leave_stack)
         for module, hook in hooks:
             self.names[type(module)] = arguments_of(type(module))
             module.register_forward_pre_hook(hook, prepend=True, with_kwargs=True)
@@ -394,6 +404,14 @@ class Prompts:
         self.entered = self.awaited = False
         self.lead(module, kwargs, front)
         return (), kwargs
+
+    def leave_stack(self, module: nn.Module, args: Any, output: Any) -> Any:
+        """A cache that only carried the prefix in is not the caller's: a next call would continue after this text."""
+        if not self.lent:
+            return None
+        self.lent = False
+        kept = {k: v for k, v in output.items() if k != CACHE} if hasattr(output, CACHE) else None
+        return None if kept is None else type(output)(**kept)
 
     def enter_pair(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         """An encoder-decoder model as a whole: tokens before the decoder's, where a method has them.
@@ -557,6 +575,7 @@ class Prompts:
             mask = flat_mask(kwargs.get("attention_mask"), total)
             if not past:
                 dtype = tokens.dtype if tokens.is_floating_point() else floating(module)
+                self.lent = kwargs.get(CACHE) is None and kwargs.get("use_cache") is False
                 kwargs[CACHE] = self.roomy(kwargs.get(CACHE), front)
                 refuse_gap(module, kwargs[CACHE], front)
                 self.fill(kwargs[CACHE], attentions(module), front, dtype)
@@ -721,9 +740,10 @@ def floating(stack: nn.Module) -> torch.dtype:
 
 def where(module: nn.Module) -> torch.device:
     """Where a layer computes: its keys and values must be there."""
-    device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
-    if device is not None:
-        return torch.device(f"cuda:{device}" if isinstance(device, int) else device)
+    for m in module.modules():
+        found = offload.home(m)
+        if found is not None:
+            return found
     return next((p.device for p in module.parameters()), torch.device("cpu"))
 
 
@@ -767,6 +787,7 @@ def attach(model: nn.Module, hub: Hub, name: str, method: Method) -> None:
     if prompts is None:
         prompts = model.__dict__["_peft_prompts"] = Prompts(model, hub)
         model.add_module("prompt_encoder", Encoders(hub))
+        model.prompt_encoder.__dict__["prompts"] = prompts
         prompts.install(model)
     model.prompt_encoder.put(escape(name), method)  # type: ignore[union-attr,operator]
     prompts.methods[name] = method

@@ -6,8 +6,9 @@ Paths are the names of the *base* model: the wrappers of adapters that are alrea
 from __future__ import annotations
 
 import re
+import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -180,8 +181,24 @@ def input_embedding(model: nn.Module) -> str:
     return leaf if sum(names(leaf, p) for p in paths) == 1 else path
 
 
-def find(model: nn.Module, config: Any) -> list[Place]:
-    """The places that `config` targets, in model order. Raises before anything changes, naming what did not match."""
+def exactly(model: nn.Module, paths: Collection[str]) -> list[Place]:
+    """The places of just these paths, in model order; paths that this model does not have are passed over."""
+
+    def meant(p: Place | None) -> bool:
+        return p is not None and (p.path in paths or p.stem in paths)
+
+    places = list(walk(model))
+    found = [p for p in places if not _composed(p) and (meant(p) or meant(p.owner))]
+    if not found:
+        _fail("target_modules", sorted(paths), places)
+    return found
+
+
+def find(model: nn.Module, config: Any, strict: bool = True) -> list[Place]:
+    """The places that `config` targets, in model order. Raises before anything changes, naming what did not match.
+
+    strict=False: names of which some match nothing give a warning.
+    """
     places = list(walk(model))
     whole = list(getattr(config, "modules_to_save", None) or [])
 
@@ -211,8 +228,17 @@ def find(model: nn.Module, config: Any) -> list[Place]:
         ]
         if not isinstance(targets, str):
             unmatched = [t for t in targets or [] if not any(names(t, p.path) for p in places)]
-            if unmatched:
+            if unmatched and (strict or not chosen):
                 _fail("target_modules", unmatched, places)
+            elif unmatched:
+                warnings.warn(
+                    f"Target modules {', '.join(map(repr, unmatched))} not found in the base model.", stacklevel=4
+                )
+        if isinstance(targets, str) and not chosen and any(names(targets, p.path) for p in places):
+            raise NoMatchingPeftModuleError(
+                f"Target modules {targets!r} not found in the base model: a string is a regular expression for whole paths. "
+                f"To target the modules of this name, write target_modules=[{targets!r}]."
+            )
         if not chosen and targets:
             _fail("target_modules", [str(targets)], places)
     kept = [
@@ -253,6 +279,21 @@ def _fail(what: str, missing: list[str], places: list[Place]) -> None:
         f"Target modules {', '.join(map(repr, missing))} not found in the base model: {what} must name modules of it."
         f"{hints} Its modules are called: {', '.join(leaves[:40])}{' …' if len(leaves) > 40 else ''}."
     )
+
+
+def short_names(model: nn.Module, chosen: list[Place]) -> list[str]:
+    """Names that match just these places: the last component where all modules called so are among them."""
+    paths = {p.path for p in chosen}
+    other = {p.path.rpartition(".")[2] for p in walk(model) if p.path not in paths}
+    leaves = {path: path.rpartition(".")[2] for path in paths}
+    return sorted({p if leaf in other or leaf.isdigit() else leaf for p, leaf in leaves.items()})
+
+
+def other_ends(model: nn.Module, places: list[Place]) -> list[Place]:
+    """Further modules that hold the very weights of these: the other ends of tied weights."""
+    weights = {id(w) for p in places if (w := p.module._parameters.get("weight")) is not None}
+    have = {p.path for p in places}
+    return [p for p in walk(model) if p.path not in have and id(p.module._parameters.get("weight")) in weights]
 
 
 def find_whole(model: nn.Module, wanted: list[str], what: str) -> list[Place]:

@@ -52,8 +52,14 @@ class Tuner(nn.Module):
 
     @property
     def prefix(self) -> str:
-        """The stem of the first adapter's parameter names."""
-        return method(next(iter(self.hub.configs.values())).peft_type).prefix
+        """What tells adapter parameters by their names: the method's stem, or the container where further parts hang."""
+        stem = method(next(iter(self.hub.configs.values())).peft_type).prefix
+        for adapter in self.hub.adapters.values():  # companions come last; all sites of one method are named alike
+            for _, first in adapter.methods[:1]:
+                named = all(stem in n for n, _ in first.named_parameters())
+                if adapter.parts[-1] or not (named or first.form == "prompt"):
+                    return ".adapters."
+        return stem
 
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
         """Activate one adapter or several together, and train exactly those."""
@@ -66,6 +72,28 @@ class Tuner(nn.Module):
 
     def disable_adapter_layers(self) -> None:
         self.hub.enable(False)
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        """Say which adapters train, whatever is active."""
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        self.hub.known(names)
+        for name in names:
+            self.hub.set_trainable(name, requires_grad)
+
+    @property
+    def targeted_module_names(self) -> list[str]:
+        """Paths of the modules that the adapters' own methods change."""
+        return list(dict.fromkeys(path for a in self.hub.adapters.values() for path in a.targeted if path))
+
+    @staticmethod
+    def get_model_config(model: nn.Module) -> dict[str, Any]:
+        """The model's config as a dictionary; where it has none, one that says so."""
+        config = getattr(model, "config", None)
+        found = config.to_dict() if hasattr(config, "to_dict") else config
+        return dict(found) if isinstance(found, dict) else {"model_type": "custom"}
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        return False
 
     def delete_adapter(self, adapter_name: str) -> None:
         inject.delete(self.model, adapter_name)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..core import offload
 from ..core.layer import Geometry, LayerKind, tree
 
 WIDTHS = ("hidden_size", "d_model", "n_embd", "embed_dim")  # what blocks call the size of the residual stream
@@ -58,9 +59,9 @@ class Opaque(LayerKind):
     def device(self, module: nn.Module) -> torch.device:
         """Where the block computes, also when its weights are offloaded and accelerate's hooks are on its children."""
         for m in tree(module):
-            where = getattr(getattr(m, "_hf_hook", None), "execution_device", None)
-            if where is not None:
-                return torch.device(where if not isinstance(where, int) else f"cuda:{where}")
+            found = offload.home(m)
+            if found is not None:
+                return found
         return super().device(module)
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..core import offload
 from ..core.errors import Refusal
 from ..core.layer import Geometry, LayerKind, on_device
 
@@ -132,9 +133,8 @@ class Slice(LayerKind):
 
     def device(self, module: nn.Module) -> torch.device:
         assert isinstance(module, WeightSlice)
-        if getattr(module.owner, "_hf_hook", None) is not None:
-            return super().device(module.owner)
-        return getattr(module.owner, module.weight_name).device
+        found = offload.home(module.owner)
+        return getattr(module.owner, module.weight_name).device if found is None else found
 
     def swappable(self, module: nn.Module) -> bool:
         return False  # the parameters are the owner's
@@ -149,6 +149,7 @@ class Slice(LayerKind):
                     like = getattr(module.owner, module.weight_name)
                     _replace(module.owner, leaf, like.new_zeros(*like.shape[:-2], module.bias_size))
                 part(module.owner._parameters[leaf].data).copy_(value)  # type: ignore[union-attr]
+                offload.store(module.owner, [leaf])
         return module
 
     def untie(self, module: nn.Module, names: list[str], tied: frozenset[int] | set[int]) -> bool:
@@ -183,6 +184,7 @@ class Slice(LayerKind):
                     continue
                 here = part(param.data)
                 here.zero_() if value is None else here.copy_(value)
+                offload.store(module.owner, [leaf])
                 _put_back(module.owner, leaf, param)
         return module
 

@@ -76,7 +76,10 @@ class AdaLora(Method):
     prefix = "lora_"
     keys = {"lora_A": "lora_A", "lora_B": "lora_B", "lora_E": "lora_E"}
     role = "every_linear"
+    view_names = ("lora_embedding_A", "lora_embedding_B")
     view_attributes = ("r", "lora_alpha", "scaling", "ranknum")
+    assignable = ("lora_alpha",)
+    dropout_name = "lora_dropout"
     examples = (
         {"init_r": 4, "target_r": 2, "total_step": 10},
         {"init_r": 4, "target_r": 2, "total_step": 10, "lora_dropout": 0.1, "use_dora": True},

@@ -21,19 +21,17 @@ class DoRA(Method):
     summary = "Trains the length of each weight row apart from its direction, over any delta."
     formula = "W' = m ⊙ (W + ΔW) / ‖W + ΔW‖"
     paper = "arXiv 2402.09353"
-    view_attributes = ("use_dora",)
-    use_dora = True
 
     def __init__(self, config: Any, site: Site, inner: Method) -> None:
         super().__init__(config, site)
         self.inner = inner
-        self.dropout = inner.dropout
         self.magnitude = f"{inner.prefix}magnitude_vector"
         self.register_parameter(self.magnitude, site.empty(site.geometry.out))
         self.as_modules = (self.magnitude,)
         self.peft_type, self.prefix = inner.peft_type, inner.prefix  # type: ignore[misc]
         self.optional = tuple(f"inner.{a}" for a in inner.optional)  # type: ignore[misc]
         self.stacking, self.transposed = inner.stacking, inner.transposed  # type: ignore[misc]
+        self.joins = {**inner.joins, self.magnitude: "rows"} if inner.joins else {}  # type: ignore[misc]
         self.shared_keys = {f"inner.{a}": key for a, key in inner.shared_keys.items()}  # type: ignore[misc]
 
     # -- the maths ----------------------------------------------------------------------------------------------------
@@ -94,6 +92,10 @@ class DoRA(Method):
     def multiplier(self, value: float) -> None:
         if "inner" in self._modules:
             self.inner.multiplier = value
+
+    @property
+    def dropout(self) -> float:  # type: ignore[override]
+        return self.inner.dropout
 
     def nested(self) -> tuple[Method, ...]:
         return (self, *self.inner.nested())

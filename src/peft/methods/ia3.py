@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..config import TunerConfig
+from ..config import TunerConfig, extra
 from ..core.errors import NoMatchingPeftModuleError, Refusal
 from ..core.method import Method, Site
 from ..core.roles import default_targets
@@ -33,6 +33,9 @@ class IA3Config(TunerConfig):
     feedforward_modules: list[str] | str | None = None
     fan_in_fan_out: bool = False  # the layer kind knows its layout; kept for checkpoints
     init_ia3_weights: bool = True
+    bias: str = extra("none")
+    layers_to_transform: list[int] | int | None = extra(None)
+    layers_pattern: list[str] | str | None = extra(None)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -46,6 +46,7 @@ class KronA(Method):
     prefix = "krona_"
     keys = {"krona_A": "krona_A", "krona_B": "krona_B"}
     view_attributes = ("scaling",)
+    dropout_name = "krona_dropout"
     examples = ({}, {"a_shape": (4, 2), "scale": 2.0, "krona_dropout": 0.1}, {"use_dora": True})
 
     def __init__(self, config: KronAConfig, site: Site) -> None:

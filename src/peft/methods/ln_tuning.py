@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..config import TunerConfig
+from ..config import TunerConfig, extra
 from ..core.copies import Copies
 
 __all__ = ["LNTuningConfig"]
@@ -18,6 +18,9 @@ class LNTuningConfig(TunerConfig):
     """LayerNorm tuning (arXiv 2312.11420). Its only settings are which modules to train."""
 
     own_type = "LN_TUNING"
+    bias: str = extra("none")
+    layers_to_transform: list[int] | int | None = extra(None)
+    layers_pattern: list[str] | str | None = extra(None)
 
 
 class LNTuning(Copies):

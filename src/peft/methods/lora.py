@@ -48,6 +48,9 @@ class LoraConfig(DeltaConfig):
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, int] = field(default_factory=dict)
     use_dora: bool = False
+    target_parameters: list[str] | None = None
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
+    ensure_weight_tying: bool = False
     lora_bias: bool = False
     megatron_config: dict[str, Any] | None = unbuilt()
     megatron_core: str | None = "megatron.core"
@@ -84,6 +87,7 @@ class Lora(Method):
     keys = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight", "lora_bias": "lora_B.bias"}
     stacking = {"lora_A.weight": (0, 0), "lora_B.weight": (2, 1)}  # A[E·r, in], B[out, r·E]
     transposed = {"lora_A.weight": "lora_B.weight", "lora_B.weight": "lora_A.weight"}  # ΔWᵀ = Aᵀ Bᵀ
+    joins = {"lora_A.weight": "rows", "lora_B.weight": "blocks"}
     examples = (
         {"r": 4, "lora_alpha": 8},
         {"r": 4, "use_rslora": True, "lora_bias": True, "init_lora_weights": "orthogonal"},
@@ -91,7 +95,10 @@ class Lora(Method):
         {"r": 4, "init_lora_weights": "pissa"},
         {"r": 4, "init_lora_weights": "olora", "lora_dropout": 0.1},
     )
-    view_attributes = ("r", "lora_alpha", "scaling", "use_rslora")
+    view_names = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector")
+    view_attributes = ("r", "lora_alpha", "scaling", "use_dora", "use_rslora", "lora_bias")
+    assignable = ("lora_alpha",)
+    dropout_name = "lora_dropout"
 
     def __init__(self, config: LoraConfig, site: Site) -> None:
         super().__init__(config, site)
@@ -113,9 +120,10 @@ class Lora(Method):
         """s, times what set_scale and scale_layer asked for."""
         return self.multiplier * self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
 
-    @scaling.setter
-    def scaling(self, value: float) -> None:
-        self.multiplier *= value / self.scaling
+    def setting(self, name: str) -> Any:
+        if name == "lora_bias":
+            return self.lora_bias is not None
+        return self.config.use_dora if name == "use_dora" else super().setting(name)
 
     def derive(self, rng: torch.Generator, site: Site) -> None:
         start, argument, from_weight = find_init(init_name(self.config.init_lora_weights))
@@ -135,10 +143,14 @@ class Lora(Method):
         if self.lora_bias is not None:
             self.lora_bias.zero_()
 
-    def delta(self) -> tuple[Tensor, Tensor]:
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """(A, B) with ΔW = s·B A."""
         if self.first_A is None:
-            return self.lora_A, self.scaling * self.lora_B
-        A, B = torch.cat([self.lora_A, self.first_A]), torch.cat([self.lora_B, -self.first_B], 1)
+            return self.lora_A, self.lora_B
+        return torch.cat([self.lora_A, self.first_A]), torch.cat([self.lora_B, -self.first_B], 1)
+
+    def delta(self) -> tuple[Tensor, Tensor]:
+        A, B = self.factors()
         return A, self.scaling * B
 
     def thin(self, op: Op) -> Thin | None:
@@ -148,8 +160,7 @@ class Lora(Method):
         return None if self.lora_bias is None else self.scaling * self.lora_bias
 
     def pair(self) -> tuple[Tensor, Tensor, float]:
-        A, sB = self.delta()
-        return A, sB / self.scaling, self.scaling
+        return (*self.factors(), self.scaling)
 
     @classmethod
     def pair_config(cls, config: LoraConfig, ranks: dict[str, int]) -> LoraConfig:
@@ -168,6 +179,21 @@ class Lora(Method):
             rank_pattern=pattern,
             alpha_pattern=dict(pattern),
         )
+
+    @classmethod
+    def join(cls, config: LoraConfig, path: str, former: list[str]) -> None:
+        ranks = [for_path(config.rank_pattern, p, config.r) for p in former]
+        alphas = [for_path(config.alpha_pattern, p, config.lora_alpha) for p in former]
+        if len({a / (math.sqrt(r) if config.use_rslora else r) for a, r in zip(alphas, ranks, strict=True)}) > 1:
+            raise ValueError(f"{path} holds {', '.join(former)}, which have one strength, but alpha/r differs for them.")
+        r = sum(ranks)
+        alpha = alphas[0] * math.sqrt(r / ranks[0]) if config.use_rslora and len(former) > 1 else sum(alphas)
+        general = rf".*\.{path.rpartition('.')[2]}"
+        for field_name, default, value in (("rank_pattern", config.r, r), ("alpha_pattern", config.lora_alpha, alpha)):
+            pattern = dict(getattr(config, field_name) or {})
+            if for_path(pattern, path, default) != value:
+                pattern = {path: value, **pattern} if general in pattern else {**pattern, general: value}
+                setattr(config, field_name, pattern)
 
     @torch.no_grad()
     def set_pair(self, A: Tensor, B: Tensor, bias: Tensor | None) -> None:

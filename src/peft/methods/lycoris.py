@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..config import DeltaConfig, require, require_ranks
+from ..config import DeltaConfig, extra, require, require_ranks
 from ..core.method import Method, Op, Site
 from ..core.targets import for_path
 
@@ -34,6 +34,7 @@ class LycorisConfig(DeltaConfig):
     module_dropout: float = 0.0
     use_effective_conv2d: bool = False
     init_weights: bool | str = True
+    bias: str = extra("none")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -47,6 +48,7 @@ class Lycoris(Method):
     """The part of LoHa and LoKr that is not the formula of ΔW."""
 
     view_attributes = ("r", "alpha", "scaling", "rank_dropout", "module_dropout")
+    assignable = ("alpha", "rank_dropout", "module_dropout")
     rescaled = True  # the rows that rank_dropout keeps grow to make up for the others
 
     def __init__(self, config: Any, site: Site) -> None:

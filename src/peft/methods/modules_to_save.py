@@ -2,17 +2,20 @@
 
 Each adapter trains its own copy of every parameter of the module (and keeps its own running statistics), P' from P. The
 module itself never changes, except by a merge, which puts the copy in its place. On disk a copy is the bare module,
-`<module>.<parameter>`.
+`<module>.<parameter>`. With `ensure_weight_tying` the modules at the other ends of a tied weight come along, and all ends
+share one copy of it.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from ..core.copies import Copies, outermost
-from ..core.targets import Place, find_whole, walk
+from ..core.method import Site
+from ..core.targets import Place, find_whole, other_ends, walk
 
 
 class ModulesToSave(Copies):
@@ -22,6 +25,7 @@ class ModulesToSave(Copies):
     formula = "P' trained, from P' = P"
     prefix = "modules_to_save"
     holder = "modules_to_save"
+    repeats = ("modules_to_save.", "original_module.")  # upstream's files with bias="all" and a head
 
     @classmethod
     def accompany(cls, config: Any, model: nn.Module) -> tuple[list[Place], Any]:
@@ -30,7 +34,24 @@ class ModulesToSave(Copies):
         wanted = [wanted] if isinstance(wanted, str) else list(wanted)
         places = [p for p in walk(model) if p.owner is None and p.path.endswith(tuple(wanted))]
         unmatched = [w for w in wanted if not any(p.path.endswith(w) for p in places)]
-        return outermost(places + find_whole(model, unmatched, "modules_to_save")), config
+        places += find_whole(model, unmatched, "modules_to_save")
+        if _tying(config):
+            places += other_ends(model, places)
+        return outermost(places), config
+
+    @classmethod
+    def shared(cls, config: Any, sites: list[Site], rng: torch.Generator) -> dict[str, nn.Parameter]:
+        """The copies of weights that several of the modules hold."""
+        first = {s.tied for s in sites if s.tied} if _tying(config) else set()
+        return {s.path: s.empty(*s.parameters()["weight"].shape) for s in sites if s.path in first}
+
+    def room(self, name: str, P: Tensor, config: Any, site: Site) -> nn.Parameter:
+        copy = site.shared.get(site.tied or site.path) if name == "weight" else None
+        return super().room(name, P, config, site) if copy is None else copy
 
     def key(self, name: str) -> str:
         return name
+
+
+def _tying(config: Any) -> bool:
+    return bool(getattr(config, "ensure_weight_tying", False))

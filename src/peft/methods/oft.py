@@ -80,6 +80,7 @@ class OFT(Method):
         {"oft_block_size": 8, "block_share": True, "module_dropout": 0.5},
         {"oft_block_size": 4, "coft": True, "eps": 0.5},
     )
+    view_names = ("oft_embedding_R",)
     view_attributes = ("r", "oft_block_size")
 
     def __init__(self, config: OFTConfig, site: Site) -> None:

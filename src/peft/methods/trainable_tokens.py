@@ -16,9 +16,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..config import TunerConfig
+from ..config import TunerConfig, extra
 from ..core.method import Method, Op, Site
-from ..core.targets import Place, find_whole, input_embedding, names, walk
+from ..core.targets import Place, find_whole, input_embedding, names, other_ends
 
 __all__ = ["TrainableTokensConfig"]
 
@@ -40,6 +40,11 @@ class TrainableTokensConfig(TunerConfig):
     own_type = "TRAINABLE_TOKENS"
     token_indices: list[int] = dataclasses.field(default_factory=list)
     init_weights: bool = True
+    bias: str = extra("none")
+    exclude_modules: list[str] | str | None = extra(None)
+    layers_to_transform: list[int] | int | None = extra(None)
+    layers_pattern: list[str] | str | None = extra(None)
+    modules_to_save: list[str] | None = extra(None)
 
     def indices_at(self, path: str) -> list[int]:
         return self.token_indices
@@ -92,10 +97,7 @@ class TrainableTokens(Method):
 
     @classmethod
     def followers(cls, config: Any, model: nn.Module, places: list[Place]) -> list[Place]:
-        """The other ends of tied weights."""
-        weights = {id(w) for p in places if (w := p.module._parameters.get("weight")) is not None}
-        have = {p.path for p in places}
-        return [p for p in walk(model) if p.path not in have and id(p.module._parameters.get("weight")) in weights]
+        return other_ends(model, places)
 
     @classmethod
     def check(cls, config: Any, site: Site) -> None:
@@ -187,7 +189,16 @@ class TokensAlong(TrainableTokens):
                 )
         places = find_whole(model, list(by_name), "trainable_token_indices")
         places += cls.followers(config, model, places)
-        return places, Along(by_name)
+        along = Along(by_name)
+        if getattr(config, "ensure_weight_tying", False):
+            for weight in {id(p.module._parameters.get("weight")) for p in places}:
+                ends = [p.path for p in places if id(p.module._parameters.get("weight")) == weight]
+                if len({tuple(along.indices_at(path)) for path in ends}) > 1:
+                    raise ValueError(
+                        f"ensure_weight_tying=True, but trainable_token_indices differ for {', '.join(ends)}, which hold one "
+                        "tied weight: give them the same indices."
+                    )
+        return places, along
 
 
 def _width(site: Site) -> int:

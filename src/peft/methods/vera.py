@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..config import DeltaConfig, require
+from ..config import DeltaConfig, extra, require
 from ..core.method import Method, Op, Site
 
 __all__ = ["VeraConfig"]
@@ -34,6 +34,7 @@ class VeraConfig(DeltaConfig):
     d_initial: float = 0.1
     fan_in_fan_out: bool = False  # the layer kind knows its layout; kept for checkpoints
     init_weights: bool = True
+    exclude_modules: list[str] | str | None = extra(None)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -51,6 +52,7 @@ class Vera(Method):
     keys = {"vera_lambda_d": "vera_lambda_d", "vera_lambda_b": "vera_lambda_b"}
     shared_keys = {"vera_A": "vera_A", "vera_B": "vera_B"}
     view_attributes = ("r",)
+    dropout_name = "vera_dropout"
     examples = (
         {"r": 8},
         {"r": 8, "save_projection": False, "vera_dropout": 0.1, "projection_prng_key": 5},
@@ -88,6 +90,14 @@ class Vera(Method):
 
     def frozen(self) -> tuple[str, ...]:
         return ("vera_A", "vera_B")
+
+    def resize(self, state: dict[str, Tensor]) -> None:
+        """A file's banks may be larger: those of an adapter that was made beside one with larger layers."""
+        for name, wide in (("vera_A", 1), ("vera_B", 0)):
+            bank, stored = getattr(self, name), state.get(name)
+            if stored is not None and stored.dim() == 2 and stored.shape[1 - wide] == bank.shape[1 - wide]:
+                if stored.shape[wide] > bank.shape[wide]:
+                    bank.data = bank.data.new_empty(stored.shape)  # one tensor for all sites: all of them see it
 
     def banks(self) -> tuple[Tensor, Tensor]:
         """This site's part of the banks: (A[r, fan_in], B[out, r])."""

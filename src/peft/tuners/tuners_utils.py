@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
 
-from ..core.adapted import Switch as BaseTunerLayer
+from ..core.doors import BaseTunerLayer
+from ..core.layer import on_device
 from ..core.targets import ALL_LINEAR as INCLUDE_LINEAR_LAYERS_SHORTHAND
 from ..core.targets import in_layers, matches, walk
 from ..core.tuner import Tuner as BaseTuner
@@ -23,6 +26,7 @@ __all__ = [
     "check_target_module_exists",
     "delete_adapter",
     "inspect_matched_modules",
+    "onload_layer",
     "set_adapter",
     "set_requires_grad",
 ]
@@ -33,6 +37,13 @@ def check_target_module_exists(config: Any, key: str) -> bool:
     if matches(getattr(config, "exclude_modules", None), key):
         return False
     return matches(config.target_modules, key) and in_layers(config, key)
+
+
+@contextmanager
+def onload_layer(layer: nn.Module) -> Iterator[None]:
+    """Within, an offloaded layer's weights are present; changes to them are kept."""
+    with on_device(getattr(layer, "base_layer", layer)):
+        yield
 
 
 def check_adapters_to_merge(module: BaseTunerLayer, adapter_names: list[str] | None = None) -> list[str]:

@@ -6,7 +6,12 @@ from ..core.kbit import prepare_model_for_kbit_training
 from ..core.model import get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
 from ..mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from ..registry import PeftType, TaskType
-from .constants import DUMMY_MODEL_CONFIG, DUMMY_TARGET_MODULES, SEQ_CLS_HEAD_NAMES
+from .constants import (
+    DUMMY_MODEL_CONFIG,
+    DUMMY_TARGET_MODULES,
+    SEQ_CLS_HEAD_NAMES,
+    TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING,
+)
 from .constants import __getattr__ as __getattr__
 from .error import NoMatchingPeftModuleError, PeftError
 from .other import (
@@ -18,6 +23,8 @@ from .other import (
     AuxiliaryTrainingWrapper,
     ModulesToSaveWrapper,
     TrainableTokensWrapper,
+    _freeze_adapter,
+    _get_batch_size,
     _get_submodules,
     _set_adapter,
     bloom_model_postprocess_past_key_value,

@@ -36,6 +36,8 @@ TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING: dict[str, Any] = {}
 
 def __getattr__(name: str) -> dict[str, list[str]]:
     """`TRANSFORMERS_MODELS_TO_<METHOD>_TARGET_MODULES_MAPPING`: model type -> default targets, from `core/roles.py`."""
+    if name == "TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING":
+        return {t: list(targets) for targets, types in reversed(ROLES["ffn"]) for t in types}
     asked = name.removeprefix("TRANSFORMERS_MODELS_TO_").removesuffix("_TARGET_MODULES_MAPPING")
     for known, cls in methods().items():
         if asked == known.replace("_", "") and len(asked) < len(name):

@@ -37,6 +37,21 @@ def dequantize_module_weight(module: nn.Module) -> nn.Parameter:
     return nn.Parameter(kind.native(kind.read(module), module), requires_grad=False)
 
 
+def dequantize_bnb_weight(weight: nn.Parameter, state: Any = None) -> torch.Tensor:
+    """A bitsandbytes weight in floating point; of 8-bit codes, the scales come from `state` or the weight. Others stay."""
+    if getattr(weight, "quant_state", None) is not None:
+        from bitsandbytes.functional import dequantize_4bit
+
+        return dequantize_4bit(weight.data, weight.quant_state)  # type: ignore[no-any-return]
+    scales = next((s for s in (getattr(weight, "SCB", None), getattr(state, "SCB", None)) if s is not None), None)
+    codes = getattr(weight, "CB", None) if getattr(weight, "CB", None) is not None else weight.data
+    if codes.dtype != torch.int8:
+        return weight.data
+    if scales is None:
+        raise ValueError("These 8-bit codes come without scales (SCB).")
+    return codes.to(scales.dtype) * (scales / 127)[:, None]
+
+
 @contextmanager
 def init_empty_weights(include_buffers: bool | None = None) -> Iterator[None]:
     """Within, new modules are on the meta device."""

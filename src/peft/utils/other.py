@@ -7,11 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..core.adapted import Adapted as AuxiliaryTrainingWrapper  # every layer tells where its tensors load
+from ..core.adapted import Switch as AuxiliaryTrainingWrapper  # all that holds adapters tells where their tensors load
 from ..core.compat import cast_mixed_precision_params, fsdp_auto_wrap_policy, shift_tokens_right
 from ..core.compat import get_submodules as _get_submodules
 from ..core.doors import layer_view
 from ..functional import set_adapter as _set_adapter
+from ..functional import set_requires_grad
 from .constants import (
     CONFIG_NAME,
     EMBEDDING_LAYER_NAMES,
@@ -32,6 +33,8 @@ __all__ = [
     "AuxiliaryTrainingWrapper",
     "ModulesToSaveWrapper",
     "TrainableTokensWrapper",
+    "_freeze_adapter",
+    "_get_batch_size",
     "_get_submodules",
     "_set_adapter",
     "bloom_model_postprocess_past_key_value",
@@ -46,6 +49,19 @@ __all__ = [
 
 ModulesToSaveWrapper = layer_view("ModulesToSaveWrapper", part="modules_to_save")
 TrainableTokensWrapper = layer_view("TrainableTokensWrapper", part="trainable_token_indices")
+
+
+def _freeze_adapter(model: nn.Module, adapter_name: str) -> None:
+    """Stop training an adapter."""
+    set_requires_grad(model, adapter_name, False)
+
+
+def _get_batch_size(input_ids: Tensor | None, inputs_embeds: Tensor | None) -> int:
+    """The rows of a batch, given in one of two ways."""
+    given = input_ids if input_ids is not None else inputs_embeds
+    if given is None:
+        raise ValueError("Pass input_ids or inputs_embeds.")
+    return int(given.shape[0])
 
 
 def infer_device() -> str:

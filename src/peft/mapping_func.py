@@ -1,0 +1,11 @@
+"""Upstream's path to `get_peft_model`."""
+
+from .core.model import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, get_peft_model
+from .mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING
+
+__all__ = [
+    "MODEL_TYPE_TO_PEFT_MODEL_MAPPING",
+    "PEFT_TYPE_TO_CONFIG_MAPPING",
+    "PEFT_TYPE_TO_PREFIX_MAPPING",
+    "get_peft_model",
+]
