@@ -127,6 +127,8 @@ def tell(console: Console, row: str, case: str, found: dict[str, Any]) -> None:
         cells = [
             f"{label} {report.shown(figure[label], figure['unit'])}" for label in (OURS, UPSTREAM) if label in figure
         ]
+        if not cells:
+            continue  # not offered by either
         goal = f"  reach {', '.join(figure['reach'])}: {report.VERDICT[figure.get('met')]}" if figure["reach"] else ""
         console.print(f"  {name:24} {escape('   '.join(cells))}{escape(goal)}", highlight=False)
 

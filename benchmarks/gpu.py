@@ -40,7 +40,7 @@ TORCH, TRITON, UPSTREAM, UPSTREAM_HALF = "ours, torch", "ours, Triton", "upstrea
 VARIANTS = (TORCH, TRITON, UPSTREAM, UPSTREAM_HALF)
 
 
-# -- sizes and clocks -----------------------------------------------------------------------------------------------------
+# -- sizes and clocks --------------------------------------------------------------------------------------------------
 class Setting:
     """What differs between a measurement and a dry run, which shows on a CPU that everything runs."""
 
@@ -112,7 +112,7 @@ def spread(values: list[float]) -> dict[str, float]:
     return {"median": statistics.median(ordered), "low": ordered[0], "high": ordered[-1]}
 
 
-# -- in a worker ----------------------------------------------------------------------------------------------------------
+# -- in a worker -------------------------------------------------------------------------------------------------------
 class Differs(Exception):
     """This variant computes something else than the first; its times would mean nothing."""
 
@@ -491,9 +491,9 @@ def work(job: dict[str, Any]) -> dict[str, Any]:
         return {"error": f"{type(e).__name__}: {e}"[:2000]}
 
 
-# -- the run --------------------------------------------------------------------------------------------------------------
+# -- the run -----------------------------------------------------------------------------------------------------------
 def jobs(sections: list[str], dry: bool) -> list[dict[str, Any]]:
-    """What is measured, in order; of the jobs that share a `name`, the first writes the outputs the others must have."""
+    """What is measured, in order; of the jobs that share a `name`, the first writes the outputs that all must have."""
     out: list[dict[str, Any]] = []
     for layers in (1, 2) if dry else (1, 4):
         for dropout in (0.0, 0.05):

@@ -50,7 +50,7 @@ def number(value: float, unit: str = "×") -> str:
         return f"{int(value):,}"
     if abs(value) >= 100:
         return f"{value:,.0f}"
-    return f"{value:.3g}" if abs(value) < 1 else f"{value:.2f}"
+    return f"{value:#.3g}" if abs(value) < 1 else f"{value:.2f}"
 
 
 def shown(stat: dict[str, Any] | None, unit: str) -> str:

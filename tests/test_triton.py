@@ -1,7 +1,7 @@
 """The Triton kernels against their formulas: interpreted on the CPU in fp32, and on a GPU where there is one.
 
-The kernels choose their mode by the tensors' device, so nothing here sets Triton's mode for the process that other tests
-run in; TRITON_INTERPRET is read when `available` is asked.
+The kernels choose their mode by the tensors' device, so nothing here sets Triton's mode for the process that other
+tests run in; TRITON_INTERPRET is read when `available` is asked.
 """
 
 import json
@@ -130,7 +130,7 @@ def test_gradients_come_in_the_dtype_asked_for_and_weights_may_be_wider_than_x()
     assert K.grad_A(dh, half["x"], 0.0, 0, torch.float32).dtype == torch.float32
 
 
-# -- the mask -------------------------------------------------------------------------------------------------------------
+# -- the mask ----------------------------------------------------------------------------------------------------------
 def philox(counter, key):
     """Philox4x32-10 as its paper defines it, in Python's integers."""
     c, (k0, k1) = list(counter), key
@@ -237,7 +237,7 @@ def test_how_sums_are_split_changes_rounding_only(processors, monkeypatch):
         close(a, b)
 
 
-# -- N adapters -----------------------------------------------------------------------------------------------------------
+# -- N adapters --------------------------------------------------------------------------------------------------------
 CASES = {  # ranks, rows of each, rows before and after that are nobody's
     "one": ([4], [30], 0, 0),
     "ragged": ([4, 1, 16, 7], [3, 70, 1, 65], 0, 0),
@@ -327,7 +327,7 @@ def test_tiles_cover_every_segment_once():
     assert segments.tiles(64)[0] is table  # made once a batch, not once a layer
 
 
-# -- where it runs ---------------------------------------------------------------------------------------------------------
+# -- where it runs -----------------------------------------------------------------------------------------------------
 def test_available_on_the_cpu_under_the_interpreter_alone(monkeypatch):
     x = torch.zeros(2, 2)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
@@ -425,7 +425,7 @@ def test_the_benchmark_for_a_gpu_runs_dry(tmp_path):
     assert "grouped_shrink" in out.with_suffix(".md").read_text()
 
 
-# -- on a GPU --------------------------------------------------------------------------------------------------------------
+# -- on a GPU ----------------------------------------------------------------------------------------------------------
 gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 
 

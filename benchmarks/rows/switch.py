@@ -17,13 +17,16 @@ TITLE = "Switch among 100 adapters"
 
 
 class Switch(Case):
-    def __init__(self, name: str, inference: bool, quick: bool) -> None:
-        self.name, self.inference = name, inference
+    name = "r=8, 112 targets"
+
+    def __init__(self, quick: bool) -> None:
         self.n = 5 if quick else 100
         self.figures = {
-            "set_adapter": Figure("ms", (at_most(0.15),)),
+            "set_adapter": Figure("ms", (at_most(0.15),), "the adapter trains from then on"),
+            "set_adapter, inference": Figure("ms", (at_most(0.15),), "with inference_mode=True"),
             "forward after": Figure("×", (at_most(1.05),), "÷ the same forward without a switch before it"),
             "calls": Figure("calls", what="Python functions entered by set_adapter"),
+            "calls, inference": Figure("calls", what="with inference_mode=True"),
         }
 
     def build(self, folder: Path) -> None:
@@ -33,8 +36,8 @@ class Switch(Case):
         self.ids = tokens(1, 8, 256)
         self.names = itertools.cycle([f"a{k}" for k in range(self.n)])
 
-    def switch(self, name: str) -> None:
-        self.model.set_adapter(name, inference_mode=self.inference)
+    def switch(self, inference: bool) -> None:
+        self.model.set_adapter(next(self.names), inference_mode=inference)
 
     def forward(self) -> Tensor:
         with torch.no_grad():
@@ -43,24 +46,20 @@ class Switch(Case):
     def outputs(self) -> dict[str, Tensor]:
         found = {}
         for k in (0, self.n - 1, 1):
-            self.switch(f"a{k}")
+            self.model.set_adapter(f"a{k}")
             found |= with_effect(self.model, **{f"adapter {k}": self.forward})
         return found
 
     def sample(self) -> dict[str, float]:
-        turns = Turns(
-            5 if self.quick else 30,
-            switch=lambda: self.switch(next(self.names)),
-            after=self.forward,
-            plain=self.forward,
-        )
-        calls = python_calls(lambda: self.switch(next(self.names)))
-        return {
-            "set_adapter": 1e3 * turns.median("switch"),
-            "forward after": turns.ratio("after", "plain"),
-            "calls": calls,
-        }
+        n = 5 if self.quick else 20
+        out = {}
+        for suffix, inference in (("", False), (", inference", True)):
+            turns = Turns(n, switch=lambda i=inference: self.switch(i), after=self.forward, plain=self.forward)
+            out["set_adapter" + suffix] = 1e3 * turns.median("switch")
+            out.setdefault("forward after", turns.ratio("after", "plain"))
+            out["calls" + suffix] = python_calls(lambda i=inference: self.switch(i))
+        return out
 
 
 def cases(quick: bool) -> list[Case]:
-    return [Switch("and train it", False, quick), Switch("inference", True, quick)]
+    return [Switch(quick)]

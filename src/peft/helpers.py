@@ -51,6 +51,19 @@ def check_if_peft_model(model_name_or_path: str | os.PathLike[str]) -> bool:
         return False
 
 
+def set_exact_adapter_math(model: nn.Module, exact: bool = True) -> None:
+    """Let adapters on a half-precision base compute in the dtype of their own parameters, fp32 by default.
+
+    By default an adapter's products run in the layer's compute dtype, with parameters and gradients in fp32. The exact
+    mode casts each input up and the result down, as huggingface/peft does: about twice the time and memory of training
+    (docs/precision.md shows both on a real run).
+    """
+    hub = hub_of(model)
+    if hub is None or not hub.adapters:
+        raise ValueError("set_exact_adapter_math: this model has no adapters.")
+    hub.exact = bool(exact)
+
+
 @contextmanager
 def rescale_adapter_scale(model: nn.Module, multiplier: float) -> Iterator[None]:
     """Within, the active adapters' strength times `multiplier`; restored afterwards."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import inspect
 import itertools
+import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels import lowrank
-from . import views
+from . import fused, views
 from .errors import Refusal
 from .inflow import load_map
 from .layer import Geometry, LayerKind, Slots, Wrapper, named, on_device, tree
@@ -222,31 +223,10 @@ class Adapted(Switch, Wrapper):
         name = self._input_name if self._input_name in kwargs else next(iter(kwargs))
         return kwargs[name], lambda x: ((), {**kwargs, name: x})
 
-    def _fused(self, methods: Sequence[Method], x: Any) -> Tensor | None:
-        """The whole sum as one autograd node, where base and methods are products and nothing else."""
-        if not lowrank.usable(x) or not all(m.always_here for m in methods):
-            return None
-        base = self.kind.plain(self.base_layer)
-        if base is None or base[0].dtype != x.dtype:
-            return None
-        terms = []
-        for m in methods:
-            if (term := m("thin", self.op)) is None or (term.rows is not None and len(methods) > 1):
-                return None
-            terms.append(term)
-        if terms[0].rows is not None:
-            y = lowrank.scaled_linear(x, *base, terms[0])
-        else:
-            y = lowrank.lowrank_linear(x, *base, terms, [m.dropout if m.training else 0.0 for m in methods])
-        for m in methods:
-            bias = m("bias_change")
-            y = y if bias is None else y + bias.to(y.dtype)
-        return y
-
     def _run(self, methods: Sequence[Method], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         x, call = self._input(args, kwargs)
-        if (fused := self._fused(methods, x)) is not None:
-            return fused
+        if (y := fused.run(self, methods, x)) is not None:
+            return y
         given = x  # what `after` sees: the layer's own input, so that the parallel branch merges as it stands
         indexed = self.geometry.indexed  # an embedding's rows are what an input transform acts on
         late = [m for m in methods if m.form == "after"]
@@ -261,18 +241,27 @@ class Adapted(Switch, Wrapper):
         else:
             for m in methods:
                 if m.form == "before" and not indexed:
-                    x = self._channels(m, x)
+                    x = self._wide(m, lambda v, m=m: self._channels(m, v), x)  # type: ignore[misc]
             replaced = [m for m in methods if m.form == "replace"]
             out = self._base(replaced, *call(x))
             for m in methods:
                 if m.form in ("delta", "weight"):
-                    out = m("add", x, out, self.op)
+                    out = self._wide(m, lambda v, y, m=m: m("add", v, y, self.op), x, out)  # type: ignore[misc]
             for m in methods:
                 if m.form == "before" and indexed:
-                    out = self._channels(m, out)
+                    out = self._wide(m, lambda v, m=m: self._channels(m, v), out)  # type: ignore[misc]
         for m in late:
-            out = _first(out, lambda y, m=m: self._after(m, y, given))  # type: ignore[misc]
+            out = _first(out, lambda y, m=m: self._wide(m, lambda v: self._after(m, v, given), y))  # type: ignore[misc]
         return out
+
+    def _wide(self, m: Method, fn: Callable[..., Any], *tensors: Any) -> Any:
+        """`fn` of the tensors; in the exact mode cast up to the method's parameters first, and its result back."""
+        last = tensors[-1]
+        if not self.hub.exact or not torch.is_tensor(last):
+            return fn(*tensors)
+        dtype = next((p.dtype for p in m.parameters() if p.is_floating_point()), last.dtype)
+        dtype = torch.promote_types(dtype, last.dtype)
+        return fn(*(t.to(dtype) if torch.is_tensor(t) and t.is_floating_point() else t for t in tensors)).to(last.dtype)
 
     def _base(self, replaced: Sequence[Method], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if not replaced:
@@ -334,6 +323,8 @@ class Adapted(Switch, Wrapper):
     def _mixed(self, rows: Rows, row: Tensor | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Per-row adapters: the base call once where no adapter changes what goes into it."""
         x, _ = self._input(args, kwargs)
+        if (y := fused.run_rows(self, rows, row, x)) is not None:
+            return y
         names = [() if n == BASE else (n,) for n in rows.distinct]
         table = {n: self.active_methods(t) for n, t in zip(rows.distinct, names, strict=True)}
         if not any(table.values()):
@@ -408,6 +399,8 @@ class Adapted(Switch, Wrapper):
             if {m.form for m in methods} <= {"replace"}:
                 names = {n for m in methods for n in m.replaced_names}
                 values = {n: v for n, v in self.replaced(methods).items() if n in names}
+            elif (found := fused.products(self, methods)) is not None:
+                values = {"weight": lowrank.merged(*found)}
             else:
                 W, b = self.compose(methods, _wide(self.kind.dtype(self.base_layer)))
                 values = {"weight": self.kind.native(W, self.base_layer)}
@@ -416,8 +409,7 @@ class Adapted(Switch, Wrapper):
         held = dict(self.base_layer.named_parameters())
         for name, value in values.items():
             kept = held[name].dtype if name in held and held[name].is_floating_point() else value.dtype
-            stored = value.to(kept)
-            if not torch.isfinite(stored.float() if kept.itemsize == 1 else stored).all():  # float8 has no isfinite
+            if not finite(value.to(kept)):
                 raise ValueError(f"Merging into {self.path}.{name} would write NaN or inf; nothing was changed.")
         return {n: v.detach().contiguous() for n, v in values.items()}
 
@@ -468,6 +460,19 @@ class Adapted(Switch, Wrapper):
                 m.multiplier = multiplier
         self.record = record
         return self.write(values, list(record), keep=keep, tied=tied)
+
+    def merge_in_place(self, names: Sequence[str], taken: set[int]) -> bool:
+        """Add the named adapters to W where it stands, keeping nothing; False, and nothing done, where that takes more.
+
+        taken: addresses of weights that more than one parameter lies at, which must not change for the others.
+        """
+        fresh = [n for n in names if n in self.methods]
+        found = None if self.record else fused.products(self, self.active_methods(fresh))
+        if found is None or found[0].untyped_storage().data_ptr() in taken or not lowrank.merge_(*found):
+            return False
+        self.record = {n: [(m, m.multiplier) for m in self.methods[n]] for n in fresh}
+        self.merged_adapters = fresh
+        return True
 
     def unmerge(self) -> None:
         """Bring back the very bits of the base weight."""
@@ -647,6 +652,12 @@ def _first(out: Any, fn: Callable[[Any], Any]) -> Any:
     if isinstance(out, (tuple, list)):
         return type(out)([fn(out[0]), *out[1:]])
     return fn(out)
+
+
+def finite(t: Tensor) -> bool:
+    """Whether no entry is NaN or inf. A finite sum says so in one pass; another may be an overflow of the sum itself."""
+    t = t.float() if t.dtype.itemsize == 1 else t  # the 8-bit formats have neither
+    return math.isfinite(float(t.sum())) or bool(torch.isfinite(t).all())
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

@@ -28,7 +28,7 @@ from .layer import Composite, Geometry, LayerKind, tree
 from .method import Method, Site
 from .mix import Adapter, Hub
 from .span import unwatch, watch
-from .targets import ALL_LINEAR, Place, exactly, find, shared_parameters, short_names, walk
+from .targets import ALL_LINEAR, Place, exactly, find, shared_parameters, shared_storages, short_names, walk
 
 
 def hub_of(model: nn.Module) -> Hub | None:
@@ -436,11 +436,12 @@ def merge(model: nn.Module, names: list[str] | None = None, safe: bool = False, 
         for layer in layers:
             layer.merged_values(layer.active_methods(_also(layer, wanted)))
     tied = shared_parameters(model)
+    taken = None if keep else shared_storages(model)
     done: list[tuple[Adapted, Record]] = []
     try:
         for layer in layers:
             before = layer.record
-            if layer.merge_also(wanted, keep, tied):
+            if not (taken is not None and layer.merge_in_place(wanted, taken)) and layer.merge_also(wanted, keep, tied):
                 _untie_config(model, hub)
             done.append((layer, before))
             yield layer.path

@@ -7,9 +7,12 @@ recompute runs under the mix of its forward, because `Hub.bound` wraps the check
 from __future__ import annotations
 
 import functools
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import repeat
+from operator import getitem
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,6 +21,9 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from .method import Method
     from .span import Span
+
+_SET = torch._C.TensorBase.requires_grad.__set__  # type: ignore[attr-defined]
+
 
 def entries(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, dict[str, Any], str]]:
     """(dotted name, table that holds it, its name there) of the floating parameters of a module."""
@@ -41,6 +47,7 @@ class Rows:
         self.distinct = tuple(dict.fromkeys(self.names))
         self._ids = torch.tensor([self.distinct.index(n) for n in self.names])
         self._cache: dict[Any, tuple[list[tuple[str, Tensor]], Tensor]] = {}
+        self._places: dict[Any, list[tuple[str, slice | Tensor]]] = {}
 
     def __len__(self) -> int:
         return len(self.names)
@@ -63,6 +70,29 @@ class Rows:
                 "that reorder rows cannot mix adapters within a batch."
             )
         return torch.arange(b, device=device).repeat_interleave(n // b)  # flattened tokens or beams: row-major
+
+    def places(self, x: Tensor, path: str) -> list[tuple[str, slice | Tensor]]:
+        """Which of x's rows, flattened to `[..., channels]`, each adapter has: a slice where they lie together."""
+        n, tokens = x.shape[0], x.shape[:-1].numel() // max(x.shape[0], 1)
+        key = (n, tokens, x.device)
+        if key not in self._places:
+            self._places[key] = self.flat(self.groups(n, path, x.device)[0], tokens)
+        return self._places[key]
+
+    def places_of(self, row: Tensor, x: Tensor) -> list[tuple[str, slice | Tensor]]:
+        """The same for a layer that says which row of the batch each of its inputs belongs to."""
+        return self.flat(self.of(row)[0], x.shape[:-1].numel() // max(x.shape[0], 1))
+
+    @staticmethod
+    def flat(groups: list[tuple[str, Tensor]], tokens: int) -> list[tuple[str, slice | Tensor]]:
+        out: list[tuple[str, slice | Tensor]] = []
+        for name, index in groups:
+            first, last = int(index[0]), int(index[-1])
+            if last - first + 1 == len(index):  # ascending by construction
+                out.append((name, slice(first * tokens, (last + 1) * tokens)))
+            else:
+                out.append((name, (index[:, None] * tokens + torch.arange(tokens, device=index.device)).flatten()))
+        return out
 
     def split(self, ids: Tensor) -> tuple[list[tuple[str, Tensor]], Tensor]:
         groups = [(name, (ids == k).nonzero().flatten()) for k, name in enumerate(self.distinct)]
@@ -96,21 +126,22 @@ class Adapter:
     trainable: bool = True
     targeted: list[str] = field(default_factory=list)
     padded: bool = False  # slots for swaps that recompile nothing: core/hotswap.py
-    _leaves: list[tuple[dict[str, Any], str]] = field(default_factory=list)
+    _leaves: tuple[list[dict[str, Any]], list[str]] = field(default_factory=lambda: ([], []))
     _walked: int = 0  # how many methods `_leaves` knows
 
-    def leaves(self) -> list[tuple[dict[str, Any], str]]:
-        """(table, name) of each parameter that trains when the adapter does; walked once, so that switching need not.
+    def leaves(self) -> tuple[list[dict[str, Any]], list[str]]:
+        """Table and name of each parameter that trains when the adapter does; walked once, so that switching need not.
 
         The table and not the parameter: loading and moving a model may put another parameter there.
         """
         if self._walked != len(self.methods):
-            self._leaves = [
+            found = [
                 (table, leaf)
                 for _, method in self.methods
                 for attr, table, leaf in entries(method)
                 if attr not in method.frozen()
             ]
+            self._leaves = [table for table, _ in found], [leaf for _, leaf in found]
             self._walked = len(self.methods)
         return self._leaves
 
@@ -168,6 +199,7 @@ class Hub:
         self.adapters: dict[str, Adapter] = {}
         self.configs: dict[str, Any] = Configs(self)  # the same configs, as `peft_config` shows them
         self.composites: dict[str, Any] = {}  # stem -> stand-in that translates its parts' keys
+        self.exact = False  # adapters compute in their parameters' dtype, not in the layer's
         self.untied = False  # a merge had to untie the word embeddings
         self._bound = False  # inside a block whose recompute remembers its mix
         self._seen: Mix | None = None  # the mix of the last forward outside a backward
@@ -235,10 +267,8 @@ class Hub:
     def set_trainable(self, name: str, trainable: bool) -> None:
         adapter = self.adapters[name]
         adapter.trainable = trainable
-        for held, leaf in adapter.leaves():
-            p = held[leaf]
-            if p is not None:
-                p.requires_grad = trainable
+        tables, leaves = adapter.leaves()
+        deque(map(_SET, map(getitem, tables, leaves), repeat(trainable)), maxlen=0)  # the whole loop in C
 
     @contextmanager
     def using(self, mix: Mix) -> Iterator[None]:

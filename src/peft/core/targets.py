@@ -155,6 +155,14 @@ def shared_parameters(model: nn.Module) -> set[int]:
     return {i for i, n in count.items() if n > 1}
 
 
+def shared_storages(model: nn.Module) -> set[int]:
+    """Addresses of memory that more than one parameter lies in, tied or as views of one buffer."""
+    count = Counter(
+        p.untyped_storage().data_ptr() for m in model.modules() for p in m._parameters.values() if p is not None
+    )
+    return {at for at, n in count.items() if n > 1}
+
+
 def output_heads(model: nn.Module) -> set[str]:
     """Paths of the output embedding and of classification heads: what `all-linear` leaves alone."""
     heads = set()

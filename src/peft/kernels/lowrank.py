@@ -200,3 +200,51 @@ def row_norms(W: Tensor, A: Tensor, B: Tensor, s: float) -> Tensor:
             exact = W[weak].to(wide) + B[weak] @ A
             square[weak] = exact.square().sum(1)
     return square.clamp_(min=0).sqrt_()
+
+
+# -- merging --------------------------------------------------------------------------------------------------------------
+TILE = 2**18  # entries of W that are widened at a time
+
+
+def merged(W: Tensor, terms: list[Thin]) -> Tensor:
+    """W + Σ sᵢ·Bᵢ Aᵢ as a new tensor of W's dtype; half precision is added up in fp32, a tile at a time."""
+    if not _wide(W):
+        return merge_tiles(W, terms, torch.empty_like(W))
+    first, *rest = terms
+    out = torch.addmm(W, first.B.to(W.dtype), first.A.to(W.dtype), alpha=first.scale)
+    for t in rest:
+        out.addmm_(t.B.to(W.dtype), t.A.to(W.dtype), alpha=t.scale)
+    return out
+
+
+def merge_tiles(W: Tensor, terms: list[Thin], out: Tensor) -> Tensor:
+    rows = max(1, TILE // max(1, W.shape[1]))
+    factors = [(t.A.float(), t.B.float(), t.scale) for t in terms]
+    for i in range(0, W.shape[0], rows):
+        tile = W[i : i + rows].float()
+        for A, B, s in factors:
+            tile.addmm_(B[i : i + rows], A, alpha=s)
+        out[i : i + rows] = tile
+    return out
+
+
+@torch.no_grad()
+def merge_(W: Tensor, terms: list[Thin]) -> bool:
+    """The same in place; False, and W as it was, unless all of W' is sure to be finite."""
+    bound = float(torch.linalg.vector_norm(W, float("inf")))
+    for t in terms:
+        # |s·(B A)ᵢⱼ| is at most the product of the longest row of B and the longest column of A
+        longest = [float(torch.linalg.vector_norm(f.float(), dim=d).max()) for f, d in ((t.B, 1), (t.A, 0))]
+        bound += abs(t.scale) * longest[0] * longest[1]
+    if not bound < torch.finfo(W.dtype).max / 2:
+        return False
+    if _wide(W):
+        for t in terms:
+            W.addmm_(t.B.to(W.dtype), t.A.to(W.dtype), alpha=t.scale)
+    else:
+        merge_tiles(W, terms, W)
+    return True
+
+
+def _wide(W: Tensor) -> bool:
+    return W.dtype in (torch.float32, torch.float64)

@@ -13,10 +13,10 @@ N adapters in one batch (`grouped_*`): the rows are sorted by adapter, rows offs
 i, whose weights are found through an array of addresses, so that ranks may differ and nothing is stacked. h has R
 columns, the largest rank; columns beyond an adapter's own rank are zero. Rank 0 stands for rows of the base model.
 
-Products accumulate in fp32. Weights may be wider than x: they are rounded to x's dtype as they are loaded, as a cast in
-front of a product does. Sums over many tiles go through a buffer of partial sums that a second kernel adds up in a fixed
-order: no atomics, so the same call on the same device gives the same bits, and block sizes are a function of the shapes,
-not of a timing.
+Products accumulate in fp32. Weights may be wider than x: they are rounded to x's dtype as they are loaded, as a cast
+in front of a product does. Sums over many tiles go through a buffer of partial sums that a second kernel adds up in a
+fixed order: no atomics, so the same call on the same device gives the same bits, and block sizes are a function of the
+shapes, not of a timing.
 
 The mask is Philox4x32-10 with the seed as key and (column // 8, row) as counter. One draw gives 128 bits: eight columns
 of 16 bits, so p is rounded to 1/65536, and the cost of drawing stays below that of reading x. It depends on seed, row
@@ -45,14 +45,14 @@ tl: Any = None  # triton.language in the kernels' own scope, see `_kernels`
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
-# -- kernels --------------------------------------------------------------------------------------------------------------
+# -- kernels -----------------------------------------------------------------------------------------------------------
 # Parameters in capitals are compile-time constants. `r`: rank. `w`: a weight, or with GROUPED an array of addresses of
 # weights of element type W_TYPE. RANK_ROWS: the weight is [rank, columns] like A, else [columns, rank] like B; w_row is
-# its row's length (0 with GROUPED: contiguous). A launch's first axis runs over tiles of rows: `chunk` rows each, or with
-# GROUPED what `tiles` lists, (adapter, first row, end row).
+# the distance of its rows (with GROUPED they are contiguous). A launch's first axis runs over tiles of rows: `chunk`
+# rows each, or with GROUPED what `tiles` lists, (adapter, first row, end row).
 
 
-def _tile(tiles, ranks, scales, T, r, scale, chunk, GROUPED: tl.constexpr):  # type: ignore[no-untyped-def]
+def _tile(tiles, ranks, scales, T, r, scale, chunk, GROUPED: tl.constexpr):
     pid = tl.program_id(0)
     if GROUPED:
         a = tl.load(tiles + 3 * pid)
@@ -64,7 +64,7 @@ def _tile(tiles, ranks, scales, T, r, scale, chunk, GROUPED: tl.constexpr):  # t
         return 0, pid * chunk, tl.minimum(pid * chunk + chunk, T), r, scale
 
 
-def _weight(w, a, j, c, r, columns, w_row, RANK_ROWS: tl.constexpr, GROUPED: tl.constexpr, W_TYPE: tl.constexpr):  # type: ignore[no-untyped-def]
+def _weight(w, a, j, c, r, columns, w_row, RANK_ROWS: tl.constexpr, GROUPED: tl.constexpr, W_TYPE: tl.constexpr):
     """The weight's entries at ranks j and columns c, which broadcast against each other; zero outside."""
     if GROUPED:
         base = tl.multiple_of(tl.load(w + a).to(tl.pointer_type(W_TYPE)), 16)
@@ -77,7 +77,7 @@ def _weight(w, a, j, c, r, columns, w_row, RANK_ROWS: tl.constexpr, GROUPED: tl.
     return tl.load(base + at, mask=(j < r) & (c < columns), other=0.0)
 
 
-def _keep(seed_lo, seed_hi, rows, col, threshold, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr):  # type: ignore[no-untyped-def]
+def _keep(seed_lo, seed_hi, rows, col, threshold, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr):
     """Which entries of rows × (col..col + BLOCK_C) stay, [BLOCK_T, BLOCK_C] booleans; 8 divides col."""
     k0 = seed_lo.to(tl.uint32, bitcast=True)
     k1 = seed_hi.to(tl.uint32, bitcast=True)
@@ -105,7 +105,7 @@ def _keep(seed_lo, seed_hi, rows, col, threshold, BLOCK_T: tl.constexpr, BLOCK_C
     return bits.to(tl.int32) >= threshold
 
 
-def _mask(out, T, k, seed_lo, seed_hi, threshold, scale, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr):  # type: ignore[no-untyped-def]
+def _mask(out, T, k, seed_lo, seed_hi, threshold, scale, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr):
     rows = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     col = tl.program_id(1) * BLOCK_C
     c = col + tl.arange(0, BLOCK_C)
@@ -115,7 +115,7 @@ def _mask(out, T, k, seed_lo, seed_hi, threshold, scale, BLOCK_T: tl.constexpr, 
     tl.store(out + at, value, mask=(rows[:, None] < T) & (c[None, :] < k))
 
 
-def _shrink(  # type: ignore[no-untyped-def]
+def _shrink(
     x, w, h, tiles, ranks, scales, T, k, r, R, x_row, w_row, span, scale, seed_lo, seed_hi, threshold,
     RANK_ROWS: tl.constexpr, GROUPED: tl.constexpr, DROP: tl.constexpr, W_TYPE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
@@ -139,7 +139,7 @@ def _shrink(  # type: ignore[no-untyped-def]
     tl.store(out, (acc * s).to(h.dtype.element_ty), mask=inside & (j < R))
 
 
-def _expand(  # type: ignore[no-untyped-def]
+def _expand(
     y, h, w, tiles, ranks, scales, T, n, r, y_row, h_row, w_row, scale, seed_lo, seed_hi, threshold,
     RANK_ROWS: tl.constexpr, GROUPED: tl.constexpr, DROP: tl.constexpr, W_TYPE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr, STEP: tl.constexpr,
@@ -166,7 +166,7 @@ def _expand(  # type: ignore[no-untyped-def]
     tl.store(yp, (yt.to(tl.float32) + change).to(yt.dtype), mask=here)
 
 
-def _both(  # type: ignore[no-untyped-def]
+def _both(
     dy, h, w, dh, dw, tiles, ranks, scales, T, n, r, R, dy_row, h_row, w_row, span, scale,
     GROUPED: tl.constexpr, W_TYPE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
@@ -192,7 +192,7 @@ def _both(  # type: ignore[no-untyped-def]
     tl.store(out, (acc * s).to(dh.dtype.element_ty), mask=inside & (j < R))
 
 
-def _grad(  # type: ignore[no-untyped-def]
+def _grad(
     x, h, dw, dx, w, tiles, ranks, T, k, r, R, chunk, x_row, h_row, dx_row, w_row, scale, seed_lo, seed_hi, threshold,
     RANK_ROWS: tl.constexpr, GROUPED: tl.constexpr, DROP: tl.constexpr, W_TYPE: tl.constexpr, PRECISION: tl.constexpr,
     ADD: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
@@ -231,8 +231,8 @@ def _grad(  # type: ignore[no-untyped-def]
     tl.store(out, (acc * s).to(dw.dtype.element_ty), mask=(j[:, None] < R) & (c < k))
 
 
-def _total(part, out, first, scales, M, count, scale, GROUPED: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    """out[a, M] = scale scales[a] Σ part[i, M] over i in first[a]..first[a + 1], in this order; one a without GROUPED."""
+def _total(part, out, first, scales, M, count, scale, GROUPED: tl.constexpr, BLOCK: tl.constexpr):
+    """out[a, M] = scale scales[a] Σ part[i, M] over i in first[a]..first[a + 1], in this order; else over all parts."""
     a = tl.program_id(1)
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = at < M
@@ -259,7 +259,7 @@ KERNELS: tuple[Any, ...] = (_mask, _shrink, _expand, _both, _grad, _total)
 FREE = ("seed_lo", "seed_hi", "threshold", "count")
 
 
-# -- building and launching -----------------------------------------------------------------------------------------------
+# -- building and launching --------------------------------------------------------------------------------------------
 @functools.cache
 def _kernels(interpret: bool) -> dict[str, Any]:
     """The kernels of one mode, in a scope of their own where helpers and `tl` are that mode's."""
@@ -360,7 +360,7 @@ class Blocks(NamedTuple):
 
 
 def blocks(kernel: str, width: int, itemsize: int) -> Blocks:
-    """By padded rank and bytes an element: tiles that leave registers and shared memory for several programs a processor.
+    """By padded rank and bytes an element: tiles that leave registers and shared memory for several programs at once.
 
     Chosen by compiling for sm_80 and sm_90 and looking at registers, spills and shared memory.
     """
@@ -385,7 +385,7 @@ def _drop(p: float, seed: int) -> tuple[bool, tuple[int, int, int], float]:
     return True, (lo, hi, threshold), 0.0 if threshold == 65536 else 65536 / (65536 - threshold)
 
 
-# -- N adapters -----------------------------------------------------------------------------------------------------------
+# -- N adapters --------------------------------------------------------------------------------------------------------
 class Segments:
     """How the rows of a batch fall to N adapters: made once a batch, used in every layer.
 
@@ -420,7 +420,7 @@ class Segments:
 def pointers(weights: Sequence[Tensor | None]) -> Tensor:
     """The addresses of contiguous weights of one dtype, int64 [N] on their device. The caller keeps them alive.
 
-    None stands for rank 0. The kernels read 16 bytes at a time, hence the alignment, which torch's own allocations have.
+    None stands for rank 0. The kernels read 16 bytes at a time, hence the alignment, which torch's allocations have.
     """
     held = [w for w in weights if w is not None and w.numel()]
     if len({(w.dtype, w.device) for w in held}) > 1:
@@ -537,8 +537,8 @@ def _run_both(
     if tiles:
         _launch(
             "_both", (tiles, parts), dy, dy, h, B, dh_part, dB_part, table, group.ranks, group.scales, T, n, r, R,
-            dy.stride(0), h.stride(0), B.stride(0), span, s, GROUPED=many, W_TYPE=_type(w_type), PRECISION=_precision(dy),
-            BLOCK_T=b.rows, BLOCK_C=b.columns, BLOCK_R=width, num_warps=b.warps, num_stages=b.stages,
+            dy.stride(0), h.stride(0), B.stride(0), span, s, GROUPED=many, W_TYPE=_type(w_type),
+            PRECISION=_precision(dy), BLOCK_T=b.rows, BLOCK_C=b.columns, BLOCK_R=width, num_warps=b.warps, num_stages=b.stages,
         )  # fmt: skip
     if parts > 1:
         _total_of(dh_part, dh)
@@ -550,7 +550,7 @@ def _run_grad(
     x: Tensor, h: Tensor, dx: Tensor | None, w: Tensor | None, r: int, rank_rows: bool, p: float, seed: int, s: float,
     group: _Group, w_type: torch.dtype, dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
-    """hᵀ (M ⊙ x) as [R, k], or [k, R] without `rank_rows`; a leading axis for N adapters. With dx also dx += M ⊙ (h w)."""
+    """hᵀ (M ⊙ x) as [R, k], or [k, R] without `rank_rows`; an axis of N adapters first. With dx: dx += M ⊙ (h w)."""
     T, k = x.shape
     R = h.shape[1]
     many = group.segments is not None
@@ -579,7 +579,7 @@ def _run_grad(
     return out if direct else _total_of(part, out, 1.0, first, group.scales)
 
 
-# -- one adapter ----------------------------------------------------------------------------------------------------------
+# -- one adapter -------------------------------------------------------------------------------------------------------
 def shrink(x: Tensor, A: Tensor, p: float, seed: int) -> Tensor:
     """h[T, r] = (M ⊙ x) Aᵀ."""
     return _run_shrink(x, A, A.shape[0], A.shape[0], True, p, seed, 1.0, ONE, A.dtype)
@@ -625,7 +625,7 @@ def mask(
     return out
 
 
-# -- N adapters -----------------------------------------------------------------------------------------------------------
+# -- N adapters --------------------------------------------------------------------------------------------------------
 def _group(ranks: Tensor, scales: Tensor | None, offsets: Tensor | Sequence[int] | Segments, like: Tensor) -> _Group:
     segments = offsets if isinstance(offsets, Segments) else Segments(offsets, like.device)
     return _Group(ranks, scales, segments)
@@ -635,8 +635,8 @@ def grouped_shrink(
     x: Tensor, A_ptrs: Tensor, ranks: Tensor, offsets: Tensor | Sequence[int] | Segments, R: int,
     p: float = 0.0, seed: int = 0, weights: torch.dtype | None = None,
 ) -> Tensor:  # fmt: skip
-    """h[T, R] = (M ⊙ x) Aᵢᵀ with the Aᵢ[rᵢ, k] of each row. `ranks`: int32 [N] on x's device; `weights`: the Aᵢ's dtype,
-    x's by default."""
+    """h[T, R] = (M ⊙ x) Aᵢᵀ with the Aᵢ[rᵢ, k] of each row. `ranks`: int32 [N] on x's device; `weights`: the Aᵢ's
+    dtype, x's by default."""
     return _run_shrink(x, A_ptrs, R, R, True, p, seed, 1.0, _group(ranks, None, offsets, x), weights or x.dtype)
 
 

@@ -1,0 +1,84 @@
+"""Where base layer and adapters are products and nothing else: the whole sum by one kernel instead of term by term."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from ..kernels import lowrank
+from .mix import BASE, Rows
+
+if TYPE_CHECKING:
+    from .adapted import Adapted
+    from .method import Method
+
+
+def run(layer: Adapted, methods: Sequence[Method], x: Any) -> Tensor | None:
+    """The layer's output with these methods; None where it takes more than such products."""
+    base = _base(layer, x)
+    if base is None:
+        return None
+    terms, drop = [], []
+    for m in methods:
+        term = m.thin(layer.op) if m.always_here else None
+        if term is None or (term.rows is not None and len(methods) > 1):
+            return None
+        terms.append(term)
+        drop.append(m.dropout if m.training else 0.0)
+    if terms[0].rows is not None:
+        y = lowrank.scaled_linear(x, *base, terms[0])
+    else:
+        y = lowrank.lowrank_linear(x, *base, terms, drop)
+    for m in methods:
+        bias = m.bias_change()
+        if bias is not None:
+            y = y + bias.to(y.dtype)
+    return y
+
+
+def run_rows(layer: Adapted, rows: Rows, row: Tensor | None, x: Any) -> Tensor | None:
+    """The same with an adapter per row of the batch. `row`: the batch row of each of x's rows, where x lost it."""
+    base = _base(layer, x)
+    if base is None or x.dim() < 2:
+        return None
+    held = {n: layer.methods.get(n, ()) for n in rows.distinct if n != BASE}
+    thin: dict[str, list[lowrank.Thin]] = {}
+    for name, methods in held.items():
+        thin[name] = []
+        for m in methods:
+            term = m.thin(layer.op) if m.always_here and m.bias_change() is None else None
+            if term is None or term.rows is not None:
+                return None
+            thin[name].append(term)
+    wheres = rows.places(x, layer.path) if row is None else rows.places_of(row, x)
+    terms, drop, where = [], [], []
+    for name, at in wheres:
+        for m, term in zip(held.get(name, ()), thin.get(name, ()), strict=True):
+            terms.append(term)
+            drop.append(m.dropout if m.training else 0.0)
+            where.append(at)
+    return lowrank.lowrank_linear(x, *base, terms, drop, where)
+
+
+def products(layer: Adapted, methods: Sequence[Method]) -> tuple[Tensor, list[lowrank.Thin]] | None:
+    """(W, terms) where what these methods change is W and nothing else, by thin products."""
+    base = layer.kind.plain(layer.base_layer)
+    if base is None:
+        return None
+    terms = []
+    for m in methods:
+        term = m.thin(layer.op) if m.always_here and m.bias_change() is None else None
+        if term is None or term.rows is not None:
+            return None
+        terms.append(term)
+    return base[0], terms
+
+
+def _base(layer: Adapted, x: Any) -> tuple[Tensor, Tensor | None] | None:
+    """(W, b) of a base layer that is a product of x's own dtype, where a kernel may run at all."""
+    if layer.hub.exact or not lowrank.usable(x):
+        return None
+    base = layer.kind.plain(layer.base_layer)
+    return None if base is None or base[0].dtype != x.dtype else base
