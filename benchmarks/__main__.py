@@ -46,6 +46,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     options = arguments(argv)
+    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]  # a log shows each case as it ends
     console = Console(width=None if sys.stdout.isatty() else 180)
     if options.render is not None:
         results = json.loads(options.render.read_text(encoding="utf-8"))

@@ -122,8 +122,8 @@ def markdown(results: dict[str, Any]) -> str:
     return "\n".join([*head, *body]) + "\n"
 
 
-def plot(results: dict[str, Any], file: Path) -> None:
-    """Upstream ÷ ours of every figure that has a goal and a value on both sides, on a log scale."""
+def plot(results: dict[str, Any], file: Path) -> bool:
+    """Upstream ÷ ours of every figure that has a goal and a value on both sides, on a log scale; False if none has."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -140,7 +140,7 @@ def plot(results: dict[str, Any], file: Path) -> None:
                         values.append(theirs / ours)
                         colours.append({True: "#2a7f62", False: "#b5533c", None: "#888888"}[entry.get("met")])
     if not names:
-        return
+        return False
     figure_, axes = plt.subplots(figsize=(11, 0.9 + 0.28 * len(names)))
     axes.barh(range(len(names)), values, color=colours)
     axes.set_xscale("log")
@@ -156,6 +156,7 @@ def plot(results: dict[str, Any], file: Path) -> None:
     figure_.tight_layout()
     figure_.savefig(file, dpi=110)
     plt.close(figure_)
+    return True
 
 
 def write(results: dict[str, Any], file: Path) -> list[Path]:
@@ -165,8 +166,8 @@ def write(results: dict[str, Any], file: Path) -> list[Path]:
     file.with_suffix(".md").write_text(markdown(results), encoding="utf-8")
     written = [file, file.with_suffix(".md")]
     try:
-        plot(results, file.with_suffix(".png"))
-        written.append(file.with_suffix(".png"))
+        if plot(results, file.with_suffix(".png")):
+            written.append(file.with_suffix(".png"))
     except ImportError:
         pass
     return written
