@@ -142,7 +142,7 @@ def plot(results: dict[str, Any], file: Path) -> bool:
     if not names:
         return False
     figure_, axes = plt.subplots(figsize=(11, 0.9 + 0.28 * len(names)))
-    axes.barh(range(len(names)), values, color=colours)
+    axes.barh(range(len(names)), [v - 1 for v in values], left=1, color=colours)
     axes.set_xscale("log")
     axes.axvline(1, color="black", linewidth=0.8)
     axes.set_yticks(range(len(names)), names, fontsize=8)

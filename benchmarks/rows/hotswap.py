@@ -93,7 +93,7 @@ class Hotswap(Case):
         for k in (1, 2, 0):
             self.swap(k)
             found[f"adapter {k}"] = self.forward()
-        return found
+        return {**found, "what a swap changes": found["adapter 2"] - found["adapter 1"]}
 
     def sample(self) -> dict[str, float]:
         self.forward()

@@ -1,4 +1,8 @@
-"""Train steps of other methods ÷ the frozen floor of the same model."""
+"""Train steps of other methods ÷ the frozen floor of the same model.
+
+The floor's gradient flows down to the embeddings; below a method's first site none has to, so that a method which
+leaves the first layer alone may take less than the floor.
+"""
 
 from __future__ import annotations
 

@@ -538,7 +538,8 @@ def _run_both(
         _launch(
             "_both", (tiles, parts), dy, dy, h, B, dh_part, dB_part, table, group.ranks, group.scales, T, n, r, R,
             dy.stride(0), h.stride(0), B.stride(0), span, s, GROUPED=many, W_TYPE=_type(w_type),
-            PRECISION=_precision(dy), BLOCK_T=b.rows, BLOCK_C=b.columns, BLOCK_R=width, num_warps=b.warps, num_stages=b.stages,
+            PRECISION=_precision(dy), BLOCK_T=b.rows, BLOCK_C=b.columns, BLOCK_R=width, num_warps=b.warps,
+            num_stages=b.stages,
         )  # fmt: skip
     if parts > 1:
         _total_of(dh_part, dh)
