@@ -488,3 +488,23 @@ class TestGPU:
             close(dA[i, :r], dh.T @ x, 1e-4)
             close(dB[i, :, :r], scales[i] * dy.T @ h[lo:hi, :r], 1e-4)
             close(dx[lo:hi], t["dx"][lo:hi] + dh @ A[i], 1e-4)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_the_fused_node_takes_these_kernels_where_they_run(monkeypatch, p, frozen):
+    from peft.kernels.lowrank import Thin, lowrank_linear
+
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    t = draw(20, 24, 18, 5)
+    x, A, B = t["x"].requires_grad_(not frozen), t["A"].requires_grad_(), t["B"].requires_grad_()
+    W, b = torch.randn(18, 24), torch.randn(18)
+    asked = []
+    monkeypatch.setattr(K, "shrink", lambda *a, f=K.shrink: asked.append(a) or f(*a))
+    y = lowrank_linear(x, W, b, [Thin(A, B, 0.7)], [p])
+    (seed,) = [a[3] for a in asked]
+    plain = x @ W.T + b + 0.7 * (K.mask(x.shape, p, seed, x.device) * x) @ A.T @ B.T
+    close(y, plain)
+    leaves = [A, B] if frozen else [x, A, B]
+    for a, e in zip(torch.autograd.grad(y, leaves, t["dy"]), torch.autograd.grad(plain, leaves, t["dy"]), strict=True):
+        close(a, e)

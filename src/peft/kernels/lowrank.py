@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from . import dropout
+from . import dropout, triton_lowrank
 
 
 class Thin(NamedTuple):
@@ -26,6 +26,7 @@ class Thin(NamedTuple):
     rows: Tensor | None = None  # c[n]: W' = c ⊙ (W + ΔW) by rows
 
 
+MANY = 16  # rows from which on the Triton kernels are worth their launches
 Where = slice | Tensor | None  # which rows of x a term is about; None: all
 
 
@@ -57,6 +58,8 @@ def lowrank_linear(
             _add(x2, y2, t.A.to(x.dtype), t.B.to(x.dtype), t.scale, p, at)
         return y
     spec = tuple((t.scale, p, at) for t, p, at in zip(terms, drop, where, strict=True))
+    if x.shape[:-1].numel() >= MANY and all(at is None for at in where) and triton_lowrank.available(x):
+        return _OnDevice.apply(x, W, b, spec, *(f for t in terms for f in (t.A, t.B)))  # type: ignore[no-any-return]
     return _LowRank.apply(x, W, b, spec, *(f for t in terms for f in (t.A, t.B)))  # type: ignore[no-any-return]
 
 
@@ -84,6 +87,48 @@ def _add(
     else:
         (y2 if where is None else y2[where]).addmm_(h, B.T, alpha=s)
     return h, bits, seed
+
+
+class _OnDevice(torch.autograd.Function):
+    """The same node by Triton kernels: fewer passes over y, dy and dx, and dropout drawn where it is used."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, W: Tensor, b: Tensor | None, spec: tuple[tuple[float, float, Where], ...], *flat: Tensor
+    ) -> Tensor:
+        y = F.linear(x, W, b)
+        x2, y2 = x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1])
+        hidden, seeds = [], []
+        for i, (s, p, _) in enumerate(spec):
+            seeds.append(int(torch.randint(2**62, (1,)).item()) if p else 0)
+            hidden.append(triton_lowrank.shrink(x2, flat[2 * i], p, seeds[-1]))
+            triton_lowrank.expand_(y2, hidden[-1], flat[2 * i + 1], s)
+        ctx.save_for_backward(x, W, *flat, *hidden)
+        ctx.spec, ctx.seeds = spec, seeds
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (dy,) = grads
+        m = len(ctx.spec)
+        x, W, *rest = ctx.saved_tensors
+        flat, hidden = rest[: 2 * m], rest[2 * m :]
+        dy2, x2 = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
+        needs = ctx.needs_input_grad
+        dx = dy2 @ W if needs[0] else None
+        out: list[Tensor | None] = []
+        for i, (s, p, _) in enumerate(ctx.spec):
+            A, B = flat[2 * i], flat[2 * i + 1]
+            dh, dB = triton_lowrank.grad_h_B(dy2, hidden[i], B, s, B.dtype)
+            dA = None
+            if dx is not None and needs[4 + 2 * i]:
+                dA = triton_lowrank.grad_A_x_(dx, dh, x2, A, p, ctx.seeds[i], A.dtype)
+            elif dx is not None:
+                triton_lowrank.grad_x_(dx, dh, A, p, ctx.seeds[i])
+            elif needs[4 + 2 * i]:
+                dA = triton_lowrank.grad_A(dh, x2, p, ctx.seeds[i], A.dtype)
+            out += [dA, dB if needs[5 + 2 * i] else None]
+        return None if dx is None else dx.view(x.shape), None, None, None, *out
 
 
 class _LowRank(torch.autograd.Function):
