@@ -77,7 +77,13 @@ def lines(results: dict[str, Any], everything: bool = False) -> Iterator[list[st
                     continue
                 ours, theirs = entry.get("ours"), entry.get("upstream")
                 factor = ""
-                if ours and theirs and ours["median"] > 0 and theirs["median"] > 0 and entry["unit"]:
+                if (
+                    ours
+                    and theirs
+                    and ours["median"] > 0
+                    and theirs["median"] > 0
+                    and entry["unit"] not in ("", "× faster")
+                ):
                     factor = number(theirs["median"] / ours["median"])
                 yield [
                     row["title"],
@@ -133,7 +139,7 @@ def plot(results: dict[str, Any], file: Path) -> bool:
     for row in results["rows"].values():
         for case, found in row["cases"].items():
             for figure, entry in found["figures"].items():
-                if entry["reach"] and "ours" in entry and "upstream" in entry:
+                if entry["reach"] and "ours" in entry and "upstream" in entry and entry["unit"] != "× faster":
                     ours, theirs = entry["ours"]["median"], entry["upstream"]["median"]
                     if ours > 0 and theirs > 0:
                         names.append(f"{row['title']}, {case}: {figure}")

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..case import AHEAD, Case, Figure, at_most
 from ..measure import Turns
-from ..models import llama, lora, randomise, step, step_outputs, tokens
+from ..models import floor, llama, lora, randomise, step, step_outputs, tokens
 from .step import SMALL
 
 TITLE = "DoRA step ÷ LoRA step"
@@ -24,7 +24,8 @@ class Dora(Case):
         self.tolerance = 5e-2 if self.half else 1e-4
         self.draws = 24 if self.dropout else 0
         self.figures = {
-            "step": Figure("×", (AHEAD,) if self.dropout else (at_most(1.25), AHEAD)),
+            "step": Figure("×", () if self.dropout else (at_most(1.25),)),
+            "÷ floor": Figure("×", (AHEAD,), "÷ the frozen floor"),
             "ms": Figure("ms", what="the DoRA step itself"),
         }
 
@@ -33,6 +34,7 @@ class Dora(Case):
 
         base = llama(**(SMALL if self.quick else {}), dtype=torch.bfloat16 if self.half else torch.float32)
         self.ids = tokens(2, 16, 128) if self.quick else tokens(4, 256)
+        self.floor = floor(base)
         self.lora, self.dora = (
             randomise(
                 get_peft_model(
@@ -46,8 +48,13 @@ class Dora(Case):
         return step_outputs(self.dora, self.ids[:1, :64])
 
     def sample(self) -> dict[str, float]:
-        turns = Turns(2 if self.quick else 3, lora=step(self.lora, self.ids), dora=step(self.dora, self.ids))
-        return {"step": turns.ratio("dora", "lora"), "ms": 1e3 * turns.median("dora")}
+        models = {"floor": self.floor, "lora": self.lora, "dora": self.dora}
+        turns = Turns(2 if self.quick else 3, **{name: step(model, self.ids) for name, model in models.items()})
+        return {
+            "step": turns.ratio("dora", "lora"),
+            "÷ floor": turns.ratio("dora", "floor"),
+            "ms": 1e3 * turns.median("dora"),
+        }
 
 
 def cases(quick: bool) -> list[Case]:

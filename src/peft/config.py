@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import inspect
 import json
 import os
 import warnings
@@ -32,6 +33,14 @@ def extra(default: Any = None) -> Any:
     return field(default=default, metadata={"extra": True})
 
 
+class _Signature:
+    """The signature of a class's `__init__`."""
+
+    def __get__(self, obj: Any, cls: type) -> inspect.Signature:
+        found = inspect.signature(cls.__init__)  # type: ignore[misc]
+        return found.replace(parameters=list(found.parameters.values())[1:])
+
+
 @dataclass
 class PeftConfig:
     """What every config has.
@@ -49,6 +58,15 @@ class PeftConfig:
     inference_mode: bool = False
 
     own_type: ClassVar[str] = ""  # the method's name, set by the config class of a method
+
+    __signature__ = _Signature()  # of __init__, not of what guards it
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        if len(args) > len(dataclasses.fields(PeftConfig)):
+            raise TypeError(
+                f"{cls.__name__}: pass the fields after `inference_mode` by name; their order is no promise."
+            )
+        return super().__new__(cls)
 
     def __post_init__(self) -> None:
         if self.own_type:

@@ -6,6 +6,7 @@ adapter that wrote a file.
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
 from pathlib import Path
@@ -36,8 +37,8 @@ from peft import (
 
 transformers = pytest.importorskip("transformers")
 try:
-    peft_version = __import__("importlib.metadata").metadata.version("peft")
-except Exception:  # transformers asks for the installed distribution's version
+    importlib.metadata.version("peft")
+except importlib.metadata.PackageNotFoundError:  # transformers asks for the installed distribution's version
     pytest.skip("needs the installed distribution: pip install -e .", allow_module_level=True)
 
 from transformers import (  # noqa: E402
@@ -183,8 +184,8 @@ def test_convolution_factors_load(config, tmp_path):
 
 @pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "gpt_oss", "llama4"])
 def test_upstreams_files_for_stacked_experts_give_upstreams_logits(name):
-    from tests.test_experts import IDS as ids
-    from tests.test_experts import base
+    from test_experts import IDS as ids
+    from test_experts import base
 
     expected = load_file(GOLDEN / name / "logits.safetensors")["logits"]
     model = base(name)
@@ -440,6 +441,10 @@ def made_on_the_older_layout(model: nn.Module, folder: Path, **fields) -> nn.Mod
         B = torch.randn(weight.shape[0], r, generator=rng) * 0.3
         state.update({f"base_model.model.{key}.lora_A.weight": A, f"base_model.model.{key}.lora_B.weight": B})
         weight += scale * B @ A
+        if config.get("use_dora"):
+            length = torch.rand(weight.shape[0], generator=rng) + 0.5
+            state[f"base_model.model.{key}.lora_magnitude_vector"] = length
+            weight *= (length / weight.norm(dim=1))[:, None]
 
     with torch.no_grad():
         for i, layer in enumerate(model.model.layers):
@@ -470,8 +475,9 @@ def made_on_the_older_layout(model: nn.Module, folder: Path, **fields) -> nn.Mod
         {"target_modules": r".*\.(q_proj|k_proj|v_proj|o_proj|gate|w[123]|(gate|up|down)_proj)"},
         {"rank_pattern": {"w1": 3, "gate_proj": 3}, "alpha_pattern": {"w1": 9, "gate_proj": 9}},
         {"rank_pattern": {"w2": 4}},
+        {"use_dora": True},
     ],
-    ids=["list", "rslora", "all-linear", "regex", "one layer's rank", "rank of the lower"],
+    ids=["list", "rslora", "all-linear", "regex", "one layer's rank", "rank of the lower", "dora"],
 )
 def test_an_adapter_for_separate_experts_becomes_one_for_stacked_ones(base, fields, tmp_path):
     expected = logits(made_on_the_older_layout(base(), tmp_path / "old", **fields))
@@ -522,6 +528,23 @@ def test_one_of_two_joined_layers_is_refused_and_expert_names_stay_what_they_are
         for k in peft.get_peft_model_state_dict(dense_first)
     }
     assert paths == {"layers.0.mlp.gate_proj", "layers.0.mlp.up_proj", "layers.1.mlp.experts"}
+
+
+def test_prefixes_of_composed_models_are_found_under_their_old_names(tmp_path):
+    """LLaVA's text model was language_model.model, and its vision tower stood at the top."""
+    config = {"r": 2, "target_modules": ["q_proj", "v_proj"]}
+    model = noise(get_peft_model(llava(), LoraConfig(**config)))
+    model.save_pretrained(tmp_path)
+    root, old = "base_model.model.", {}
+    for key, value in file_of(tmp_path).items():
+        key = key.replace(f"{root}model.language_model.", f"{root}language_model.model.")
+        old[key.replace(f"{root}model.vision_tower.", f"{root}vision_tower.")] = value
+    assert not old.keys() & file_of(tmp_path).keys()
+    save_file(old, tmp_path / "adapter_model.safetensors")
+    for other in (PeftModel.from_pretrained(llava(), tmp_path), llava()):
+        if not isinstance(other, PeftModel):
+            other.load_adapter(str(tmp_path))
+        assert torch.equal(logits(other.eval(), **LOOK), logits(model, **LOOK))
 
 
 def test_renamed_modules_are_found_under_their_old_names(tmp_path):
@@ -673,6 +696,9 @@ def test_a_model_with_an_added_adapter_trains_and_saves_only_that(tmp_path):
     other = llama()
     other.load_adapter(str(tmp_path / "checkpoint-4"))
     assert torch.equal(logits(other), logits(model.eval())) and gap(logits(other), logits(llama())) > 1e-4
+    # Trainer resumes PeftModels only: it says so instead of starting anew
+    with pytest.raises(ValueError, match="checkpoint index"):
+        trainer(model, tmp_path / "more").train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
 
 
 @pytest.mark.parametrize(

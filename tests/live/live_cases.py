@@ -253,6 +253,8 @@ def lora() -> list[Case]:
         return Case(f"lora {name}", base, "LoraConfig", {**given, **(fields or {})}, **more)
 
     yes: dict[str, Any] = {"use_dora": True}
+    # the ends of a tied weight share a pair, which is written once here; upstream looks for it twice, and shares it as well
+    once = {UPSTREAM: "missing adapter keys while loading the checkpoint: ..base_model.model.lm_head.lora_A"}
     gpt = {"target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True}
     found = [
         case("plain"),
@@ -299,6 +301,12 @@ def lora() -> list[Case]:
         case("embedding of a model", fields={"target_modules": ["q_proj", "embed_tokens"]}),
         case("embedding and head", fields={"target_modules": ["q_proj", "embed_tokens", "lm_head"]}),
         case("embedding, tied", "llama_tied", {"target_modules": ["q_proj", "embed_tokens"]}),
+        case("embedding, shared pair", "llama_tied", {"target_modules": ["q_proj", "embed_tokens"], "ensure_weight_tying": True},
+             warns=once),
+        case("embedding, shared pair, patterns", "llama_tied", {
+            "target_modules": ["q_proj", "embed_tokens", "lm_head"], "ensure_weight_tying": True,
+            "rank_pattern": {"embed_tokens": 2, "lm_head": 2}, "alpha_pattern": {"embed_tokens": 3, "lm_head": 3},
+        }, warns=once),
         case("head, tied", "llama_tied", {"target_modules": ["q_proj", "lm_head"]}),
         case("whole embeddings", save={"save_embedding_layers": True}),
         case("conv1d", "conv1d"),

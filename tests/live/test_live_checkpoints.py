@@ -131,10 +131,12 @@ def test_separate_experts_keep_their_delta(exchange, name):
 
 
 def test_the_guide_shows_what_is_measured(exchange):
-    """The guide's table has a row for every method, and no row says less than a tenth of what is measured here."""
+    """The guide's table has a row for every method, and none says much less than what is measured now."""
     shown = GUIDE.read_text().partition(HEADING)[2]
-    rows = {r.split("|")[1].strip(): re.findall(r"(\d\.\de-\d\d)", r) for r in shown.splitlines() if r.startswith("| ")}
+    rows = {
+        r.split("|")[1].strip(): re.findall(r"\d\.\de[-+]\d\d", r) for r in shown.splitlines() if r.startswith("| ")
+    }
     for line in table(exchange).splitlines()[2:]:
-        name, numbers = line.split("|")[1].strip(), re.findall(r"(\d\.\de[-+]\d\d)", line)
-        assert name in rows
-        assert all(float(now) <= 10 * float(said) + 1e-7 for now, said in zip(numbers, rows[name], strict=True)), line
+        name, numbers = line.split("|")[1].strip(), re.findall(r"\d\.\de[-+]\d\d", line)
+        assert name in rows, "run python tests/live/live_exchange.py"
+        assert all(float(now) <= 10 * float(said) + 2e-6 for now, said in zip(numbers, rows[name], strict=True)), line

@@ -115,6 +115,7 @@ class Companions(Slots, Switch):
         """See `set_scale`."""
 
 
+SET_FIRST = ("base_layer", "methods", "adapters", "hub", "merged_adapters", "former")  # what looking up a view reads
 Record = dict[str, list[tuple[Method, float]]]  # adapter -> its methods with the multipliers they were merged at
 
 
@@ -434,7 +435,9 @@ class Adapted(Switch, Wrapper):
         """Write the adapters into the base weight. Checks for NaN and inf always; `safe_merge` is kept for callers."""
         self.merge_also(list(adapter_names if adapter_names is not None else self.hub.chosen))
 
-    def merge_also(self, names: Sequence[str], keep: bool = True, tied: frozenset[int] | set[int] = frozenset()) -> bool:
+    def merge_also(
+        self, names: Sequence[str], keep: bool = True, tied: frozenset[int] | set[int] = frozenset()
+    ) -> bool:
         """Merge these besides those merged already, which stay as strong as they were then; as `write` returns."""
         fresh = [n for n in names if n in self.methods and n not in self.merged_adapters]
         record = {n: [(m, m.multiplier) for m in self.methods[n]] for n in fresh}
@@ -497,7 +500,9 @@ class Adapted(Switch, Wrapper):
     def set_base_weight(self, weight_data: Tensor) -> None:
         """Write the base layer's weight."""
         if self.merged:
-            raise ValueError(f"{self.path} is merged with {self.merged_adapters}: call unmerge() before writing its weight.")
+            raise ValueError(
+                f"{self.path} is merged with {self.merged_adapters}: call unmerge() before writing its weight."
+            )
         self.base_layer = self.op.base = self.kind.write(self.base_layer, {"weight": weight_data})
 
     def get_delta_weight(self, adapter: str) -> Tensor:
@@ -505,9 +510,11 @@ class Adapted(Switch, Wrapper):
         return views.delta_weight(self, adapter)
 
     def update_layer(self, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        raise NotImplementedError(
-            f"{self.path}: an adapter is not remade layer by layer. Add one with another config; rank_pattern and "
-            "alpha_pattern give single layers their own rank and strength."
+        raise Refusal(
+            "update_layer",
+            self.path,
+            "an adapter is not remade layer by layer: add one with another config, whose rank_pattern and alpha_pattern "
+            "give single layers their own rank and strength",
         )
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
@@ -516,18 +523,18 @@ class Adapted(Switch, Wrapper):
     def _get_available_adapters(self) -> set[str]:
         return set(self.methods)
 
-    def _nested(self) -> Iterator[Method]:
+    def nested_methods(self) -> Iterator[Method]:
         return (inner for methods in self.methods.values() for m in methods for inner in m.nested())
 
     @property
     def adapter_layer_names(self) -> tuple[str, ...]:
         """Upstream's names of the tensors that the adapters hold here."""
-        return tuple(dict.fromkeys(n for m in self._nested() for n in m.adapter_layer_names))
+        return tuple(dict.fromkeys(n for m in self.nested_methods() for n in m.adapter_layer_names))
 
     @property
     def other_param_names(self) -> tuple[str, ...]:
         """Upstream's names of their settings."""
-        return tuple(dict.fromkeys(n for m in self._nested() for n in m.other_param_names))
+        return tuple(dict.fromkeys(n for m in self.nested_methods() for n in m.other_param_names))
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         for name in [adapter_names] if isinstance(adapter_names, str) else adapter_names:
@@ -557,7 +564,7 @@ class Adapted(Switch, Wrapper):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name in ("base_layer", "methods", "adapters", "hub", "merged_adapters", "former") or name.startswith("_"):
+            if name.startswith("_") or name in SET_FIRST:
                 raise  # private names are the base layer's own: hooks that libraries put there are not the wrapper's
             found = views.view(self, name)
             if found is not None:

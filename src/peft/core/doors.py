@@ -36,7 +36,6 @@ class LayerView(type):
             return cls.part in obj.parts
         return any(n.rsplit(".", 1)[-1].startswith(cls.stem) for n, _ in obj.adapters.named_parameters())
 
-
     def __call__(cls, *args: Any, **kwargs: Any) -> Any:
         raise TypeError(
             f"{cls.__name__} is a view for isinstance: adapters are put into a model with get_peft_model or "
@@ -126,7 +125,9 @@ def door(
     for cls in own:
         known_as = cls.config_class.__name__.removesuffix("Config")
         keys = tuple(dict.fromkeys((*(k.split(".")[0] for k in cls.keys.values()), *cls.view_names)))
-        names[f"{known_as}Layer"] = layer_view(f"{known_as}Layer", cls.prefix, adapter_layer_names=keys, other_param_names=cls.view_attributes)
+        names[f"{known_as}Layer"] = layer_view(
+            f"{known_as}Layer", cls.prefix, adapter_layer_names=keys, other_param_names=cls.view_attributes
+        )
         names[f"{known_as}Model"] = model_view(f"{known_as}Model", cls.prefix)
     names.update(extra or {})
     if method_name:

@@ -48,6 +48,8 @@ def load_map(adapter: Adapter, held: Iterator[tuple[str, nn.Module]]) -> dict[st
         return {}
     stored = [(k, s) for k, s in checkpoint.slots(adapter) if id(s.method) in firsts]
     slots = [(k.rpartition(".")[2], s) for k, s in stored if s.attr in s.method.state_dict()]
+    if not slots:
+        return {}
     floats = [s for _, s in slots if s.tensor.is_floating_point()]
     first = max(floats, key=lambda s: s.tensor.dtype.itemsize, default=slots[0][1])
     others = {s.tensor.dtype: s for _, s in reversed(slots) if s is not first and not s.tensor.is_floating_point()}

@@ -260,9 +260,9 @@ def commit(model: nn.Module, plan: Plan) -> Hub:
                 if p is not None:
                     p.requires_grad = False
     model.__dict__["_peft_hub"] = hub
-    for layer in adapted_layers(model):
-        if plan.name in layer.methods:
-            layer.detach(plan.name)  # left behind where loading an adapter of this name had failed
+    for wrapped in adapted_layers(model):
+        if plan.name in wrapped.methods:
+            wrapped.detach(plan.name)  # left behind where loading an adapter of this name had failed
     dtype = _floating(model)
     for item in plan.items:
         assert item.method is not None

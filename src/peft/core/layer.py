@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from . import offload
 
+
 @dataclass(frozen=True)
 class Geometry:
     """The sizes of a layer seen as `y = W x`."""

@@ -175,6 +175,17 @@ class Method(Light):
     @classmethod
     def followers(cls, config: Any, model: nn.Module, places: list[Any]) -> list[Any]:
         """Further places that must change along with the targeted ones (the other ends of tied weights)."""
+        if getattr(config, "ensure_weight_tying", False):
+            from .targets import other_ends
+
+            weights = [id(w) for p in places if (w := p.module._parameters.get("weight")) is not None]
+            if len(set(weights)) < len(weights) or other_ends(model, places):
+                raise Refusal(
+                    cls.peft_type,
+                    "a tied weight",
+                    "ensure_weight_tying asks that all of its ends change alike, and only factors that can be transposed, "
+                    "or rows, have a counterpart at the other end",
+                )
         return []
 
     @classmethod
@@ -251,6 +262,8 @@ class Method(Light):
         cls = type(self)
         if not _plain(cls) or self.form != "delta":
             return None
+        if (pair := self.pair()) is not None:
+            return Thin(*pair)
         factors = self.delta()
         return Thin(*factors) if len(factors) == 2 else None
 

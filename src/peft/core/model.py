@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import os
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from ..config import PeftConfig
-from ..registry import method
 from . import checkpoint, inject, prompt, sharded
 from .adapted import adapted_layers
 from .loading import LoadResult, embedding_tensors, fit, load_into, prepare_head, read_adapter
@@ -23,8 +21,13 @@ from .mix import Hub, Mix, Rows
 from .tuner import Tuner
 
 
+OUTPUTS = ("output_attentions", "output_hidden_states", "return_dict")
+
+
 class PeftModel(nn.Module):
     """A base model with named adapters."""
+
+    arguments: ClassVar[tuple[str, ...]] = ()  # what a head's forward takes by position after the first two
 
     def __init__(
         self,
@@ -142,8 +145,15 @@ class PeftModel(nn.Module):
     ) -> Any:
         """The base model's forward. adapter_names: one adapter name per row of the batch (`"__base__"` for none).
 
-        task_ids: one task per row, for methods that have tasks.
+        task_ids: one task per row, for methods that have tasks. By position, heads take the arguments in their own order.
         """
+        if len(args) > 2 and self.arguments:
+            more = dict(zip(self.arguments, args[2:], strict=False))
+            if len(args) - 2 > len(self.arguments) or set(more) & set(kwargs):
+                raise TypeError(
+                    f"forward() takes {', '.join(self.arguments)} after the first two by position, each once."
+                )
+            args, kwargs = args[:2], {**{k: v for k, v in more.items() if v is not None}, **kwargs}
         with self._rows(adapter_names, args, kwargs), self._tasks(task_ids):
             return self.base_model(*args, **kwargs)
 
@@ -374,6 +384,15 @@ class PeftModel(nn.Module):
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         return False
 
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        """Upstream keeps prompts beside the base model, whose names lack the step of the tuner then."""
+        if any(k.startswith(f"{prefix}prompt_encoder.") for k in state_dict):
+            for name in [k for k in state_dict if k.startswith(prefix)]:
+                body, value = name.removeprefix(prefix), state_dict.pop(name)
+                if not body.startswith("word_embeddings."):  # the base's, once more
+                    state_dict[f"{prefix}base_model.model.{body.removeprefix('base_model.')}"] = value
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)  # type: ignore[no-untyped-call]
+
     def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
         """See `Tuner.add_weighted_adapter`."""
         self.base_model.add_weighted_adapter(*args, **kwargs)
@@ -439,9 +458,16 @@ def count(p: Tensor) -> int:
 class PeftModelForCausalLM(PeftModel):
     """For models that generate text."""
 
+    arguments = ("inputs_embeds", "labels", *OUTPUTS)
+
 
 class PeftModelForSeq2SeqLM(PeftModel):
     """For encoder-decoder models."""
+
+    arguments = (
+        *("inputs_embeds", "decoder_input_ids", "decoder_attention_mask", "decoder_inputs_embeds", "labels"),
+        *OUTPUTS,
+    )
 
 
 class _WithHead(PeftModel):
@@ -453,17 +479,25 @@ class _WithHead(PeftModel):
 class PeftModelForSequenceClassification(_WithHead):
     """For sequence classifiers; the classification head trains along and is saved."""
 
+    arguments = ("inputs_embeds", "labels", *OUTPUTS)
+
 
 class PeftModelForTokenClassification(_WithHead):
     """For token classifiers; the classification head trains along and is saved."""
+
+    arguments = ("inputs_embeds", "labels", *OUTPUTS)
 
 
 class PeftModelForQuestionAnswering(_WithHead):
     """For extractive question answering; the span head trains along and is saved."""
 
+    arguments = ("token_type_ids", "position_ids", "inputs_embeds", "start_positions", "end_positions", *OUTPUTS)
+
 
 class PeftModelForFeatureExtraction(PeftModel):
     """For models that give embeddings."""
+
+    arguments = ("inputs_embeds", *OUTPUTS)
 
 
 MODEL_TYPE_TO_PEFT_MODEL_MAPPING: dict[str, type[PeftModel]] = {
@@ -593,7 +627,12 @@ def set_peft_model_state_dict(
 
 
 def _told(
-    model: nn.Module, name: str, given: dict[str, Tensor], missing: list[str], extra: list[str], wrong: Sequence[str] = ()
+    model: nn.Module,
+    name: str,
+    given: dict[str, Tensor],
+    missing: list[str],
+    extra: list[str],
+    wrong: Sequence[str] = (),
 ) -> LoadResult:
     """What did not fit, as upstream names it: missing tensors with the adapter's name, unused keys as they were given."""
     root = "" if isinstance(sharded.bare(model), PeftModel) else checkpoint.ROOT

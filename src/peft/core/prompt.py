@@ -19,7 +19,7 @@ ends, or in encoders begins, with what the row gives alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -61,6 +61,22 @@ class Encoders(Slots, Switch):
     def replaced(self, held: nn.Module, value: nn.Module) -> None:
         methods = self.__dict__["prompts"].methods
         methods.update({n: value for n, m in methods.items() if m is held})
+
+    # -- by adapter name, as in a dictionary ----------------------------------------------------------------------------
+    def __getitem__(self, adapter: str) -> Method:
+        return self.__dict__["prompts"].methods[adapter]  # type: ignore[no-any-return]
+
+    def __contains__(self, adapter: object) -> bool:
+        return adapter in self.__dict__["prompts"].methods
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.__dict__["prompts"].methods)
+
+    def __len__(self) -> int:
+        return len(self.__dict__["prompts"].methods)
+
+    def keys(self) -> Iterable[str]:
+        return self.__dict__["prompts"].methods.keys()  # type: ignore[no-any-return]
 
 
 class PromptMethod(Method):

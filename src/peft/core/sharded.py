@@ -27,7 +27,9 @@ def bare(model: nn.Module) -> nn.Module:
     """What wrappers for several processes or compilation hold."""
     while True:
         held = model.__dict__.get("_modules", {})
-        inner = next((held[n] for n in (*WRAPPERS, "module") if len(held) == 1 and isinstance(held.get(n), nn.Module)), None)
+        inner = next(
+            (held[n] for n in (*WRAPPERS, "module") if len(held) == 1 and isinstance(held.get(n), nn.Module)), None
+        )
         if inner is None:
             return model
         model = inner

@@ -131,6 +131,23 @@ def for_path(patterns: dict[str, Any] | None, path: str, default: Any) -> Any:
     return default
 
 
+def with_value(patterns: dict[str, Any] | None, path: str, default: Any, value: Any) -> dict[str, Any]:
+    """`patterns` that give this path `value`: by its last name for all paths alike, by the path where that is taken."""
+    patterns, leaf = dict(patterns or {}), rf".*\.{path.rpartition('.')[2]}"
+    if for_path(patterns, path, default) == value:
+        return patterns
+    return {path: value, **patterns} if leaf in patterns else {**patterns, leaf: value}
+
+
+def to_patterns(values: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """(default, patterns) from which `for_path` gives each of these paths its value."""
+    found = list(values.values())
+    default = max(set(found), key=found.count)
+    other = {p for p, v in values.items() if v != default}
+    clash = {p for p in values if any(p.endswith(f".{o}") for o in other)}  # patterns match the ends of paths
+    return default, {p: values[p] for p in sorted(other | clash, key=lambda p: -len(p))}
+
+
 def in_layers(config: Any, path: str) -> bool:
     """`layers_to_transform`: the number that follows a layer list's name in the path."""
     wanted = getattr(config, "layers_to_transform", None)

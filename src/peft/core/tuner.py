@@ -11,12 +11,14 @@ from torch import nn
 from ..config import PeftConfig
 from ..registry import method
 from . import inject
-from .adapted import adapted_layers
+from .adapted import Adapted, adapted_layers
 from .mix import Hub
 
 
 class Tuner(nn.Module):
     """The base model with adapters in it: `peft_model.base_model`. Works for adapters of any methods at once."""
+
+    tuner_layer_cls = Adapted
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()

@@ -80,7 +80,9 @@ class ModuleView:
 
     def __setattr__(self, leaf: str, value: Any) -> None:
         if leaf not in self._held:
-            raise AttributeError(f"{self._name} of this adapter holds {', '.join(self._held)}, but no {leaf!r} to assign.")
+            raise AttributeError(
+                f"{self._name} of this adapter holds {', '.join(self._held)}, but no {leaf!r} to assign."
+            )
         _put(self._method, self._held[leaf], value, f"{self._name}.{leaf} at {self._layer.path}")
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -259,7 +261,7 @@ def _take(module: Any, into: ModuleView, held: dict[str, str], what: str) -> Non
 def _holds(method: Method, name: str) -> bool:
     if leaves(method, name):
         return True
-    keyed = name in method.keys and name not in method.view_attributes  # shown under the name of its key
+    keyed = name not in method.view_attributes and method.keys.get(name, name).rpartition(".")[2] != name
     if keyed and name not in method._modules:
         return False
     return (
@@ -313,8 +315,10 @@ def from_upstream(layer: Adapted, state: dict[str, Tensor], prefix: str) -> None
                     held = attrgetter(attr)(m)
                     value = state.pop(theirs)
                     state[own] = value.reshape(held.shape) if value.numel() == held.numel() else value
-    for name in [k for k in state if k.startswith(f"{prefix}{ORIGINAL}.")]:
-        state[f"{prefix}base_layer.{name.removeprefix(f'{prefix}{ORIGINAL}.')}"] = state.pop(name)
+    nested = {f"{k.partition('.')[0]}.base_layer" for m in layer.nested_methods() for k in m.keys.values() if "." in k}
+    for theirs in (ORIGINAL, *nested):
+        for name in [k for k in state if k.startswith(f"{prefix}{theirs}.")]:
+            state[f"{prefix}base_layer.{name.removeprefix(f'{prefix}{theirs}.')}"] = state.pop(name)
 
 
 @torch.no_grad()
@@ -327,6 +331,8 @@ def delta_weight(layer: Adapted, adapter: str) -> Tensor:
         raise KeyError(adapter)
     other = [m for m in inner if m.form != "delta"]
     if other:
-        raise Refusal(str(other[0].peft_type), f"get_delta_weight at {layer.path}", "its effect is no sum with the weight")
+        raise Refusal(
+            str(other[0].peft_type), f"get_delta_weight at {layer.path}", "its effect is no sum with the weight"
+        )
     total = torch.stack([m("dense") for m in inner]).sum(0)
     return layer.kind.native(total, layer.base_layer)

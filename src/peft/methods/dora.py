@@ -29,6 +29,7 @@ class DoRA(Method):
         self.register_parameter(self.magnitude, site.empty(site.geometry.out))
         self.as_modules = (self.magnitude,)
         self.peft_type, self.prefix = inner.peft_type, inner.prefix  # type: ignore[misc]
+        self.repeats = inner.repeats  # type: ignore[misc]
         self.optional = tuple(f"inner.{a}" for a in inner.optional)  # type: ignore[misc]
         self.stacking, self.transposed = inner.stacking, inner.transposed  # type: ignore[misc]
         self.joins = {**inner.joins, self.magnitude: "rows"} if inner.joins else {}  # type: ignore[misc]

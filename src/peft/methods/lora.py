@@ -14,8 +14,10 @@ import torch
 from torch import Tensor
 
 from ..config import DeltaConfig, require, require_ranks, unbuilt
-from ..core.method import Method, Op, Site, Thin
-from ..core.targets import for_path
+from ..core.errors import Refusal
+from ..core.method import Site
+from ..core.targets import for_path, to_patterns, with_value
+from ..core.tying import Pair
 from ..inits import find as find_init
 
 __all__ = ["LoraConfig", "LoraRuntimeConfig"]
@@ -35,7 +37,8 @@ class LoraConfig(DeltaConfig):
     r: rank. lora_alpha: strength, s = lora_alpha / r (use_rslora: / √r). lora_dropout: on the input of A.
     rank_pattern, alpha_pattern: name or regex -> value, overriding r and lora_alpha. init_lora_weights: True (A
     Kaiming-uniform, B 0), False (both random), "gaussian", "orthogonal", "pissa", "pissa_niter_N", "olora".
-    lora_bias: a trainable bias added after B. use_dora: DoRA over this delta (arXiv 2402.09353).
+    lora_bias: a trainable bias added after B. use_dora: DoRA over this delta (arXiv 2402.09353). ensure_weight_tying: the
+    other ends of a targeted tied weight share its delta.
     """
 
     own_type = "LORA"
@@ -77,13 +80,14 @@ class LoraConfig(DeltaConfig):
         require_ranks(self)
 
 
-class Lora(Method):
+class Lora(Pair):
     peft_type = "LORA"
     config_class = LoraConfig
     summary = "Adds a trainable product of two thin matrices to frozen weights."
     formula = "W' = W + (α/r)·B A"
     paper = "arXiv 2106.09685"
     prefix = "lora_"
+    pair_names = ("lora_A", "lora_B")
     keys = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight", "lora_bias": "lora_B.bias"}
     stacking = {"lora_A.weight": (0, 0), "lora_B.weight": (2, 1)}  # A[E·r, in], B[out, r·E]
     transposed = {"lora_A.weight": "lora_B.weight", "lora_B.weight": "lora_A.weight"}  # ΔWᵀ = Aᵀ Bᵀ
@@ -99,21 +103,27 @@ class Lora(Method):
     view_attributes = ("r", "lora_alpha", "scaling", "use_dora", "use_rslora", "lora_bias")
     assignable = ("lora_alpha",)
     dropout_name = "lora_dropout"
+    lora_A: Tensor
+    lora_B: Tensor
 
     def __init__(self, config: LoraConfig, site: Site) -> None:
         super().__init__(config, site)
-        self.r: int = for_path(config.rank_pattern, site.path, config.r)
-        self.lora_alpha = for_path(config.alpha_pattern, site.path, config.lora_alpha)
+        named = site.tied if config.ensure_weight_tying and site.tied else site.path
+        self.r = self.rank_at(config, named)
+        self.lora_alpha = for_path(config.alpha_pattern, named, config.lora_alpha)
         self.use_rslora = config.use_rslora
         self.dropout = config.lora_dropout
         self.first_A: Tensor | None
         self.first_B: Tensor | None
         self._buffers.update(first_A=None, first_B=None)  # PiSSA, OLoRA: the initial factors, subtracted; not saved
-        self.lora_A = site.empty(self.r, site.geometry.fan_in)
-        self.lora_B = site.empty(site.geometry.out, self.r)
-        self.lora_bias = site.empty(site.geometry.out) if config.lora_bias else None
         if site.geometry.indexed:
             self.keys = {"lora_A": "lora_embedding_A", "lora_B": "lora_embedding_B", "lora_bias": "lora_B.bias"}  # type: ignore[misc]
+        self.place_factors(config, site)
+        self.lora_bias = site.empty(site.geometry.out) if config.lora_bias else None
+
+    @classmethod
+    def rank_at(cls, config: LoraConfig, path: str) -> int:
+        return for_path(config.rank_pattern, path, config.r)
 
     @property
     def scaling(self) -> float:
@@ -127,6 +137,9 @@ class Lora(Method):
 
     def derive(self, rng: torch.Generator, site: Site) -> None:
         start, argument, from_weight = find_init(init_name(self.config.init_lora_weights))
+        if from_weight and self.follows:
+            why = f"ensure_weight_tying shares a pair with {site.tied}, but this start decomposes each end's own weight"
+            raise Refusal(self.peft_type, f"{site.path} ({site.layer})", why)
         if from_weight:
             first = start(self.lora_A, self.lora_B, rng, site, self.scaling, argument)
             for name, value in zip(("first_A", "first_B"), first, strict=True):
@@ -137,7 +150,7 @@ class Lora(Method):
         if self.first_A is not None:
             self.lora_A.copy_(self.first_A)
             self.lora_B.copy_(self.first_B)
-        else:
+        elif not self.follows:
             start, _, _ = find_init(init_name(self.config.init_lora_weights))
             start(self.lora_A, self.lora_B, rng, site)
         if self.lora_bias is not None:
@@ -145,6 +158,8 @@ class Lora(Method):
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """(A, B) with ΔW = s·B A."""
+        if self.turned:
+            return self.lora_B.T, self.lora_A.T
         if self.first_A is None:
             return self.lora_A, self.lora_B
         return torch.cat([self.lora_A, self.first_A]), torch.cat([self.lora_B, -self.first_B], 1)
@@ -152,9 +167,6 @@ class Lora(Method):
     def delta(self) -> tuple[Tensor, Tensor]:
         A, B = self.factors()
         return A, self.scaling * B
-
-    def thin(self, op: Op) -> Thin | None:
-        return Thin(self.lora_A, self.lora_B, self.scaling) if self.first_A is None else super().thin(op)
 
     def bias_change(self) -> Tensor | None:
         return None if self.lora_bias is None else self.scaling * self.lora_bias
@@ -164,41 +176,26 @@ class Lora(Method):
 
     @classmethod
     def pair_config(cls, config: LoraConfig, ranks: dict[str, int]) -> LoraConfig:
-        r = max(set(ranks.values()), key=list(ranks.values()).count)
-        other = {p for p, k in ranks.items() if k != r}
-        clash = {p for p in ranks if any(p.endswith(f".{o}") for o in other)}
-        pattern = {
-            p: ranks[p] for p in sorted(other | clash, key=lambda p: -len(p))
-        }  # longest first: patterns match ends
-        return replace(
-            config,
-            r=r,
-            lora_alpha=r,
-            use_rslora=False,
-            init_lora_weights=True,
-            rank_pattern=pattern,
-            alpha_pattern=dict(pattern),
-        )
+        r, pattern = to_patterns(ranks)
+        plain: dict[str, Any] = {"use_rslora": False, "init_lora_weights": True}
+        return replace(config, r=r, lora_alpha=r, rank_pattern=pattern, alpha_pattern=dict(pattern), **plain)
 
     @classmethod
     def join(cls, config: LoraConfig, path: str, former: list[str]) -> None:
         ranks = [for_path(config.rank_pattern, p, config.r) for p in former]
         alphas = [for_path(config.alpha_pattern, p, config.lora_alpha) for p in former]
         if len({a / (math.sqrt(r) if config.use_rslora else r) for a, r in zip(alphas, ranks, strict=True)}) > 1:
-            raise ValueError(f"{path} holds {', '.join(former)}, which have one strength, but alpha/r differs for them.")
+            raise ValueError(f"{path} holds {', '.join(former)} at one strength, but alpha/r differs for them.")
         r = sum(ranks)
         alpha = alphas[0] * math.sqrt(r / ranks[0]) if config.use_rslora and len(former) > 1 else sum(alphas)
-        general = rf".*\.{path.rpartition('.')[2]}"
-        for field_name, default, value in (("rank_pattern", config.r, r), ("alpha_pattern", config.lora_alpha, alpha)):
-            pattern = dict(getattr(config, field_name) or {})
-            if for_path(pattern, path, default) != value:
-                pattern = {path: value, **pattern} if general in pattern else {**pattern, general: value}
-                setattr(config, field_name, pattern)
+        config.rank_pattern = with_value(config.rank_pattern, path, config.r, r)
+        config.alpha_pattern = with_value(config.alpha_pattern, path, config.lora_alpha, alpha)
 
     @torch.no_grad()
     def set_pair(self, A: Tensor, B: Tensor, bias: Tensor | None) -> None:
-        self.lora_A.copy_(A)
-        self.lora_B.copy_(B)
+        if not self.follows:
+            self.lora_A.copy_(A)
+            self.lora_B.copy_(B)
         if self.lora_bias is not None:
             self.lora_bias.zero_() if bias is None else self.lora_bias.copy_(bias)
 

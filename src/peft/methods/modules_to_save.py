@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..core import tying
 from ..core.copies import Copies, outermost
 from ..core.method import Site
-from ..core.targets import Place, find_whole, other_ends, walk
+from ..core.targets import Place, find_whole, walk
 
 
 class ModulesToSave(Copies):
@@ -35,23 +36,16 @@ class ModulesToSave(Copies):
         places = [p for p in walk(model) if p.owner is None and p.path.endswith(tuple(wanted))]
         unmatched = [w for w in wanted if not any(p.path.endswith(w) for p in places)]
         places += find_whole(model, unmatched, "modules_to_save")
-        if _tying(config):
-            places += other_ends(model, places)
-        return outermost(places), config
+        return outermost(places + tying.followers(config, model, places)), config
 
     @classmethod
     def shared(cls, config: Any, sites: list[Site], rng: torch.Generator) -> dict[str, nn.Parameter]:
         """The copies of weights that several of the modules hold."""
-        first = {s.tied for s in sites if s.tied} if _tying(config) else set()
-        return {s.path: s.empty(*s.parameters()["weight"].shape) for s in sites if s.path in first}
+        return tying.shared(config, sites, lambda s: {"weight": s.empty(*s.parameters()["weight"].shape)})
 
     def room(self, name: str, P: Tensor, config: Any, site: Site) -> nn.Parameter:
-        copy = site.shared.get(site.tied or site.path) if name == "weight" else None
+        copy = tying.end_of(site).parts.get(name)
         return super().room(name, P, config, site) if copy is None else copy
 
     def key(self, name: str) -> str:
         return name
-
-
-def _tying(config: Any) -> bool:
-    return bool(getattr(config, "ensure_weight_tying", False))

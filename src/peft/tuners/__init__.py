@@ -12,6 +12,7 @@ from ..core.errors import PeftError, PeftWarning
 from ..core.tuner import Tuner
 from . import tuners_utils
 
+
 def _is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"  # GPT-2's
 
