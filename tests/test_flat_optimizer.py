@@ -27,7 +27,9 @@ def train(m, optimizer, steps=4, max_norm=None, clear=None):
     return [p.detach() for p in m.parameters() if p.requires_grad]
 
 
-@pytest.mark.parametrize("cls, settings", [(torch.optim.AdamW, {"lr": 1e-2}), (torch.optim.SGD, {"lr": 1e-3, "momentum": 0.9})])
+@pytest.mark.parametrize(
+    "cls, settings", [(torch.optim.AdamW, {"lr": 1e-2}), (torch.optim.SGD, {"lr": 1e-3, "momentum": 0.9})]
+)
 @pytest.mark.parametrize("max_norm", [None, 0.5])
 def test_steps_equal_those_of_separate_tensors(cls, settings, max_norm):
     one, other = model(), model()

@@ -118,7 +118,9 @@ def test_scaled_rows_equal_the_plain_formula(bias):
     plain = F.linear(x, c[:, None] * (W + 0.7 * B @ A), b)
     assert torch.allclose(fused, plain, atol=1e-12)
     g = torch.randn_like(plain)
-    for a, e in zip(torch.autograd.grad(fused, (x, A, B, c), g), torch.autograd.grad(plain, (x, A, B, c), g), strict=True):
+    for a, e in zip(
+        torch.autograd.grad(fused, (x, A, B, c), g), torch.autograd.grad(plain, (x, A, B, c), g), strict=True
+    ):
         assert torch.allclose(a, e, atol=1e-12)
 
 

@@ -131,6 +131,7 @@ class Adapted(Switch, Wrapper):
     op: Op
     methods: dict[str, tuple[Method, ...]]
     _kept: Any
+    _last: tuple[Any, Sequence[Method]]
     _input_name: str
 
     def __init__(self, base_layer: nn.Module, kind: LayerKind, hub: Hub, path: str, geometry: Geometry) -> None:
@@ -149,6 +150,7 @@ class Adapted(Switch, Wrapper):
             merged_adapters=[],
             record={},
             _kept=None,
+            _last=(None, ()),
             _input_name=first_parameter(base_layer),
             training=base_layer.training,
         )
@@ -159,9 +161,11 @@ class Adapted(Switch, Wrapper):
         if part and f"%{part}" not in self.adapters._modules:
             self.adapters.put(f"%{part}", Companions(self))
         self._slots(part).put(escape(adapter), method)
+        self._last = (None, ())
         self.methods[adapter] = (*self.methods.get(adapter, ()), method)
 
     def detach(self, adapter: str) -> None:
+        self._last = (None, ())
         for m in (inner for outer in self.methods.pop(adapter, ()) for inner in outer.nested()):
             self.former.update((*m.adapter_layer_names, *m.other_param_names))
         for part in ("", *self.parts):
@@ -205,15 +209,27 @@ class Adapted(Switch, Wrapper):
         mix = self.hub.mix
         if mix.rows is not None and not self.merged_adapters:
             return self._mixed(mix.rows, rows, args, kwargs)
-        methods = () if self.merged_adapters else self.active_methods(mix.active)
+        methods = () if self.merged_adapters else self._acting(mix.active)
         if not methods:
             return self.kind.run(self.base_layer, *args, **kwargs)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             self.hub.check_recompute()
+        if len(args) == 1 and not kwargs and (y := fused.run(self, methods, args[0])) is not None:
+            return y
         return self._run(methods, args, kwargs)
 
+    def _acting(self, names: tuple[str, ...]) -> Sequence[Method]:
+        """`active_methods`, remembered for as long as the same names act and nothing is attached or detached."""
+        if torch.compiler.is_compiling():
+            return self.active_methods(names)
+        known, methods = self._last
+        if known is not names:
+            methods = self.active_methods(names)
+            self.__dict__["_last"] = (names, methods)
+        return methods
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self.base_layer._forward_hooks:
+        if self._modules["base_layer"]._forward_hooks:  # type: ignore[union-attr]
             move_recorders(self.base_layer, self)
         return super().__call__(*args, **kwargs)
 
@@ -226,8 +242,6 @@ class Adapted(Switch, Wrapper):
 
     def _run(self, methods: Sequence[Method], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         x, call = self._input(args, kwargs)
-        if (y := fused.run(self, methods, x)) is not None:
-            return y
         given = x  # what `after` sees: the layer's own input, so that the parallel branch merges as it stands
         indexed = self.geometry.indexed  # an embedding's rows are what an input transform acts on
         late = [m for m in methods if m.form == "after"]
@@ -664,7 +678,7 @@ def _first(out: Any, fn: Callable[[Any], Any]) -> Any:
 def finite(t: Tensor) -> bool:
     """Whether no entry is NaN or inf. A finite sum says so in one pass; another may be an overflow of the sum itself."""
     t = t.float() if t.dtype.itemsize == 1 else t  # the 8-bit formats have neither
-    return math.isfinite(float(t.sum())) or bool(torch.isfinite(t).all())
+    return math.isfinite(float(t.detach().sum())) or bool(torch.isfinite(t).all())
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

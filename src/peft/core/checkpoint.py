@@ -217,7 +217,8 @@ def save(
 def write_weights(tensors: dict[str, Tensor], path: str, header: dict[str, str]) -> None:
     """A safetensors file. What `save_file` would do once more for each tensor was done before: they are contiguous and
     share no storage; so their addresses go to its writer as they are."""
-    spec = getattr(safetensors._safetensors_rust, "TensorSpec", None)
+    rust: Any = getattr(safetensors, "_safetensors_rust", None)
+    spec = getattr(rust, "TensorSpec", None)
     if spec is None or sys.byteorder == "big" or any(t.numel() == 0 for t in tensors.values()):
         return save_file(tensors, path, metadata=header)
     held = {k: t.cpu() for k, t in tensors.items()}
@@ -225,7 +226,7 @@ def write_weights(tensors: dict[str, Tensor], path: str, header: dict[str, str])
         k: spec(dtype=str(t.dtype).rpartition(".")[2], shape=t.shape, data_ptr=t.data_ptr(), data_len=t.nbytes)
         for k, t in held.items()
     }
-    safetensors._safetensors_rust.serialize_file(table, path, metadata=header)
+    rust.serialize_file(table, path, metadata=header)
 
 
 def _umask() -> int:
@@ -319,14 +320,14 @@ def read(
 
 
 def not_finite(tensors: dict[str, Tensor]) -> list[str]:
-    """The keys of tensors that hold NaN or inf. The largest magnitude shows both, in one pass over all tensors."""
+    """The keys of tensors that hold NaN or inf. A finite norm has neither below it; another may be an overflow of its own."""
     held = {k: t for k, t in tensors.items() if t.is_floating_point() and t.numel() and not t.is_meta}
     if any(t.dtype.itemsize == 1 for t in held.values()):  # the 8-bit formats have no norm
         return [k for k, t in held.items() if not torch.isfinite(t.float()).all()]
     if not held:
         return []
-    largest = torch._foreach_norm(list(held.values()), float("inf"))
-    if all(math.isfinite(v) for v in torch.stack([n.float() for n in largest]).tolist()):
+    norms = torch._foreach_norm(list(held.values()))
+    if all(math.isfinite(v) for v in torch.stack([n.float() for n in norms]).tolist()):
         return []
     return [k for k, t in held.items() if not torch.isfinite(t).all()]
 

@@ -17,8 +17,7 @@ if TYPE_CHECKING:
 
 def run(layer: Adapted, methods: Sequence[Method], x: Any) -> Tensor | None:
     """The layer's output with these methods; None where it takes more than such products."""
-    base = _base(layer, x)
-    if base is None:
+    if (base := _base(layer, x)) is None:
         return None
     terms, drop = [], []
     for m in methods:
@@ -80,5 +79,5 @@ def _base(layer: Adapted, x: Any) -> tuple[Tensor, Tensor | None] | None:
     """(W, b) of a base layer that is a product of x's own dtype, where a kernel may run at all."""
     if layer.hub.exact or not lowrank.usable(x):
         return None
-    base = layer.kind.plain(layer.base_layer)
-    return None if base is None or base[0].dtype != x.dtype else base
+    base = layer.kind.plain(layer.op.base)
+    return None if base is None or base[0].dtype is not x.dtype else base

@@ -30,6 +30,7 @@ from .layer import Geometry, Light
 if TYPE_CHECKING:
     pass
 
+
 @functools.cache
 def _plain(cls: type[Method]) -> bool:
     """Whether a delta is added as this file does it."""

@@ -80,7 +80,7 @@ class Rows:
         return self._places[key]
 
     def places_of(self, row: Tensor, x: Tensor) -> list[tuple[str, slice | Tensor]]:
-        """The same for a layer that says which row of the batch each of its inputs belongs to."""
+        """As `places`, with the batch row of each of x's rows given."""
         return self.flat(self.of(row)[0], x.shape[:-1].numel() // max(x.shape[0], 1))
 
     @staticmethod

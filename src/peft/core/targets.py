@@ -237,10 +237,7 @@ def find(model: nn.Module, config: Any, strict: bool = True) -> list[Place]:
         chosen = [
             p
             for p in places
-            if p.owner is None
-            and p.kind.linear
-            and not _matches_any(heads, p.path)
-            and not inside_saved(p.path)
+            if p.owner is None and p.kind.linear and not _matches_any(heads, p.path) and not inside_saved(p.path)
         ]
         if not chosen:
             raise NoMatchingPeftModuleError("target_modules='all-linear' found no linear layer in this model.")

@@ -27,7 +27,9 @@ def draw(shape: torch.Size, p: float, seed: int, device: torch.device) -> Tensor
     else:
         rng = torch.Generator(device=device).manual_seed(seed)
         words = torch.empty((n + 3) // 4, dtype=torch.int64, device=device).random_(generator=rng)
-        words <<= 1  # random_() leaves the sign bit of each word at 0: drop it, and the 15 upper bits of each part count
+        words <<= (
+            1  # random_() leaves the sign bit of each word at 0: drop it, and the 15 upper bits of each part count
+        )
     keep = words.view(torch.int16)[:n] >= round(p * LEVELS) * 2 - LEVELS
     return keep.view(shape)
 

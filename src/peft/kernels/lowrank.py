@@ -50,17 +50,26 @@ def lowrank_linear(
     drop: one dropout probability a term. where: which of x's flattened rows each term is about.
     """
     n = len(terms)
-    drop, where = drop or [0.0] * n, where or [None] * n
     if not torch.is_grad_enabled() or not (x.requires_grad or any(t.A.requires_grad or t.B.requires_grad for t in terms)):
         y = F.linear(x, W, b)
+        if where is None and not any(drop or ()) and x.numel() == W.shape[1]:
+            x1, y1 = x.view(-1), y.view(-1)  # one token: vectors are cheaper than matrices of one row
+            for A, B, s, _ in terms:
+                y1.addmv_(_cast(B, x), torch.mv(_cast(A, x), x1), alpha=s)
+            return y
         x2, y2 = x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1])
-        for t, p, at in zip(terms, drop, where, strict=True):
-            _add(x2, y2, t.A.to(x.dtype), t.B.to(x.dtype), t.scale, p, at)
+        for t, p, at in zip(terms, drop or [0.0] * n, where or [None] * n, strict=True):
+            _add(x2, y2, _cast(t.A, x), _cast(t.B, x), t.scale, p, at)
         return y
+    drop, where = drop or [0.0] * n, where or [None] * n
     spec = tuple((t.scale, p, at) for t, p, at in zip(terms, drop, where, strict=True))
     if x.shape[:-1].numel() >= MANY and all(at is None for at in where) and triton_lowrank.available(x):
         return _OnDevice.apply(x, W, b, spec, *(f for t in terms for f in (t.A, t.B)))  # type: ignore[no-any-return]
     return _LowRank.apply(x, W, b, spec, *(f for t in terms for f in (t.A, t.B)))  # type: ignore[no-any-return]
+
+
+def _cast(factor: Tensor, x: Tensor) -> Tensor:
+    return factor if factor.dtype is x.dtype else factor.to(x.dtype)
 
 
 def _add(
@@ -74,13 +83,10 @@ def _add(
         keep = dropout.draw(xs.shape, p, seed, xs.device)
         xs, s = dropout.dropped(xs, keep), s / (1 - dropout.rounded(p))
         bits = dropout.pack(keep) if xs.device.type == "cpu" else None
-    if xs.shape[0] == 1:  # one token: vectors are cheaper than matrices of one row
-        h = torch.mv(A, xs[0])[None]
-        if isinstance(where, Tensor):
-            y2.index_add_(0, where, torch.mv(B, h[0])[None], alpha=s)
-        else:
-            (y2 if where is None else y2[where])[0].addmv_(B, h[0], alpha=s)
-        return h, bits, seed
+    if xs.shape[0] == 1 and isinstance(where, slice):
+        h = torch.mv(A, xs[0])
+        y2[where.start].addmv_(B, h, alpha=s)
+        return h[None], bits, seed
     h = xs @ A.T  # [T, r]
     if isinstance(where, Tensor):
         y2.index_add_(0, where, h @ B.T, alpha=s)
@@ -165,7 +171,11 @@ class _LowRank(torch.autograd.Function):
             keep = None
             if p:
                 bits = masks[i]
-                keep = dropout.draw(xs.shape, p, ctx.seeds[i], x.device) if bits is None else dropout.unpack(bits, xs.shape)
+                keep = (
+                    dropout.draw(xs.shape, p, ctx.seeds[i], x.device)
+                    if bits is None
+                    else dropout.unpack(bits, xs.shape)
+                )
                 s = s / (1 - dropout.rounded(p))
             dh = (dys @ B).mul_(s) if needs[0] or needs[4 + 2 * i] else None  # [T, r]
             dA = dB = None
@@ -201,9 +211,7 @@ def scaled_linear(x: Tensor, W: Tensor, b: Tensor | None, term: Thin) -> Tensor:
 
 class _Scaled(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, W: Tensor, b: Tensor | None, s: float, A: Tensor, B: Tensor, c: Tensor
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, W: Tensor, b: Tensor | None, s: float, A: Tensor, B: Tensor, c: Tensor) -> Tensor:
         z = F.linear(x, W)
         x2, z2 = x.reshape(-1, x.shape[-1]), z.view(-1, z.shape[-1])
         h, _, _ = _add(x2, z2, A.to(x.dtype), B.to(x.dtype), s, 0.0, None)
@@ -276,7 +284,7 @@ def merge_tiles(W: Tensor, terms: list[Thin], out: Tensor) -> Tensor:
 @torch.no_grad()
 def merge_(W: Tensor, terms: list[Thin]) -> bool:
     """The same in place; False, and W as it was, unless all of W' is sure to be finite."""
-    bound = float(torch.linalg.vector_norm(W, float("inf")))
+    bound = max(abs(float(v)) for v in torch.aminmax(W))
     for t in terms:
         # |s·(B A)ᵢⱼ| is at most the product of the longest row of B and the longest column of A
         longest = [float(torch.linalg.vector_norm(f.float(), dim=d).max()) for f, d in ((t.B, 1), (t.A, 0))]

@@ -35,14 +35,15 @@ class Linear(LayerKind):
         return F.linear(x, matrix.to(x.dtype))
 
     def plain(self, module: nn.Module) -> tuple[Tensor, Tensor | None] | None:
-        exact = type(module) is nn.Linear and type(module.weight) is nn.Parameter
-        if not exact or module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__:
+        if type(module) is not nn.Linear or module._forward_hooks or module._forward_pre_hooks:
             return None
-        if module._backward_hooks or module._backward_pre_hooks or module.weight.requires_grad:
+        held = module._parameters  # not by attribute: this runs in every call of every adapted layer
+        weight = held.get("weight")
+        if type(weight) is not nn.Parameter or weight.requires_grad or "forward" in module.__dict__:
             return None
-        weight, bias = module.weight, module.bias
-        assert isinstance(weight, nn.Parameter)
-        return weight, bias if isinstance(bias, nn.Parameter) else None
+        if module._backward_hooks or module._backward_pre_hooks:
+            return None
+        return weight, held.get("bias")
 
 
 kinds = [Linear()]

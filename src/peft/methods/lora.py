@@ -160,7 +160,7 @@ class Lora(Pair):
         """(A, B) with ΔW = s·B A."""
         if self.turned:
             return self.lora_B.T, self.lora_A.T
-        if self.first_A is None:
+        if self._buffers["first_A"] is None:
             return self.lora_A, self.lora_B
         return torch.cat([self.lora_A, self.first_A]), torch.cat([self.lora_B, -self.first_B], 1)
 

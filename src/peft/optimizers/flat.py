@@ -69,7 +69,9 @@ def create_flat_optimizer(
     given = model.parameters() if isinstance(model, nn.Module) else model
     wanted = [p for p in {id(p): p for p in given}.values() if p.requires_grad]
     if not wanted:
-        raise ValueError("create_flat_optimizer: nothing here requires gradients; activate an adapter for training first.")
+        raise ValueError(
+            "create_flat_optimizer: nothing here requires gradients; activate an adapter for training first."
+        )
     odd = [p for p in wanted if type(p) is not nn.Parameter or p.is_meta]
     if odd:
         raise ValueError(
@@ -99,4 +101,3 @@ def create_flat_optimizer(
     optimizer.register_step_pre_hook(before)
     optimizer.zero_grad = zero_grad  # type: ignore[method-assign]
     return optimizer
-
