@@ -19,7 +19,6 @@ from .loading import LoadResult, embedding_tensors, fit, load_into, prepare_head
 from .mix import Hub, Mix, Rows
 from .tuner import Tuner
 
-
 OUTPUTS = ("output_attentions", "output_hidden_states", "return_dict")
 
 
