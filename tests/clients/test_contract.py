@@ -540,7 +540,6 @@ def test_lorafa_freezes_the_first_factors_and_projects_the_gradient():
     g = B.grad @ torch.linalg.inv(A @ A.T) / layer.scaling["default"] ** 2
     optimizer.step()
     torch.testing.assert_close(B.detach() - before, -0.01 * g / (g.abs() + 1e-6 / 0.001**0.5), rtol=2e-3, atol=1e-6)
-    assert nn.Linear is not None and isinstance(optimizer, torch.optim.Optimizer)
 
 
 def test_a_closure_is_refused_where_gradients_are_preconditioned_before_the_step():
@@ -559,7 +558,7 @@ def test_merge_utils_compose_to_the_merges():
     from peft.utils import merge_utils as m
 
     tensors = list(torch.randn(3, 5, 4))
-    weights, stacked = torch.tensor([0.5, 1.0, 2.0]), None
+    weights = torch.tensor([0.5, 1.0, 2.0])
     pruned = [m.prune(t, 0.5, "magnitude") for t in tensors]
     assert all(int((p != 0).sum()) == 10 for p in pruned)
     stacked = torch.stack(pruned)
@@ -568,7 +567,6 @@ def test_merge_utils_compose_to_the_merges():
     torch.testing.assert_close(by_hand, m.ties(tensors, weights, 0.5))
     kept = m.prune(torch.ones(10_000), 0.25, "random", rescale=True)
     assert set(kept.tolist()) == {0.0, 4.0} and abs(float(kept.mean()) - 1) < 0.1
-    assert isinstance(m, types.ModuleType)
 
 
 def test_dequantising_helpers_and_onloading():

@@ -488,8 +488,8 @@ def multiplicative() -> list[Case]:
 
     conv = {
         "merged": True,
-        "why": "A 3×3 kernel's columns are rotated here, W' = W R, which is what both sides merge to. Upstream's forward "
-        "rotates unfolded patches of the input without the padding's share, and differs from its own merge.",
+        "why": "The formula is W' = W R on the kernel's columns: what this library runs and merges to, and what upstream "
+        "merges to. Upstream's forward is not what it merges to on kernels larger than 1, so the merged models are compared.",
     }
     butterfly = {
         "refused": {UPSTREAM: "size mismatch|shape"},

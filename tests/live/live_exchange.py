@@ -96,7 +96,8 @@ def write(text: str, guide: Path = GUIDE) -> None:
     """Put the table below its heading, in place of what stands there."""
     before, _, after = guide.read_text().partition(HEADING)
     rest = after[after.index("\n## ") :] if "\n## " in after else ""
-    guide.write_text(f"{before}{HEADING} (fp32, largest absolute difference of any logit)\n\n{text}\n{rest}")
+    how = "Largest absolute difference of any logit in fp32, as `python tests/live/live_exchange.py` measures it."
+    guide.write_text(f"{before}{HEADING}\n\n{how}\n\n{text}\n{rest}")
 
 
 if __name__ == "__main__":

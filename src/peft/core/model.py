@@ -20,7 +20,6 @@ from .layer import tree
 from .mix import Hub, Mix, Rows
 from .tuner import Tuner
 
-
 OUTPUTS = ("output_attentions", "output_hidden_states", "return_dict")
 
 

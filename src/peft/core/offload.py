@@ -17,16 +17,18 @@ from torch import nn
 class Written(Mapping[str, Any]):
     """A hook's source of tensors with some of them replaced; never changed, so that an earlier one brings all back."""
 
-    def __init__(self, source: Mapping[str, Any], values: dict[str, torch.Tensor]) -> None:
-        if isinstance(source, Written):
-            source, values = source.source, {**source.values_, **values}
-        self.source, self.values_ = source, values
+    source: Mapping[str, Any]
+    written: dict[str, torch.Tensor]
+
+    def __init__(self, source: Mapping[str, Any], written: dict[str, torch.Tensor]) -> None:
+        self.source = source.source if isinstance(source, Written) else source
+        self.written = {**source.written, **written} if isinstance(source, Written) else written
 
     def __getitem__(self, name: str) -> Any:
-        return self.values_[name] if name in self.values_ else self.source[name]
+        return self.written[name] if name in self.written else self.source[name]
 
     def __iter__(self) -> Iterator[str]:
-        return iter(dict.fromkeys((*self.source, *self.values_)))
+        return iter(dict.fromkeys((*self.source, *self.written)))
 
     def __len__(self) -> int:
         return len(list(iter(self)))
@@ -55,17 +57,14 @@ def present(module: nn.Module) -> Iterator[None]:
 
 def store(owner: nn.Module, names: list[str]) -> None:
     """Let what `owner` holds now under these names be what its hooks load from now on. Called within `present`."""
-    held = getattr(owner, "_hf_hook", None)
-    for h in getattr(held, "hooks", (held,)):
+    hook = getattr(owner, "_hf_hook", None)
+    for h in getattr(hook, "hooks", (hook,)):
         source = getattr(h, "weights_map", None)
         if source is None:
             continue
-        values = {
-            n: t.detach().to("cpu", copy=True)
-            for n in names
-            if (t := owner._parameters.get(n)) is not None
-            or (getattr(h, "offload_buffers", False) and (t := owner._buffers.get(n)) is not None)
-        }
+        tables = (owner._parameters, owner._buffers if getattr(h, "offload_buffers", False) else {})
+        held = {n: t for table in tables for n in names if (t := table.get(n)) is not None}
+        values = {n: t.detach().to("cpu", copy=True) for n, t in held.items()}
         h.weights_map = Written(source, values)
 
 

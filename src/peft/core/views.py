@@ -136,6 +136,8 @@ class ModuleView:
 class DropoutView:
     """The dropout of one adapter's term, as the module that upstream has for it."""
 
+    _method: Method
+
     def __init__(self, method: Method) -> None:
         self.__dict__["_method"] = method
 

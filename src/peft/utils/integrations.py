@@ -39,10 +39,11 @@ def dequantize_module_weight(module: nn.Module) -> nn.Parameter:
 
 def dequantize_bnb_weight(weight: nn.Parameter, state: Any = None) -> torch.Tensor:
     """A bitsandbytes weight in floating point; of 8-bit codes, the scales come from `state` or the weight. Others stay."""
-    if getattr(weight, "quant_state", None) is not None:
+    coded = getattr(weight, "quant_state", None)
+    if coded is not None:
         from bitsandbytes.functional import dequantize_4bit
 
-        return dequantize_4bit(weight.data, weight.quant_state)  # type: ignore[no-any-return]
+        return dequantize_4bit(weight.data, coded)  # type: ignore[no-any-return]
     scales = next((s for s in (getattr(weight, "SCB", None), getattr(state, "SCB", None)) if s is not None), None)
     codes = getattr(weight, "CB", None) if getattr(weight, "CB", None) is not None else weight.data
     if codes.dtype != torch.int8:
