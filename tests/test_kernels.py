@@ -7,7 +7,6 @@ from torch.nn import functional as F
 from peft.kernels import dropout
 from peft.kernels.lowrank import Thin, lowrank_linear, row_norms, scaled_linear
 
-
 CPU = torch.device("cpu")
 
 

@@ -7,7 +7,6 @@ them in. What is found wrong while planning leaves the model as it was.
 from __future__ import annotations
 
 import copy
-import dataclasses
 import functools
 import gc
 import hashlib

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from ..config import PeftConfig
 from . import checkpoint, inject, prompt, sharded
 from .adapted import adapted_layers
-from .loading import LoadResult, embedding_tensors, fit, load_into, prepare_head, read_adapter
 from .layer import tree
+from .loading import LoadResult, embedding_tensors, fit, load_into, prepare_head, read_adapter
 from .mix import Hub, Mix, Rows
 from .tuner import Tuner
 

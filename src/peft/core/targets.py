@@ -175,7 +175,10 @@ def shared_parameters(model: nn.Module) -> set[int]:
 def shared_storages(model: nn.Module) -> set[int]:
     """Addresses of memory that more than one parameter lies in, tied or as views of one buffer."""
     count = Counter(
-        p.untyped_storage().data_ptr() for m in model.modules() for p in m._parameters.values() if p is not None
+        p.untyped_storage().data_ptr()
+        for m in model.modules()
+        for p in m._parameters.values()
+        if type(p) is nn.Parameter  # subclasses (quantised, sharded) may have no storage of their own
     )
     return {at for at, n in count.items() if n > 1}
 

@@ -50,7 +50,9 @@ def lowrank_linear(
     drop: one dropout probability a term. where: which of x's flattened rows each term is about.
     """
     n = len(terms)
-    if not torch.is_grad_enabled() or not (x.requires_grad or any(t.A.requires_grad or t.B.requires_grad for t in terms)):
+    if not torch.is_grad_enabled() or not (
+        x.requires_grad or any(t.A.requires_grad or t.B.requires_grad for t in terms)
+    ):
         y = F.linear(x, W, b)
         if where is None and not any(drop or ()) and x.numel() == W.shape[1]:
             x1, y1 = x.view(-1), y.view(-1)  # one token: vectors are cheaper than matrices of one row

@@ -160,9 +160,10 @@ class Lora(Pair):
         """(A, B) with ΔW = s·B A."""
         if self.turned:
             return self.lora_B.T, self.lora_A.T
-        if self._buffers["first_A"] is None:
+        first_A, first_B = self._buffers["first_A"], self._buffers["first_B"]
+        if first_A is None or first_B is None:
             return self.lora_A, self.lora_B
-        return torch.cat([self.lora_A, self.first_A]), torch.cat([self.lora_B, -self.first_B], 1)
+        return torch.cat([self.lora_A, first_A]), torch.cat([self.lora_B, -first_B], 1)
 
     def delta(self) -> tuple[Tensor, Tensor]:
         A, B = self.factors()
