@@ -83,7 +83,12 @@ class Light(nn.Module):
 
     def __setattr__(self, name: str, value: Any) -> None:
         fields = self.__dict__
-        if "_parameters" not in fields or name in fields["_parameters"] or name in fields["_buffers"] or name in fields["_modules"]:  # before __init__
+        if (
+            "_parameters" not in fields
+            or name in fields["_parameters"]
+            or name in fields["_buffers"]
+            or name in fields["_modules"]
+        ):  # before __init__
             super().__setattr__(name, value)
         elif type(value) is nn.Parameter and name not in fields:
             fields["_parameters"][name] = value
