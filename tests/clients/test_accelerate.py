@@ -56,6 +56,9 @@ def logits(model: nn.Module) -> torch.Tensor:
     return model(input_ids=IDS).logits
 
 
+ROUNDING = 1e-6  # products beside weights that are here are summed in another order than beside those elsewhere
+
+
 def difference(a: torch.Tensor, b: torch.Tensor) -> float:
     return float((a - b).abs().max())
 
@@ -230,7 +233,8 @@ def test_adapters_on_offloaded_weights(which, where, tmp_path):
     model = get_peft_model(base, OFFLOADED[which]()).eval()
     jitter(plain), jitter(model)
     out = logits(plain)
-    assert difference(logits(model), out) == 0 and difference(out[:, -6:], logits(llama())) > 1e-5
+    there = logits(model)
+    assert difference(there, out) < ROUNDING and difference(out[:, -6:], logits(llama())) > 1e-5
     expected, found = gradients(plain), gradients(model)
     assert set(expected) == set(found) and all(difference(found[n], g) < 1e-6 for n, g in expected.items())
     assert not any(p.is_meta for p in model.parameters() if p.requires_grad)
@@ -241,14 +245,14 @@ def test_adapters_on_offloaded_weights(which, where, tmp_path):
     again = PeftModel.from_pretrained(
         dispatched(where, tmp_path), tmp_path / "a", device_map=MAPS[where], offload_dir=str(tmp_path)
     )
-    assert difference(logits(again.eval()), out) == 0
+    assert difference(logits(again.eval()), there) == 0
     if OFFLOADED[which]().is_prompt_learning:
         return
     hooks = [n for n, m in model.named_modules() if hasattr(m, "_hf_hook")]
     model.merge_adapter()
     assert difference(logits(model), out) < 2e-6
     model.unmerge_adapter()
-    assert difference(logits(model), out) == 0
+    assert difference(logits(model), there) == 0
     with model.disable_adapter():
         assert difference(logits(model), logits(llama())) == 0
     assert [n for n, m in model.named_modules() if hasattr(m, "_hf_hook")] == hooks
@@ -265,14 +269,14 @@ def test_several_adapters_and_rows_on_offloaded_weights(tmp_path):
     names = ["default", "b", "__base__", "b"]
     with torch.no_grad():
         out = plain(input_ids=IDS, adapter_names=names).logits
-        assert difference(model(input_ids=IDS, adapter_names=names).logits, out) == 0
+        assert difference(model(input_ids=IDS, adapter_names=names).logits, out) < ROUNDING
     for m in (plain, model):
         m.base_model.set_adapter(["default", "b"])
-    assert difference(logits(model), logits(plain)) == 0
+    assert difference(logits(model), logits(plain)) < ROUNDING
     model.delete_adapter("b")
     model.set_adapter("default")
     plain.set_adapter("default")
-    assert difference(logits(model), logits(plain)) == 0
+    assert difference(logits(model), logits(plain)) < ROUNDING
 
 
 @pytest.mark.parametrize("which", ["lora", "dora", "head"])
@@ -291,7 +295,7 @@ def test_a_checkpoint_dispatched_by_its_loader(which, tmp_path):
     for base in (by_accelerate.eval(), by_transformers.eval()):
         assert offloaded(base) > 0
         model = PeftModel.from_pretrained(base, tmp_path / "a").eval()
-        assert difference(logits(model), out) == 0
+        assert difference(logits(model), out) < ROUNDING
         assert difference(logits(model.merge_and_unload()), out) < 2e-6
 
 
@@ -305,7 +309,7 @@ def test_hooks_that_were_combined_are_seen(tmp_path):
             add_hook_to_module(m, ModelHook(), append=True)
     model = get_peft_model(base, lora(use_dora=True)).eval()
     out = logits(get_peft_model(llama(), lora(use_dora=True)).eval())
-    assert difference(logits(model), out) == 0
+    assert difference(logits(model), out) < ROUNDING
     model.merge_adapter()
     assert difference(logits(model), out) < 2e-6
 

@@ -338,12 +338,12 @@ class Adapted(Switch, Wrapper):
     def _mixed(self, rows: Rows, row: Tensor | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Per-row adapters: the base call once where no adapter changes what goes into it."""
         x, _ = self._input(args, kwargs)
-        if (y := fused.run_rows(self, rows, row, x)) is not None:
-            return y
         names = [() if n == BASE else (n,) for n in rows.distinct]
         table = {n: self.active_methods(t) for n, t in zip(rows.distinct, names, strict=True)}
         if not any(table.values()):
             return self.kind.run(self.base_layer, *args, **kwargs)
+        if (y := fused.run_rows(self, table, rows, row, x)) is not None:
+            return y
         groups, undo = rows.of(row) if row is not None else rows.groups(x.shape[0], self.path, x.device)
 
         def joined(fn: Callable[[list[Method], Tensor], Any]) -> Any:

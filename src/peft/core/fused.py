@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from ..kernels import lowrank
-from .mix import BASE, Rows
+from .mix import Rows
 
 if TYPE_CHECKING:
     from .adapted import Adapted
@@ -37,12 +37,12 @@ def run(layer: Adapted, methods: Sequence[Method], x: Any) -> Tensor | None:
     return y
 
 
-def run_rows(layer: Adapted, rows: Rows, row: Tensor | None, x: Any) -> Tensor | None:
-    """The same with an adapter per row of the batch. `row`: the batch row of each of x's rows, where x lost it."""
+def run_rows(layer: Adapted, held: dict[str, list[Method]], rows: Rows, row: Tensor | None, x: Any) -> Tensor | None:
+    """The same with an adapter per row of the batch. held: name -> its methods here; row: the batch row of each of x's
+    rows, where x lost it."""
     base = _base(layer, x)
     if base is None or x.dim() < 2:
         return None
-    held = {n: layer.methods.get(n, ()) for n in rows.distinct if n != BASE}
     thin: dict[str, list[lowrank.Thin]] = {}
     for name, methods in held.items():
         thin[name] = []
@@ -54,7 +54,7 @@ def run_rows(layer: Adapted, rows: Rows, row: Tensor | None, x: Any) -> Tensor |
     wheres = rows.places(x, layer.path) if row is None else rows.places_of(row, x)
     terms, drop, where = [], [], []
     for name, at in wheres:
-        for m, term in zip(held.get(name, ()), thin.get(name, ()), strict=True):
+        for m, term in zip(held[name], thin[name], strict=True):
             terms.append(term)
             drop.append(m.dropout if m.training else 0.0)
             where.append(at)
