@@ -55,7 +55,7 @@ def set_exact_adapter_math(model: nn.Module, exact: bool = True) -> None:
     """Let adapters on a half-precision base compute in the dtype of their own parameters, fp32 by default.
 
     By default an adapter's products run in the layer's compute dtype, with parameters and gradients in fp32. The exact
-    mode casts each input up and the result down, as huggingface/peft does: about twice the time and memory of training
+    mode casts each input up and the result down, as huggingface/peft does, which takes more time and memory
     (docs/precision.md shows both on a real run).
     """
     hub = hub_of(model)
