@@ -784,6 +784,18 @@ def test_promise_26_switching_visits_no_modules():
     assert cost[1] == cost[8]
 
 
+def test_switching_goes_on_where_a_wrapper_took_parameters_out_of_their_modules():
+    """FSDP's flat parameters leave the modules without their own; switching then concerns those that are left."""
+    model = adapted(names=("a", "b"))
+    model.set_adapter("b")
+    (_, method), *rest = model.hub.adapters["a"].methods
+    del method._parameters["lora_A"]
+    model.set_adapter("a")
+    assert method.lora_B.requires_grad and all(m.lora_A.requires_grad for _, m in rest)
+    model.set_adapter("b")
+    assert not method.lora_B.requires_grad and not any(m.lora_A.requires_grad for _, m in rest)
+
+
 # -- what upstream's matrix misses ------------------------------------------------------------------------------------------------
 NAMES = [
     "0",

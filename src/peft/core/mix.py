@@ -127,14 +127,14 @@ class Adapter:
     targeted: list[str] = field(default_factory=list)
     padded: bool = False  # slots for swaps that recompile nothing: core/hotswap.py
     _leaves: tuple[list[dict[str, Any]], list[str]] = field(default_factory=lambda: ([], []))
-    _walked: int = 0  # how many methods `_leaves` knows
+    walked: int = 0  # how many methods `_leaves` knows
 
     def leaves(self) -> tuple[list[dict[str, Any]], list[str]]:
         """Table and name of each parameter that trains when the adapter does; walked once, so that switching need not.
 
         The table and not the parameter: loading and moving a model may put another parameter there.
         """
-        if self._walked != len(self.methods):
+        if self.walked != len(self.methods):
             found = [
                 (table, leaf)
                 for _, method in self.methods
@@ -142,8 +142,12 @@ class Adapter:
                 if attr not in method.frozen()
             ]
             self._leaves = [table for table, _ in found], [leaf for _, leaf in found]
-            self._walked = len(self.methods)
+            self.walked = len(self.methods)
         return self._leaves
+
+    def train(self, on: bool) -> None:
+        tables, leaves = self.leaves()
+        deque(map(_SET, map(getitem, tables, leaves), repeat(on)), maxlen=0)  # the whole loop in C
 
     def own(self) -> Iterator[tuple[str, Method]]:
         """The methods that the config is about, without companions (heads, biases, token rows trained along)."""
@@ -267,8 +271,11 @@ class Hub:
     def set_trainable(self, name: str, trainable: bool) -> None:
         adapter = self.adapters[name]
         adapter.trainable = trainable
-        tables, leaves = adapter.leaves()
-        deque(map(_SET, map(getitem, tables, leaves), repeat(trainable)), maxlen=0)  # the whole loop in C
+        try:
+            adapter.train(trainable)
+        except (KeyError, TypeError):  # something took parameters out of their modules (FSDP's flat ones): look again
+            adapter.walked = 0
+            adapter.train(trainable)
 
     @contextmanager
     def using(self, mix: Mix) -> Iterator[None]:

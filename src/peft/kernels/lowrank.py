@@ -59,7 +59,7 @@ def lowrank_linear(
             for A, B, s, _ in terms:
                 y1.addmv_(_cast(B, x), torch.mv(_cast(A, x), x1), alpha=s)
             return y
-        x2, y2 = x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1])
+        x2, y2 = _matrix(x), y.view(-1, y.shape[-1])  # a view or an error: y2 is added into
         for t, p, at in zip(terms, drop or [0.0] * n, where or [None] * n, strict=True):
             _add(x2, y2, _cast(t.A, x), _cast(t.B, x), t.scale, p, at)
         return y
@@ -68,6 +68,11 @@ def lowrank_linear(
     if x.shape[:-1].numel() >= MANY and all(at is None for at in where) and triton_lowrank.available(x):
         return _OnDevice.apply(x, W, b, spec, *(f for t in terms for f in (t.A, t.B)))  # type: ignore[no-any-return]
     return _LowRank.apply(x, W, b, spec, *(f for t in terms for f in (t.A, t.B)))  # type: ignore[no-any-return]
+
+
+def _matrix(t: Tensor) -> Tensor:
+    """[..., channels] as [rows, channels], to be read."""
+    return t.reshape(-1, t.shape[-1])
 
 
 def _cast(factor: Tensor, x: Tensor) -> Tensor:
@@ -105,7 +110,7 @@ class _OnDevice(torch.autograd.Function):
         ctx: Any, x: Tensor, W: Tensor, b: Tensor | None, spec: tuple[tuple[float, float, Where], ...], *flat: Tensor
     ) -> Tensor:
         y = F.linear(x, W, b)
-        x2, y2 = x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1])
+        x2, y2 = _matrix(x), y.view(-1, y.shape[-1])  # a view or an error: y2 is added into
         hidden, seeds = [], []
         for i, (s, p, _) in enumerate(spec):
             seeds.append(int(torch.randint(2**62, (1,)).item()) if p else 0)
@@ -121,7 +126,7 @@ class _OnDevice(torch.autograd.Function):
         m = len(ctx.spec)
         x, W, *rest = ctx.saved_tensors
         flat, hidden = rest[: 2 * m], rest[2 * m :]
-        dy2, x2 = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
+        dy2, x2 = _matrix(dy), _matrix(x)
         needs = ctx.needs_input_grad
         dx = dy2 @ W if needs[0] else None
         out: list[Tensor | None] = []
@@ -145,10 +150,10 @@ class _LowRank(torch.autograd.Function):
         ctx: Any, x: Tensor, W: Tensor, b: Tensor | None, spec: tuple[tuple[float, float, Where], ...], *flat: Tensor
     ) -> Tensor:
         y = F.linear(x, W, b)
-        x2, y2 = x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1])
+        x2, y2 = _matrix(x), y.view(-1, y.shape[-1])  # a view or an error: y2 is added into
         hidden, masks, seeds = [], [], []
         for i, (s, p, where) in enumerate(spec):
-            A, B = flat[2 * i].to(x.dtype), flat[2 * i + 1].to(x.dtype)
+            A, B = _cast(flat[2 * i], x), _cast(flat[2 * i + 1], x)
             h, bits, seed = _add(x2, y2, A, B, s, p, where)
             hidden.append(h)
             masks.append(bits)
@@ -163,12 +168,12 @@ class _LowRank(torch.autograd.Function):
         m = len(ctx.spec)
         x, W, *rest = ctx.saved_tensors
         flat, hidden, masks = rest[: 2 * m], rest[2 * m : 3 * m], rest[3 * m :]
-        dy2, x2 = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
+        dy2, x2 = _matrix(dy), _matrix(x)
         needs = ctx.needs_input_grad
         dx = dy2 @ W if needs[0] else None
         out: list[Tensor | None] = []
         for i, (s, p, where) in enumerate(ctx.spec):
-            A, B = flat[2 * i].to(x.dtype), flat[2 * i + 1].to(x.dtype)
+            A, B = _cast(flat[2 * i], x), _cast(flat[2 * i + 1], x)
             xs, dys = (x2, dy2) if where is None else (x2[where], dy2[where])
             keep = None
             if p:
@@ -215,7 +220,7 @@ class _Scaled(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, W: Tensor, b: Tensor | None, s: float, A: Tensor, B: Tensor, c: Tensor) -> Tensor:
         z = F.linear(x, W)
-        x2, z2 = x.reshape(-1, x.shape[-1]), z.view(-1, z.shape[-1])
+        x2, z2 = _matrix(x), z.view(-1, z.shape[-1])
         h, _, _ = _add(x2, z2, A.to(x.dtype), B.to(x.dtype), s, 0.0, None)
         ctx.save_for_backward(x, W, A, B, c, h, z)
         ctx.s = s
@@ -225,7 +230,7 @@ class _Scaled(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (dy,) = grads
         x, W, A, B, c, h, z = ctx.saved_tensors
-        dy2, x2, z2 = (t.reshape(-1, t.shape[-1]) for t in (dy, x, z))
+        dy2, x2, z2 = _matrix(dy), _matrix(x), _matrix(z)
         needs = ctx.needs_input_grad
         g = dy2 * c
         dc = torch.einsum("tn,tn->n", dy2, z2) if needs[6] else None
