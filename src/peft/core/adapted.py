@@ -116,6 +116,7 @@ class Companions(Slots, Switch):
 
 
 SET_FIRST = ("base_layer", "methods", "adapters", "hub", "merged_adapters", "former")  # what looking up a view reads
+_CALL: Any = nn.Module.__call__
 Record = dict[str, list[tuple[Method, float]]]  # adapter -> its methods with the multipliers they were merged at
 
 
@@ -180,7 +181,8 @@ class Adapted(Switch, Wrapper):
         return ((f"adapters.{n}", m) for n, m in self.adapters.named_modules() if id(m) in own)  # type: ignore[misc]
 
     def _slots(self, part: str) -> Slots:
-        return self.adapters._modules[f"%{part}"] if part else self.adapters  # type: ignore[return-value]
+        slots: Any = self._modules["adapters"]
+        return slots._modules[f"%{part}"] if part else slots  # type: ignore[no-any-return]
 
     @property
     def parts(self) -> list[str]:
@@ -231,7 +233,7 @@ class Adapted(Switch, Wrapper):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self._modules["base_layer"]._forward_hooks:  # type: ignore[union-attr]
             move_recorders(self.base_layer, self)
-        return super().__call__(*args, **kwargs)
+        return _CALL(self, *args, **kwargs)
 
     def _input(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Callable[[Any], Any]]:
         """The layer's input, and the arguments of a call that has another one in its place."""

@@ -46,7 +46,7 @@ class Slot:
 
     @property
     def tensor(self) -> Tensor:
-        return attrgetter(self.attr)(self.method)
+        return _at(self.method, self.attr)
 
     @property
     def disk_shape(self) -> tuple[int, ...]:
@@ -56,9 +56,9 @@ class Slot:
         shape = self.method.disk_shape(self.attr)
         return t if shape is None else t.reshape(shape)
 
-    def save(self, value: Tensor | None = None) -> Tensor:
-        """As the file has it; `value`: what was gathered for it elsewhere."""
-        return self._shaped(self.method.stored(self.attr, (self.tensor if value is None else value).detach()))
+    def save(self, value: Tensor) -> Tensor:
+        """The slot's value as the file has it."""
+        return self._shaped(self.method.stored(self.attr, value.detach()))
 
     def assign(self, value: Tensor, adopt: bool = False) -> None:
         """adopt: nobody holds the storage yet, and the value is ours to keep: no copy."""
@@ -104,9 +104,15 @@ def slots(adapter: Adapter) -> Iterator[tuple[str, Slot]]:
                 yield f"base_model.{key}", Slot(method, attr)
 
 
+def _at(method: Method, attr: str) -> Tensor:
+    """What a dotted name means below a method: nearly always a parameter of its own."""
+    own = method._parameters.get(attr)
+    return attrgetter(attr)(method) if own is None else own  # type: ignore[no-any-return]
+
+
 def _held(method: Method, attr: str) -> Tensor | None:
     try:
-        return attrgetter(attr)(method)
+        return _at(method, attr)
     except AttributeError:
         return None
 
@@ -125,7 +131,8 @@ def state_dict(hub: Hub, name: str, gathered: sharded.Gathered | None = None) ->
         if slot.attr in slot.method.unwritten:
             continue
         value = gathered(slot.method, slot.attr) if gathered is not None else None
-        why = sharded.unreadable(slot.tensor if value is None else value)
+        value = slot.tensor if value is None else value
+        why = sharded.unreadable(value)
         if why:
             raise CheckpointError(
                 f"Adapter {name!r}: {key} holds no values ({why}). Load weights first; with ZeRO-3 or FSDP save through "
@@ -236,7 +243,7 @@ def _umask() -> int:
 
 
 def _own(t: Tensor) -> Tensor:
-    return t.detach().contiguous()
+    return t if t.is_contiguous() else t.contiguous()
 
 
 def _unshare(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -326,8 +333,9 @@ def not_finite(tensors: dict[str, Tensor]) -> list[str]:
         return [k for k, t in held.items() if not torch.isfinite(t.float()).all()]
     if not held:
         return []
-    norms = torch._foreach_norm(list(held.values()))
-    if all(math.isfinite(v) for v in torch.stack([n.float() for n in norms]).tolist()):
+    alike = [[t for t in held.values() if t.dtype is d] for d in {t.dtype for t in held.values()}]
+    norms = [torch._foreach_norm(ts) for ts in alike]
+    if all(math.isfinite(float(torch.stack(same).sum())) for same in norms):
         return []
     return [k for k, t in held.items() if not torch.isfinite(t).all()]
 
@@ -372,6 +380,8 @@ def fit(
     tensors = _translate(hub, tensors, adapter, "from_disk")
     for stem, method in adapter.methods:
         prefix = f"{root}{stem}." if stem else ""
+        if type(method).resize is Method.resize:
+            continue
         keys = {a: prefix + k for a, k in method.disk_keys().items()}
         keys |= {a: f"base_model.{k}" for a, k in method.shared_keys.items()}
         method.resize({a: tensors[k] for a, k in keys.items() if k in tensors})

@@ -19,21 +19,21 @@ def run(layer: Adapted, methods: Sequence[Method], x: Any) -> Tensor | None:
     """The layer's output with these methods; None where it takes more than such products."""
     if (base := _base(layer, x)) is None:
         return None
-    terms, drop = [], []
+    terms, drop, shifts = [], [], []
     for m in methods:
         term = m.thin(layer.op) if m.always_here else None
         if term is None or (term.rows is not None and len(methods) > 1):
             return None
         terms.append(term)
         drop.append(m.dropout if m.training else 0.0)
+        if (bias := m.bias_change()) is not None:
+            shifts.append(bias)
     if terms[0].rows is not None:
         y = lowrank.scaled_linear(x, *base, terms[0])
     else:
-        y = lowrank.lowrank_linear(x, *base, terms, drop)
-    for m in methods:
-        bias = m.bias_change()
-        if bias is not None:
-            y = y + bias.to(y.dtype)
+        y = lowrank.lowrank_linear(x, *base, terms, drop if any(drop) else None)
+    for bias in shifts:
+        y = y + bias.to(y.dtype)
     return y
 
 

@@ -176,7 +176,7 @@ def _copy(old: Iterable[Method], new: Iterable[Method]) -> None:
 
 def _replace(model: nn.Module, hub: Hub, name: str, plan: inject.Plan) -> None:
     """The planned methods in the place of the adapter's present ones; activation and training as they were."""
-    asked, trainable, order = hub.asked, hub.adapters[name].trainable, list(hub.adapters)
+    asked, trainable, order = hub.asked, name in hub.training, list(hub.adapters)
     inject.delete(model, name)
     plan.name = name
     inject.commit(model, plan)

@@ -240,7 +240,7 @@ def _build(items: list[Item], plan: Plan, init: bool, meta: bool) -> None:
             m.home = device
             path = f"{item.part}:{site.path}" if item.part else site.path
             if site.device.type != "meta":
-                if type(m).derive is not Method.derive:
+                if m.derives:
                     m.derive(rng.manual_seed(seed_for(0, path)), site)
                 if init:
                     with torch.no_grad():
@@ -259,9 +259,11 @@ def commit(model: nn.Module, plan: Plan) -> Hub:
                 if p is not None:
                     p.requires_grad = False
     model.__dict__["_peft_hub"] = hub
-    for wrapped in adapted_layers(model):
-        if plan.name in wrapped.methods:
-            wrapped.detach(plan.name)  # left behind where loading an adapter of this name had failed
+    if plan.name in hub.forgotten:
+        for wrapped in adapted_layers(model):
+            if plan.name in wrapped.methods:
+                wrapped.detach(plan.name)  # left behind where loading an adapter of this name had failed
+        hub.forgotten.discard(plan.name)
     dtype = _floating(model)
     for item in plan.items:
         assert item.method is not None
@@ -293,9 +295,10 @@ def commit(model: nn.Module, plan: Plan) -> Hub:
     hub.set_trainable(plan.name, plan.name in hub.chosen and not plan.config.inference_mode)
     if any(item.cls.located for item in plan.items):
         watch(model, hub)
+    modules = list(tree(model))
     for kind in kinds().values():
-        kind.installed(model)
-    hub.bind_checkpointing(model)
+        kind.installed(modules)
+    hub.bind_checkpointing(modules)
     _rebind_later(model, hub)
     return hub
 
@@ -338,7 +341,7 @@ class _Rebind:
         result = type(self.model)._set_gradient_checkpointing(self.model, *args, **kwargs)  # type: ignore[attr-defined]
         hub = hub_of(self.model)
         if hub is not None:
-            hub.bind_checkpointing(self.model)
+            hub.bind_checkpointing(tree(self.model))
         return result
 
 
@@ -388,7 +391,7 @@ def unload(model: nn.Module) -> nn.Module:
                 child = child.base_layer
                 parent._modules[attr] = child
     for kind in kinds().values():
-        kind.removed(model)
+        kind.removed(tree(model))
     if hub is not None and any(m.form == "prompt" for a in hub.adapters.values() for _, m in a.methods):
         from .prompt import detach
 

@@ -8,7 +8,7 @@ matrix, and how to read and write the weight. All matrices are `W[out, fan_in]`,
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -67,13 +67,28 @@ class Part:
     stem: str  # the part's path below the composite, as upstream writes it to disk; "" is the composite's own
 
 
-_FRESH = [(k, type(v) if isinstance(v, (dict, set)) else None, v) for k, v in nn.Module().__dict__.items()]
+class _Later:
+    """A container that nearly no module ever uses: made when it is first asked for."""
+
+    def __init__(self, name: str, container: type) -> None:
+        self.name, self.container = name, container
+
+    def __get__(self, module: Any, owner: type) -> Any:
+        return self if module is None else module.__dict__.setdefault(self.name, self.container())
+
+
+_FIELDS = nn.Module().__dict__
+_LATER = {
+    k: _Later(k, type(v)) for k, v in _FIELDS.items() if "_dict_" in k or k.endswith(("_kwargs", "_called", "_set"))
+}
+_FRESH = [(k, type(v) if isinstance(v, dict) else None, v) for k, v in _FIELDS.items() if k not in _LATER]
 
 
 class Light(nn.Module):
     """A module of which a model may have a hundred thousand.
 
-    The same fields as any nn.Module, whatever this torch gives it, set without the checks that cost most of the time.
+    The same fields as any nn.Module, whatever this torch gives it, set without the checks that cost most of the time;
+    the containers that neither calls nor the tree of modules read come when they are asked for.
     """
 
     def __init__(self) -> None:
@@ -96,6 +111,10 @@ class Light(nn.Module):
             super().__setattr__(name, value)
         else:
             object.__setattr__(self, name, value)
+
+
+for _name, _later in _LATER.items():
+    setattr(Light, _name, _later)
 
 
 class Wrapper(Light):
@@ -209,10 +228,10 @@ class LayerKind:
     def geometry(self, module: nn.Module) -> Geometry:
         raise NotImplementedError(f"{type(self).__name__}.geometry")
 
-    def installed(self, model: nn.Module) -> None:
-        """Called when layers of `model` were wrapped: for modules that read raw weights below them, past a wrapper."""
+    def installed(self, modules: Iterable[nn.Module]) -> None:
+        """Called with a model's modules when some were wrapped: for those that read raw weights below them, past a wrapper."""
 
-    def removed(self, model: nn.Module) -> None:
+    def removed(self, modules: Iterable[nn.Module]) -> None:
         """The inverse, when all wrappers were taken out."""
 
     def merge_refusal(self, module: nn.Module) -> str:

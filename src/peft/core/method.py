@@ -134,10 +134,12 @@ class Method(Light):
 
     def __init__(self, config: Any, site: Site) -> None:
         super().__init__()
-        self.config = config
-        self.geometry = site.geometry
-        self.home = site.device  # where parameters of the meta device go when they get values
-        self.multiplier = 1.0  # set_scale/scale_layer: a factor on the adapter's effect where it has one
+        self.__dict__.update(
+            config=config,
+            geometry=site.geometry,
+            home=site.device,  # where parameters of the meta device go when they get values
+            multiplier=1.0,  # set_scale/scale_layer: a factor on the adapter's effect where it has one
+        )
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -220,7 +222,12 @@ class Method(Light):
         """Draw the initial values from `rng`, which is keyed by the site's name. Skipped when weights are loaded."""
 
     def derive(self, rng: torch.Generator, site: Site) -> None:
-        """Compute frozen state that depends on W and is not saved (PiSSA's initial factors). Always called."""
+        """Compute frozen state that depends on W and is not saved (PiSSA's initial factors). Called wherever `derives`."""
+
+    @property
+    def derives(self) -> bool:
+        """Whether there is such state."""
+        return type(self).derive is not Method.derive
 
     def loaded(self) -> None:
         """Called after weights were read into this method (shapes may have changed through `resize`)."""
@@ -238,6 +245,11 @@ class Method(Light):
     def always_here(self) -> bool:
         """Whether the tensors are there outside calls, too: hooks (FSDP, ZeRO-3) may gather them for each call."""
         return not (self._forward_hooks or self._forward_pre_hooks or self.__dict__.get("gathered"))
+
+    def own(self, name: str) -> Tensor:
+        """The tensor of this name, found sooner than by attribute; FSDP 1 keeps it elsewhere than in the parameters."""
+        found = self._parameters.get(name)
+        return getattr(self, name) if found is None else found  # type: ignore[no-any-return]
 
     def drop(self, x: Tensor, op: Op) -> Tensor:
         """The input of the added term: with dropout in training. Indices have none."""

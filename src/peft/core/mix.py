@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import repeat
@@ -21,8 +21,6 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from .method import Method
     from .span import Span
-
-_SET = torch._C.TensorBase.requires_grad.__set__  # type: ignore[attr-defined]
 
 
 def entries(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, dict[str, Any], str]]:
@@ -123,7 +121,6 @@ class Adapter:
     methods: list[tuple[str, Method]] = field(default_factory=list)  # (key stem below the base model, method)
     parts: list[str] = field(default_factory=list)  # "" for the config's own method, else the field that brought it
     shared: dict[str, nn.Parameter] = field(default_factory=dict)
-    trainable: bool = True
     targeted: list[str] = field(default_factory=list)
     padded: bool = False  # slots for swaps that recompile nothing: core/hotswap.py
     _leaves: tuple[list[dict[str, Any]], list[str]] = field(default_factory=lambda: ([], []))
@@ -135,19 +132,18 @@ class Adapter:
         The table and not the parameter: loading and moving a model may put another parameter there.
         """
         if self.walked != len(self.methods):
-            found = [
-                (table, leaf)
-                for _, method in self.methods
-                for attr, table, leaf in entries(method)
-                if attr not in method.frozen()
-            ]
+            found: list[tuple[dict[str, Any], str]] = []
+            for _, method in self.methods:
+                frozen = method.frozen()
+                found += [(table, leaf) for attr, table, leaf in entries(method) if attr not in frozen]
             self._leaves = [table for table, _ in found], [leaf for _, leaf in found]
             self.walked = len(self.methods)
         return self._leaves
 
     def train(self, on: bool) -> None:
         tables, leaves = self.leaves()
-        deque(map(_SET, map(getitem, tables, leaves), repeat(on)), maxlen=0)  # the whole loop in C
+        parameters = map(getitem, tables, leaves)
+        deque(map(setattr, parameters, repeat("requires_grad"), repeat(on)), maxlen=0)  # the whole loop in C
 
     def own(self) -> Iterator[tuple[str, Method]]:
         """The methods that the config is about, without companions (heads, biases, token rows trained along)."""
@@ -201,6 +197,8 @@ class Hub:
         self.asked: tuple[str, ...] = ()  # what was asked for: layer by layer, that may name adapters of other models
         self.enabled = True
         self.adapters: dict[str, Adapter] = {}
+        self.training: set[str] = set()  # the names of those that train
+        self.forgotten: set[str] = set()  # names that are free, though layers may still hold something under them
         self.configs: dict[str, Any] = Configs(self)  # the same configs, as `peft_config` shows them
         self.composites: dict[str, Any] = {}  # stem -> stand-in that translates its parts' keys
         self.exact = False  # adapters compute in their parameters' dtype, not in the layer's
@@ -215,10 +213,10 @@ class Hub:
 
     # -- choosing -----------------------------------------------------------------------------------------------------
     def known(self, names: Sequence[str]) -> None:
-        from .errors import near
-
         for name in names:
             if name not in self.adapters and name != BASE:
+                from .errors import near
+
                 raise ValueError(
                     f"Adapter {name!r} is not loaded. Loaded: {sorted(self.adapters) or 'none'}.{near(name, self.adapters)}"
                 )
@@ -241,16 +239,16 @@ class Hub:
 
     def trains_only(self, names: Sequence[str], inference_mode: bool = False) -> bool:
         """Whether exactly these are chosen, and train (or, with inference_mode, none does)."""
-        wanted = set() if inference_mode else set(names)
-        return self.asked == tuple(dict.fromkeys(names)) and all(
-            a.trainable == (n in wanted) for n, a in self.adapters.items()
-        )
+        wanted = set() if inference_mode else {n for n in names if n in self.adapters}
+        return self.asked == tuple(dict.fromkeys(names)) and self.training == wanted
 
     def forget(self, name: str) -> None:
         """The name is free, and where the adapter acted alone, the first of the others acts."""
         if name not in self.adapters:
             return
         del self.adapters[name]
+        self.training.discard(name)
+        self.forgotten.add(name)
         dict.pop(self.configs, name, None)
         if name in self.asked:
             self.activate_present([n for n in self.asked if n != name] or list(self.adapters)[:1])
@@ -264,13 +262,13 @@ class Hub:
         """Let the named adapters train and freeze the others."""
         self.known(names)
         wanted = set() if inference_mode else set(names)
-        for name, adapter in self.adapters.items():
-            if name in wanted or adapter.trainable:
+        for name in (*self.training.difference(wanted), *wanted):
+            if name != BASE:
                 self.set_trainable(name, name in wanted)
 
     def set_trainable(self, name: str, trainable: bool) -> None:
         adapter = self.adapters[name]
-        adapter.trainable = trainable
+        (self.training.add if trainable else self.training.discard)(name)
         try:
             adapter.train(trainable)
         except (KeyError, TypeError):  # something took parameters out of their modules (FSDP's flat ones): look again
@@ -308,11 +306,9 @@ class Hub:
         run._peft_bound = self  # type: ignore[attr-defined]
         return run
 
-    def bind_checkpointing(self, model: nn.Module) -> None:
+    def bind_checkpointing(self, modules: Iterable[nn.Module]) -> None:
         """Wrap the checkpointing functions that transformers left on the model's blocks, now and when set later."""
-        from .layer import tree
-
-        for module in tree(model):
+        for module in modules:
             checkpoint = module.__dict__.get("_gradient_checkpointing_func")
             if checkpoint is not None:
                 module._gradient_checkpointing_func = self.bound(checkpoint)  # type: ignore[assignment]

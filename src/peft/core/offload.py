@@ -80,8 +80,8 @@ def put_back(found: list[tuple[Any, Any]]) -> None:
 
 def home(module: nn.Module) -> torch.device | None:
     """Where hooks let the module compute, None without hooks that say so."""
-    held = getattr(module, "_hf_hook", None)
-    for h in reversed(getattr(held, "hooks", (held,))):
+    held = module.__dict__.get("_hf_hook")
+    for h in reversed(getattr(held, "hooks", (held,))) if held is not None else ():
         where = getattr(h, "execution_device", None)
         if where is not None:
             return torch.device(f"cuda:{where}" if isinstance(where, int) else where)

@@ -93,8 +93,9 @@ def _former_path(path: str, renamings: list[Any]) -> str:
 def retarget(model: nn.Module, config: Any, cls: type[Method]) -> None:
     """Point a config that names layers of the older layout (or all linear ones) at the parameters that hold them now."""
     wanted = config.target_modules
-    three = (p.dim() == 3 for m in tree(model) for p in m._parameters.values() if p is not None)
-    if not wanted or not cls.joins or not any(three):
+    if not wanted or not cls.joins or not hasattr(getattr(model, "config", None), "model_type"):
+        return
+    if not any(p.dim() == 3 for m in tree(model) for p in m._parameters.values() if p is not None):
         return
     places = list(walk(model))
     found = stacks(model, places)

@@ -114,7 +114,7 @@ def matches(patterns: list[str] | str | None, path: str) -> bool:
         return False
     if isinstance(patterns, str):
         return re.fullmatch(patterns, path) is not None
-    return any(names(p, path) for p in patterns)
+    return path in patterns or path.endswith(tuple(f".{p}" for p in patterns))
 
 
 def for_path(patterns: dict[str, Any] | None, path: str, default: Any) -> Any:
@@ -231,7 +231,7 @@ def find(model: nn.Module, config: Any, strict: bool = True) -> list[Place]:
     whole = list(getattr(config, "modules_to_save", None) or [])
 
     def inside_saved(path: str) -> bool:
-        return any(names(w, p) for w in whole for p in _prefixes(path))
+        return bool(whole) and any(names(w, p) for w in whole for p in _prefixes(path))
 
     targets = config.target_modules
     excluded = getattr(config, "exclude_modules", None)
@@ -252,7 +252,8 @@ def find(model: nn.Module, config: Any, strict: bool = True) -> list[Place]:
             and (matches(targets, p.path) or (p.owner is not None and matches(targets, p.owner.path)))
         ]
         if not isinstance(targets, str):
-            unmatched = [t for t in targets or [] if not any(names(t, p.path) for p in places)]
+            ends = {p.path.rpartition(".")[2] for p in chosen}  # nearly all names are last components
+            unmatched = [t for t in targets or [] if t not in ends and not any(names(t, p.path) for p in places)]
             if unmatched and (strict or not chosen):
                 _fail("target_modules", unmatched, places)
             elif unmatched:

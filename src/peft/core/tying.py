@@ -44,6 +44,8 @@ class End:
 
 
 def end_of(site: Site) -> End:
+    if not site.shared:
+        return End()
     for path, turned in ((site.path, False), (site.tied, False), (site.tied, True)):
         start = _key(path, site, "", turned)
         parts = {k.removeprefix(start): p for k, p in site.shared.items() if k.startswith(start)}
@@ -86,7 +88,7 @@ class Pair(Method):
         end = end_of(site)
         self.follows, self.turned = end.follows, end.turned
         for name, p in (end.parts or self.factors_for(config, site)).items():
-            self.register_parameter(name, p)
+            self._parameters[name] = p
         if self.follows:
             self.repeats = tuple(self.keys[n] for n in self.pair_names)  # type: ignore[misc]
             self.keys = {n: k for n, k in self.keys.items() if n not in self.pair_names}  # type: ignore[misc]

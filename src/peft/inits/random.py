@@ -17,8 +17,8 @@ def default(A: Tensor, B: Tensor, rng: torch.Generator, site: Site) -> None:
         nn.init.normal_(B, generator=rng)
     else:
         bound = 1 / math.sqrt(A.shape[1])
-        nn.init.uniform_(A, -bound, bound, generator=rng)
-        nn.init.zeros_(B)
+        A.uniform_(-bound, bound, generator=rng)
+        B.zero_()
 
 
 def gaussian(A: Tensor, B: Tensor, rng: torch.Generator, site: Site) -> None:

@@ -34,7 +34,9 @@ def usable(x: Tensor) -> bool:
     """Whether the fused node may run: eager mode, no function transforms, no autocast (which would mix dtypes)."""
     if torch.compiler.is_compiling() or not isinstance(x, Tensor) or not x.is_floating_point():
         return False
-    return torch._C._functorch.peek_interpreter_stack() is None and not torch.is_autocast_enabled(x.device.type)
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return False
+    return not (torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(x.device.type))
 
 
 def lowrank_linear(
@@ -54,10 +56,8 @@ def lowrank_linear(
         x.requires_grad or any(t.A.requires_grad or t.B.requires_grad for t in terms)
     ):
         y = F.linear(x, W, b)
-        if where is None and not any(drop or ()) and x.numel() == W.shape[1]:
-            x1, y1 = x.view(-1), y.view(-1)  # one token: vectors are cheaper than matrices of one row
-            for A, B, s, _ in terms:
-                y1.addmv_(_cast(B, x), torch.mv(_cast(A, x), x1), alpha=s)
+        if drop is None and where is None and x.numel() == W.size(1):
+            _add_token(x.view(-1), y.view(-1), terms)
             return y
         x2, y2 = _matrix(x), y.view(-1, y.shape[-1])  # a view or an error: y2 is added into
         for t, p, at in zip(terms, drop or [0.0] * n, where or [None] * n, strict=True):
@@ -68,6 +68,17 @@ def lowrank_linear(
     if x.shape[:-1].numel() >= MANY and all(at is None for at in where) and triton_lowrank.available(x):
         return _OnDevice.apply(x, W, b, spec, *(f for t in terms for f in (t.A, t.B)))  # type: ignore[no-any-return]
     return _LowRank.apply(x, W, b, spec, *(f for t in terms for f in (t.A, t.B)))  # type: ignore[no-any-return]
+
+
+def _add_token(x: Tensor, y: Tensor, terms: list[Thin]) -> None:
+    """y[n] += Σ s·B A x for one x[k]: vectors cost less than matrices of one row, and casting x less than the factors."""
+    for A, B, s, _ in terms:
+        if A.dtype is x.dtype:
+            y.addmv_(_cast(B, x), torch.mv(A, x), alpha=s)
+        elif A.dtype is torch.float32:
+            y.copy_(y.float().addmv_(B.float(), torch.mv(A, x.float()), alpha=s))
+        else:
+            y.addmv_(_cast(B, x), torch.mv(_cast(A, x), x), alpha=s)
 
 
 def _matrix(t: Tensor) -> Tensor:

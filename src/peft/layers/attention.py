@@ -13,7 +13,7 @@ packs sequences for it. While an adapter acts below them, both take their ordina
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..core.adapted import Adapted
-from ..core.layer import Composite, LayerKind, Part, tree
+from ..core.layer import Composite, LayerKind, Part
 from .opaque import Opaque
 from .slice import WeightSlice
 
@@ -203,15 +203,15 @@ class MultiheadAttention(Opaque):
         assert isinstance(module, nn.MultiheadAttention)
         return Attention(module)
 
-    def installed(self, model: nn.Module) -> None:
-        for module in tree(model):
+    def installed(self, modules: Iterable[nn.Module]) -> None:
+        for module in modules:
             for cls, flag in FAST_PATHS:
                 held = module.__dict__.get(flag)
                 if isinstance(module, cls) and held is not None and not isinstance(held, Unless):
                     module.__dict__[flag] = Unless(held, module)
 
-    def removed(self, model: nn.Module) -> None:
-        for module in tree(model):
+    def removed(self, modules: Iterable[nn.Module]) -> None:
+        for module in modules:
             for _, flag in FAST_PATHS:
                 held = module.__dict__.get(flag)
                 if isinstance(held, Unless):

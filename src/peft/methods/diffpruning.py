@@ -158,5 +158,5 @@ def prune_diff(model: nn.Module, density: float | None = None, adapter_name: str
             m._modules.pop(tree, None)
         m.train(training[stem])
     adapter.config.density, adapter.config.pruned = share, True
-    hub.set_trainable(adapter_name, adapter.trainable)
+    hub.set_trainable(adapter_name, adapter_name in hub.training)
     return found

@@ -75,6 +75,10 @@ class DoRA(Method):
         return min(self.geometry.out, self.geometry.fan_in)
 
     # -- life: the inner method's, and m ------------------------------------------------------------------------------
+    @property
+    def derives(self) -> bool:
+        return self.inner.derives
+
     def derive(self, rng: torch.Generator, site: Site) -> None:
         self.inner.derive(rng, site)
 

@@ -109,10 +109,12 @@ class Lora(Pair):
     def __init__(self, config: LoraConfig, site: Site) -> None:
         super().__init__(config, site)
         named = site.tied if config.ensure_weight_tying and site.tied else site.path
-        self.r = self.rank_at(config, named)
-        self.lora_alpha = for_path(config.alpha_pattern, named, config.lora_alpha)
-        self.use_rslora = config.use_rslora
-        self.dropout = config.lora_dropout
+        self.__dict__.update(
+            r=self.rank_at(config, named),
+            lora_alpha=for_path(config.alpha_pattern, named, config.lora_alpha),
+            use_rslora=config.use_rslora,
+            dropout=config.lora_dropout,
+        )
         self.first_A: Tensor | None
         self.first_B: Tensor | None
         self._buffers.update(first_A=None, first_B=None)  # PiSSA, OLoRA: the initial factors, subtracted; not saved
@@ -135,15 +137,18 @@ class Lora(Pair):
             return self.lora_bias is not None
         return self.config.use_dora if name == "use_dora" else super().setting(name)
 
+    @property
+    def derives(self) -> bool:
+        return find_init(init_name(self.config.init_lora_weights))[2]
+
     def derive(self, rng: torch.Generator, site: Site) -> None:
-        start, argument, from_weight = find_init(init_name(self.config.init_lora_weights))
-        if from_weight and self.follows:
+        start, argument, _ = find_init(init_name(self.config.init_lora_weights))
+        if self.follows:
             why = f"ensure_weight_tying shares a pair with {site.tied}, but this start decomposes each end's own weight"
             raise Refusal(self.peft_type, f"{site.path} ({site.layer})", why)
-        if from_weight:
-            first = start(self.lora_A, self.lora_B, rng, site, self.scaling, argument)
-            for name, value in zip(("first_A", "first_B"), first, strict=True):
-                self.register_buffer(name, value.to(site.device, site.dtype), persistent=False)
+        first = start(self.lora_A, self.lora_B, rng, site, self.scaling, argument)
+        for name, value in zip(("first_A", "first_B"), first, strict=True):
+            self.register_buffer(name, value.to(site.device, site.dtype), persistent=False)
 
     @torch.no_grad()
     def reset(self, rng: torch.Generator, site: Site) -> None:
@@ -158,12 +163,13 @@ class Lora(Pair):
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """(A, B) with ΔW = s·B A."""
+        A, B = self.own("lora_A"), self.own("lora_B")
         if self.turned:
-            return self.lora_B.T, self.lora_A.T
+            return B.T, A.T
         first_A, first_B = self._buffers["first_A"], self._buffers["first_B"]
         if first_A is None or first_B is None:
-            return self.lora_A, self.lora_B
-        return torch.cat([self.lora_A, first_A]), torch.cat([self.lora_B, -first_B], 1)
+            return A, B
+        return torch.cat([A, first_A]), torch.cat([B, -first_B], 1)
 
     def delta(self) -> tuple[Tensor, Tensor]:
         A, B = self.factors()
