@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional as F
 
 from peft.kernels import dropout
-from peft.kernels.lowrank import Thin, lowrank_linear, row_norms, scaled_linear
+from peft.kernels.lowrank import Banks, Thin, banked_linear, lowrank_linear, row_norms, scaled_linear
 
 CPU = torch.device("cpu")
 
@@ -108,19 +108,55 @@ def test_rows_may_have_terms_of_their_own():
         assert torch.allclose(lowrank_linear(x, W, b, [Thin(A, B, 0.5) for A, B in factors], where=where), plain)
 
 
+@pytest.mark.parametrize("p", [0.0, 0.5])
 @pytest.mark.parametrize("bias", [True, False])
-def test_scaled_rows_equal_the_plain_formula(bias):
+def test_scaled_rows_equal_the_plain_formula(bias, p):
+    """Dropout is on the input of the change, (c − 1) ⊙ W + c ⊙ ΔW."""
     x, W, b, [(A, B)] = setting(ranks=(2,))
     b = b if bias else None
     c = torch.rand(6, dtype=torch.float64).requires_grad_()
-    fused = scaled_linear(x, W, b, Thin(A, B, 0.7, c))
-    plain = F.linear(x, c[:, None] * (W + 0.7 * B @ A), b)
+    torch.manual_seed(4)
+    fused = scaled_linear(x, W, b, Thin(A, B, 0.7, c), p)
+    torch.manual_seed(4)
+    keep = mask((15, 7), p, int(torch.randint(2**62, (1,)).item())).view(3, 5, 7).double() if p else 1.0
+    plain = F.linear(x, W, b) + F.linear(x * keep, c[:, None] * (W + 0.7 * B @ A) - W)
     assert torch.allclose(fused, plain, atol=1e-12)
     g = torch.randn_like(plain)
     for a, e in zip(
         torch.autograd.grad(fused, (x, A, B, c), g), torch.autograd.grad(plain, (x, A, B, c), g), strict=True
     ):
         assert torch.allclose(a, e, atol=1e-12)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_frozen_banks_equal_the_plain_formula(bias):
+    x, W, b, [(A, B)] = setting(ranks=(2,))
+    A, B, b = A.detach(), B.detach(), b if bias else None
+    d, e = torch.randn(2, dtype=x.dtype).requires_grad_(), torch.randn(6, dtype=x.dtype).requires_grad_()
+    fused = banked_linear(x, W, b, Banks(A, B, d, e, 0.7))
+    plain = F.linear(x, W, b) + 0.7 * F.linear(F.linear(x, A) * d, B) * e
+    assert torch.allclose(fused, plain, atol=1e-12)
+    g = torch.randn_like(plain)
+    for a, expected in zip(
+        torch.autograd.grad(fused, (x, d, e), g), torch.autograd.grad(plain, (x, d, e), g), strict=True
+    ):
+        assert torch.allclose(a, expected, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtypes", [(torch.float32, torch.float32), (torch.bfloat16, torch.float32)])
+def test_one_token_without_gradients_equals_the_plain_formula(dtypes):
+    """The path of decoding; in half precision the change is computed in the factors' own precision."""
+    of_x, of_factors = dtypes
+    x, W, b, factors = setting(torch.float32, (1, 1), 64, 48, (4, 2))
+    x, W, b = x.detach().to(of_x), W.to(of_x), b.to(of_x)
+    terms = [Thin(A.detach().to(of_factors), B.detach().to(of_factors), 0.5) for A, B in factors]
+    with torch.no_grad():
+        found = lowrank_linear(x, W, b, terms)
+    exact = F.linear(x.double(), W.double(), b.double())
+    for t in terms:
+        exact = exact + 0.5 * F.linear(F.linear(x.double(), t.A.double()), t.B.double())
+    assert found.dtype is of_x
+    assert torch.allclose(found.double(), exact, rtol=4 * torch.finfo(of_x).eps, atol=40 * torch.finfo(of_x).eps)
 
 
 def test_row_norms_equal_those_of_the_sum_even_where_rows_cancel():

@@ -22,14 +22,16 @@ def run(layer: Adapted, methods: Sequence[Method], x: Any) -> Tensor | None:
     terms, drop, shifts = [], [], []
     for m in methods:
         term = m.thin(layer.op) if m.always_here else None
-        if term is None or (term.rows is not None and len(methods) > 1):
+        if term is None:
+            return _banked(m, layer, x, base) if len(methods) == 1 else None
+        if term.rows is not None and len(methods) > 1:
             return None
         terms.append(term)
         drop.append(m.dropout if m.training else 0.0)
         if (bias := m.bias_change()) is not None:
             shifts.append(bias)
     if terms[0].rows is not None:
-        y = lowrank.scaled_linear(x, *base, terms[0])
+        y = lowrank.scaled_linear(x, *base, terms[0], drop[0])
     else:
         y = lowrank.lowrank_linear(x, *base, terms, drop if any(drop) else None)
     for bias in shifts:
@@ -73,6 +75,11 @@ def products(layer: Adapted, methods: Sequence[Method]) -> tuple[Tensor, list[lo
             return None
         terms.append(term)
     return base[0], terms
+
+
+def _banked(m: Method, layer: Adapted, x: Tensor, base: tuple[Tensor, Tensor | None]) -> Tensor | None:
+    term = None if not m.always_here or (m.dropout and m.training) else m.banks(layer.op)
+    return None if term is None else lowrank.banked_linear(x, *base, term)
 
 
 def _base(layer: Adapted, x: Any) -> tuple[Tensor, Tensor | None] | None:

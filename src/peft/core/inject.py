@@ -20,7 +20,7 @@ from torch import nn
 
 from ..registry import companions, kinds, method
 from . import older
-from .adapted import Adapted, Record, adapted_layers, move_recorders
+from .adapted import Adapted, Record, adapted_layers, finite, move_recorders
 from .checkpoint import vocab_size
 from .errors import NoMatchingPeftModuleError
 from .layer import Composite, Geometry, LayerKind, tree
@@ -428,7 +428,7 @@ def merge(model: nn.Module, names: list[str] | None = None, safe: bool = False, 
                     m.peft_type, f"{stem or 'the model'} (merge)", "its effect is no change of the base weights"
                 )
             for attr, p in m.named_parameters():
-                if p.is_floating_point() and not torch.isfinite(p).all():
+                if p.is_floating_point() and not finite(p):
                     raise ValueError(f"Adapter {name!r}: {stem}.{attr} holds NaN or inf; nothing was merged.")
     layers = [x for x in adapted_layers(model) if any(n in x.methods and n not in x.merged_adapters for n in wanted)]
     for layer in layers:

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from ..kernels.lowrank import Thin
+from ..kernels.lowrank import Banks, Thin
 from .errors import Refusal
 from .layer import Geometry, Light
 
@@ -127,6 +127,10 @@ class Method(Light):
     role: ClassVar[str] = "attention"  # what it targets when the config names nothing: see core/roles.py
     examples: ClassVar[tuple[dict[str, Any], ...]] = ()  # config fields of the variants that the laws test
     noise: ClassVar[float] = 0.3  # how far tests move parameters from their start
+    config: Any
+    geometry: Geometry
+    home: torch.device
+    multiplier: float
     companion: ClassVar[str] = ""  # the config field by which any other method brings this one along
     wraps: ClassVar[str] = (
         ""  # the config field that puts this method around any delta: made as cls(config, site, delta)
@@ -279,6 +283,10 @@ class Method(Light):
             return Thin(*pair)
         factors = self.delta()
         return Thin(*factors) if len(factors) == 2 else None
+
+    def banks(self, op: Op) -> Banks | None:
+        """ΔW as two frozen matrices with trained vectors between and after them, for the form `delta`."""
+        return None
 
     def bias_change(self) -> Tensor | None:
         """What the forms `delta` and `weight` add to the bias, [out]."""

@@ -26,6 +26,16 @@ class Thin(NamedTuple):
     rows: Tensor | None = None  # c[n]: W' = c ⊙ (W + ΔW) by rows
 
 
+class Banks(NamedTuple):
+    """ΔW = s·diag(e) B diag(d) A, of which the vectors d[r] and e[n] are trained."""
+
+    A: Tensor
+    B: Tensor
+    d: Tensor
+    e: Tensor
+    scale: float = 1.0
+
+
 MANY = 16  # rows from which on the Triton kernels are worth their launches
 Where = slice | Tensor | None  # which rows of x a term is about; None: all
 
@@ -94,13 +104,8 @@ def _add(
     x2: Tensor, y2: Tensor, A: Tensor, B: Tensor, s: float, p: float, where: Where
 ) -> tuple[Tensor, Tensor | None, int]:
     """y2 += s·drop(x2) Aᵀ Bᵀ on the rows `where`; returns h, the packed mask, and its seed."""
-    xs = x2 if where is None else x2[where]
-    bits, seed = None, 0
-    if p:
-        seed = int(torch.randint(2**62, (1,)).item())
-        keep = dropout.draw(xs.shape, p, seed, xs.device)
-        xs, s = dropout.dropped(xs, keep), s / (1 - dropout.rounded(p))
-        bits = dropout.pack(keep) if xs.device.type == "cpu" else None
+    xs, bits, seed, k = _drop(x2 if where is None else x2[where], p)
+    s = s * k
     if xs.shape[0] == 1 and isinstance(where, slice):
         h = torch.mv(A, xs[0])
         y2[where.start].addmv_(B, h, alpha=s)
@@ -111,6 +116,24 @@ def _add(
     else:
         (y2 if where is None else y2[where]).addmm_(h, B.T, alpha=s)
     return h, bits, seed
+
+
+def _drop(x: Tensor, p: float) -> tuple[Tensor, Tensor | None, int, float]:
+    """(x where it is kept, the packed mask, its seed, the factor of what is kept)."""
+    if not p:
+        return x, None, 0, 1.0
+    seed = int(torch.randint(2**62, (1,)).item())
+    keep = dropout.draw(x.shape, p, seed, x.device)
+    bits = dropout.pack(keep) if x.device.type == "cpu" else None
+    return dropout.dropped(x, keep), bits, seed, 1 / (1 - dropout.rounded(p))
+
+
+def _kept(x: Tensor, p: float, bits: Tensor | None, seed: int) -> tuple[Tensor | None, float]:
+    """The mask that `_drop` drew for x, and its factor."""
+    if not p:
+        return None, 1.0
+    keep = dropout.draw(x.shape, p, seed, x.device) if bits is None else dropout.unpack(bits, x.shape)
+    return keep, 1 / (1 - dropout.rounded(p))
 
 
 class _OnDevice(torch.autograd.Function):
@@ -186,15 +209,8 @@ class _LowRank(torch.autograd.Function):
         for i, (s, p, where) in enumerate(ctx.spec):
             A, B = _cast(flat[2 * i], x), _cast(flat[2 * i + 1], x)
             xs, dys = (x2, dy2) if where is None else (x2[where], dy2[where])
-            keep = None
-            if p:
-                bits = masks[i]
-                keep = (
-                    dropout.draw(xs.shape, p, ctx.seeds[i], x.device)
-                    if bits is None
-                    else dropout.unpack(bits, xs.shape)
-                )
-                s = s / (1 - dropout.rounded(p))
+            keep, k = _kept(xs, p, masks[i], ctx.seeds[i])
+            s = s * k
             dh = (dys @ B).mul_(s) if needs[0] or needs[4 + 2 * i] else None  # [T, r]
             dA = dB = None
             if needs[4 + 2 * i]:
@@ -221,35 +237,90 @@ def _into(total: Tensor, where: Where, part: Tensor) -> Tensor:
     return total
 
 
-def scaled_linear(x: Tensor, W: Tensor, b: Tensor | None, term: Thin) -> Tensor:
-    """c ⊙ (x Wᵀ + s·x Aᵀ Bᵀ) + b with the row factors c[n] of the term: DoRA for the price of one base product."""
+def scaled_linear(x: Tensor, W: Tensor, b: Tensor | None, term: Thin, p: float = 0.0) -> Tensor:
+    """c ⊙ (x Wᵀ + s·x Aᵀ Bᵀ) + b with the row factors c[n] of the term: DoRA for the price of one base product.
+
+    p: dropout, which acts on the change alone, y = x Wᵀ + b + (c − 1) ⊙ x̃ Wᵀ + c ⊙ s·x̃ Aᵀ Bᵀ with x̃ = drop(x), and
+    takes a second base product.
+    """
     assert term.rows is not None
-    return _Scaled.apply(x, W, b, term.scale, term.A, term.B, term.rows.to(x.dtype))  # type: ignore[no-any-return]
+    return _Scaled.apply(x, W, b, term.scale, p, term.A, term.B, term.rows.to(x.dtype))  # type: ignore[no-any-return]
 
 
 class _Scaled(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, W: Tensor, b: Tensor | None, s: float, A: Tensor, B: Tensor, c: Tensor) -> Tensor:
-        z = F.linear(x, W)
-        x2, z2 = _matrix(x), z.view(-1, z.shape[-1])
-        h, _, _ = _add(x2, z2, A.to(x.dtype), B.to(x.dtype), s, 0.0, None)
-        ctx.save_for_backward(x, W, A, B, c, h, z)
-        ctx.s = s
-        return z * c if b is None else torch.addcmul(b, z, c)
+    def forward(
+        ctx: Any, x: Tensor, W: Tensor, b: Tensor | None, s: float, p: float, A: Tensor, B: Tensor, c: Tensor
+    ) -> Tensor:
+        x2 = _matrix(x)
+        xs, bits, seed, k = _drop(x2, p)
+        z2 = F.linear(xs, W)
+        y = F.linear(x, W, b) if p else None
+        if y is not None:
+            y.view(z2.shape).add_(z2, alpha=-k)
+        h, *_ = _add(xs, z2, A.to(x.dtype), B.to(x.dtype), s, 0.0, None)
+        if y is not None:
+            y.view(z2.shape).addcmul_(z2, c, value=k)
+        else:
+            y = (z2 * c if b is None else torch.addcmul(b, z2, c)).view(*x.shape[:-1], len(W))
+        ctx.save_for_backward(x, W, A, B, c, h, z2, bits)
+        ctx.s, ctx.p, ctx.seed = s, p, seed
+        return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (dy,) = grads
-        x, W, A, B, c, h, z = ctx.saved_tensors
-        dy2, x2, z2 = _matrix(dy), _matrix(x), _matrix(z)
+        x, W, A, B, c, h, z2, bits = ctx.saved_tensors
+        dy2, x2 = _matrix(dy), _matrix(x)
         needs = ctx.needs_input_grad
+        keep, k = _kept(x2, ctx.p, bits, ctx.seed)
         g = dy2 * c
-        dc = torch.einsum("tn,tn->n", dy2, z2) if needs[6] else None
-        dh = (g @ B.to(x.dtype)).mul_(ctx.s) if needs[0] or needs[4] else None
-        dx = (g @ W).addmm_(dh, A.to(x.dtype)).view(x.shape) if needs[0] else None
-        dA = dh.T @ x2 if needs[4] else None  # type: ignore[union-attr]
-        dB = (g.T @ h).mul_(ctx.s) if needs[5] else None
-        return dx, None, None, None, dA, dB, dc
+        dc = _column_sums(dy2 * z2).mul_(k) if needs[7] else None
+        dB = (g.T @ h).mul_(ctx.s * k) if needs[6] else None
+        dh = (g @ B.to(x.dtype)).mul_(ctx.s * k) if needs[0] or needs[5] else None
+        dA = dh.T @ (x2 if keep is None else dropout.dropped(x2, keep)) if needs[5] else None  # type: ignore[union-attr]
+        dx = None
+        if needs[0] and keep is None:
+            dx = (g @ W).addmm_(dh, A.to(x.dtype))
+        elif needs[0]:
+            inner = (g.sub_(dy2).mul_(k) @ W).addmm_(dh, A.to(x.dtype))
+            dx = (dy2 @ W).add_(dropout.dropped(inner, keep))  # type: ignore[arg-type]
+        return None if dx is None else dx.view(x.shape), None, None, None, None, dA, dB, dc
+
+
+def banked_linear(x: Tensor, W: Tensor, b: Tensor | None, term: Banks) -> Tensor:
+    """x Wᵀ + b + s·((x Aᵀ ⊙ d) Bᵀ) ⊙ e for frozen A, B, W: gradients of the vectors alone, which need no x."""
+    A, B, d, e, s = term
+    return _Banked.apply(x, W, b, _cast(A, x), _cast(B, x), d.to(x.dtype), s * e.to(x.dtype))  # type: ignore[no-any-return]
+
+
+class _Banked(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, d: Tensor, e: Tensor) -> Tensor:
+        y = F.linear(x, W, b)
+        h = _matrix(x) @ A.T  # [T, r]
+        u = (h * d) @ B.T  # [T, n]
+        y.view(u.shape).addcmul_(u, e)
+        ctx.save_for_backward(W, A, B, d, e, h, u)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (dy,) = grads
+        W, A, B, d, e, h, u = ctx.saved_tensors
+        needs, dy2 = ctx.needs_input_grad, _matrix(dy)
+        de = _column_sums(dy2 * u) if needs[6] else None
+        dx = dd = None
+        if needs[0] or needs[5]:
+            g = (dy2 * e) @ B
+            dd = _column_sums(g * h) if needs[5] else None
+            dx = (dy2 @ W).addmm_(g.mul_(d), A).view(*dy.shape[:-1], A.shape[1]) if needs[0] else None
+        return dx, None, None, None, None, dd, de
+
+
+def _column_sums(t: Tensor) -> Tensor:
+    """t.sum(0), sooner."""
+    return t.new_ones(len(t)) @ t
 
 
 def row_norms(W: Tensor, A: Tensor, B: Tensor, s: float) -> Tensor:
@@ -291,8 +362,9 @@ def merged(W: Tensor, terms: list[Thin]) -> Tensor:
 def merge_tiles(W: Tensor, terms: list[Thin], out: Tensor) -> Tensor:
     rows = max(1, TILE // max(1, W.shape[1]))
     factors = [(t.A.float(), t.B.float(), t.scale) for t in terms]
+    work = torch.empty(min(rows, len(W)), *W.shape[1:], dtype=torch.float32, device=W.device)
     for i in range(0, W.shape[0], rows):
-        tile = W[i : i + rows].float()
+        tile = work[: len(W) - i].copy_(W[i : i + rows])
         for A, B, s in factors:
             tile.addmm_(B[i : i + rows], A, alpha=s)
         out[i : i + rows] = tile
@@ -301,13 +373,12 @@ def merge_tiles(W: Tensor, terms: list[Thin], out: Tensor) -> Tensor:
 
 @torch.no_grad()
 def merge_(W: Tensor, terms: list[Thin]) -> bool:
-    """The same in place; False, and W as it was, unless all of W' is sure to be finite."""
-    bound = max(abs(float(v)) for v in torch.aminmax(W))
+    """The same in place; False, and W as it was, unless each finite entry of W is sure to stay so."""
+    limits, bound = torch.finfo(W.dtype), 0.0
     for t in terms:
-        # |s·(B A)ᵢⱼ| is at most the product of the longest row of B and the longest column of A
-        longest = [float(torch.linalg.vector_norm(f.float(), dim=d).max()) for f, d in ((t.B, 1), (t.A, 0))]
-        bound += abs(t.scale) * longest[0] * longest[1]
-    if not bound < torch.finfo(W.dtype).max / 2:
+        bound += abs(t.scale) * len(t.A) * _largest(t.B) * _largest(t.A)  # no entry of s·B A is larger
+    # less than half the step between the dtype's largest numbers rounds none of them to inf: W need not be looked at
+    if not bound < limits.max * limits.eps / 4 and not bound + _largest(W) < limits.max / 2:
         return False
     if _wide(W):
         for t in terms:
@@ -315,6 +386,10 @@ def merge_(W: Tensor, terms: list[Thin]) -> bool:
     else:
         merge_tiles(W, terms, W)
     return True
+
+
+def _largest(W: Tensor) -> float:
+    return max(abs(float(v)) for v in torch.aminmax(W)) if W.numel() else 0.0
 
 
 def _wide(W: Tensor) -> bool:

@@ -54,8 +54,8 @@ class DoRA(Method):
             return self._moved(W.to(getattr(self, self.magnitude).dtype))[1]
 
     def thin(self, op: Op) -> Thin | None:
-        """With rows scaled by m/n. Dropout acts on the change alone, which takes W x of another x."""
-        thin = None if self.dropout and self.training else self.inner.thin(op)
+        """With rows scaled by m/n."""
+        thin = self.inner.thin(op)
         if thin is None:
             return None
         return thin._replace(rows=getattr(self, self.magnitude) / self._norms(op.read(), op))

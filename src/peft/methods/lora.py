@@ -105,6 +105,9 @@ class Lora(Pair):
     dropout_name = "lora_dropout"
     lora_A: Tensor
     lora_B: Tensor
+    r: int
+    lora_alpha: int
+    use_rslora: bool
 
     def __init__(self, config: LoraConfig, site: Site) -> None:
         super().__init__(config, site)

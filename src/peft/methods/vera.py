@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..config import DeltaConfig, extra, require
 from ..core.method import Method, Op, Site
+from ..kernels.lowrank import Banks
 
 __all__ = ["VeraConfig"]
 
@@ -99,21 +100,24 @@ class Vera(Method):
                 if stored.shape[wide] > bank.shape[wide]:
                     bank.data = bank.data.new_empty(stored.shape)  # one tensor for all sites: all of them see it
 
-    def banks(self) -> tuple[Tensor, Tensor]:
+    def matrices(self) -> tuple[Tensor, Tensor]:
         """This site's part of the banks: (A[r, fan_in], B[out, r])."""
         A, B = self.vera_A[:, : self.geometry.fan_in], self.vera_B[: self.geometry.out]
         return A.to(self.vera_lambda_d.device), B.to(self.vera_lambda_b.device)
 
     def delta(self) -> tuple[Tensor, Tensor]:
-        A, B = self.banks()
+        A, B = self.matrices()
         return self.vera_lambda_d[:, None] * A, self.multiplier * self.vera_lambda_b[:, None] * B
 
     def term(self, x: Tensor, op: Op, dtype: torch.dtype) -> Tensor:
         if not op.geometry.factored:
             return super().term(x, op, dtype)
-        A, B = self.banks()  # scaling activations spares the gradients of d·A and b·B, which nobody needs
+        A, B = self.matrices()  # scaling activations spares the gradients of d·A and b·B, which nobody needs
         h = op.scale(op(x, A.to(dtype)), self.vera_lambda_d.to(dtype))
         return op.scale(op.pointwise(h, B.to(dtype)), (self.multiplier * self.vera_lambda_b).to(dtype))
+
+    def banks(self, op: Op) -> Banks | None:
+        return Banks(*self.matrices(), self.vera_lambda_d, self.vera_lambda_b, self.multiplier)
 
     def rank(self) -> int:
         return min(self.r, self.geometry.out, self.geometry.fan_in)
