@@ -6,6 +6,7 @@ from torch.nn import functional as F
 
 from peft.kernels import dropout
 from peft.kernels.lowrank import Banks, Thin, banked_linear, lowrank_linear, row_norms, scaled_linear
+from peft.kernels.rows import Scratch, rows_linear
 
 CPU = torch.device("cpu")
 
@@ -106,6 +107,38 @@ def test_rows_may_have_terms_of_their_own():
         assert torch.allclose(a, e, atol=1e-12)
     with torch.no_grad():
         assert torch.allclose(lowrank_linear(x, W, b, [Thin(A, B, 0.5) for A, B in factors], where=where), plain)
+
+
+@pytest.mark.parametrize("first", [0, 2])
+@pytest.mark.parametrize("each", [1, 3])
+def test_equal_shares_of_the_rows_run_together(each, first):
+    """Adapters of neighbouring rows, all with equally many; rows before and after them have none."""
+    x, W, b, factors = setting(batch=(first + 3 * each + 1,), ranks=(2, 2, 2))
+    where = [slice(first + i * each, first + (i + 1) * each) for i in range(3)]
+    terms = [Thin(A, B, 0.5) for A, B in factors]
+    leaves = [x, *(t for pair in factors for t in pair)]
+    together, plain = rows_linear(x, W, b, terms, where, Scratch()), lowrank_linear(x, W, b, terms, where=where)
+    assert together is not None and torch.allclose(together, plain, atol=1e-12)
+    g = torch.randn_like(plain)
+    for a, e in zip(torch.autograd.grad(together, leaves, g), torch.autograd.grad(plain, leaves, g), strict=True):
+        assert torch.allclose(a, e, atol=1e-12)
+    with torch.no_grad():
+        assert torch.allclose(rows_linear(x, W, b, terms, where, Scratch()), plain, atol=1e-12)
+
+
+def test_other_shares_do_not_run_together():
+    x, W, b, factors = setting(batch=(6,), ranks=(2, 2))
+    for where in (
+        [slice(0, 2), slice(2, 5)],
+        [slice(0, 2), slice(3, 5)],
+        [slice(2, 4), slice(0, 2)],
+        [slice(0, 2), torch.tensor([2, 4])],
+    ):
+        assert rows_linear(x, W, b, [Thin(*f) for f in factors], where, Scratch()) is None
+    even = [slice(0, 2), slice(2, 4)]
+    (A, B), (C, D) = factors
+    assert rows_linear(x, W, b, [Thin(A, B), Thin(C, D, 2.0)], even, Scratch()) is None
+    assert rows_linear(x, W, b, [Thin(A, B), Thin(C[:1], D[:, :1])], even, Scratch()) is None
 
 
 @pytest.mark.parametrize("p", [0.0, 0.5])

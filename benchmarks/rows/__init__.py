@@ -10,7 +10,7 @@ from ..case import Case
 # in the order of the table
 NAMES = (
     *("step", "saved", "dora", "methods", "optimiser", "inject", "add100", "switch", "load", "save", "merge", "rows"),
-    *("hotswap", "decode", "resident"),
+    *("hotswap", "compiled", "decode", "resident"),
 )
 
 

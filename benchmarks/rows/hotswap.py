@@ -29,6 +29,7 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
 
 class Hotswap(Case):
     tolerance = 1e-3
+    compiler = "aot_eager"
 
     def __init__(self, method: str, quick: bool) -> None:
         self.name, self.quick = method, quick
@@ -82,7 +83,7 @@ class Hotswap(Case):
         from torch._dynamo.backends.registry import lookup_backend
 
         self.compiled += 1
-        return lookup_backend("aot_eager")(graph, inputs)
+        return lookup_backend(self.compiler)(graph, inputs)
 
     def forward(self) -> Tensor:
         with torch.no_grad():

@@ -22,8 +22,10 @@ class Switch(Case):
     def __init__(self, quick: bool) -> None:
         self.n = 5 if quick else 100
         self.figures = {
-            "set_adapter": Figure("ms", (at_most(0.15),), "the adapter trains from then on"),
-            "set_adapter, inference": Figure("ms", (at_most(0.15),), "with inference_mode=True"),
+            "set_adapter": Figure("ms", (at_most(0.15),), "one after the other; the adapter trains from then on"),
+            "set_adapter, inference": Figure("ms", (at_most(0.15),), "the same with inference_mode=True"),
+            "after a forward": Figure("ms", what="with nothing of the adapters in the caches"),
+            "after a forward, inference": Figure("ms", what="the same with inference_mode=True"),
             "forward after": Figure("×", (at_most(1.05),), "÷ the same forward without a switch before it"),
             "calls": Figure("calls", what="Python functions entered by set_adapter"),
             "calls, inference": Figure("calls", what="with inference_mode=True"),
@@ -54,8 +56,10 @@ class Switch(Case):
         n = 5 if self.quick else 20
         out = {}
         for suffix, inference in (("", False), (", inference", True)):
+            alone = Turns(5 * n, switch=lambda i=inference: self.switch(i))
+            out["set_adapter" + suffix] = 1e3 * alone.median("switch")
             turns = Turns(n, switch=lambda i=inference: self.switch(i), after=self.forward, plain=self.forward)
-            out["set_adapter" + suffix] = 1e3 * turns.median("switch")
+            out["after a forward" + suffix] = 1e3 * turns.median("switch")
             out.setdefault("forward after", turns.ratio("after", "plain"))
             out["calls" + suffix] = python_calls(lambda i=inference: self.switch(i))
         return out

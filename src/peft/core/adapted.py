@@ -27,7 +27,7 @@ from .errors import Refusal
 from .inflow import load_map
 from .layer import Geometry, LayerKind, Slots, Wrapper, named, on_device, tree
 from .method import Method, Op
-from .mix import BASE, Hub, Rows
+from .mix import Hub, Rows
 
 
 def escape(name: str) -> str:
@@ -340,12 +340,11 @@ class Adapted(Switch, Wrapper):
     def _mixed(self, rows: Rows, row: Tensor | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Per-row adapters: the base call once where no adapter changes what goes into it."""
         x, _ = self._input(args, kwargs)
-        names = [() if n == BASE else (n,) for n in rows.distinct]
-        table = {n: self.active_methods(t) for n, t in zip(rows.distinct, names, strict=True)}
-        if not any(table.values()):
+        if self.methods.keys().isdisjoint(rows.distinct):
             return self.kind.run(self.base_layer, *args, **kwargs)
-        if (y := fused.run_rows(self, table, rows, row, x)) is not None:
+        if (y := fused.run_rows(self, rows, row, x)) is not None:
             return y
+        table = {n: list(self.methods.get(n, ())) for n in rows.distinct}
         groups, undo = rows.of(row) if row is not None else rows.groups(x.shape[0], self.path, x.device)
 
         def joined(fn: Callable[[list[Method], Tensor], Any]) -> Any:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from ..kernels import lowrank
+from ..kernels.rows import rows_linear
 from .mix import Rows
 
 if TYPE_CHECKING:
@@ -39,27 +40,25 @@ def run(layer: Adapted, methods: Sequence[Method], x: Any) -> Tensor | None:
     return y
 
 
-def run_rows(layer: Adapted, held: dict[str, list[Method]], rows: Rows, row: Tensor | None, x: Any) -> Tensor | None:
-    """The same with an adapter per row of the batch. held: name -> its methods here; row: the batch row of each of x's
-    rows, where x lost it."""
+def run_rows(layer: Adapted, rows: Rows, row: Tensor | None, x: Any) -> Tensor | None:
+    """The same with an adapter per row of the batch. row: the batch row of each of x's rows, where x lost it."""
     base = _base(layer, x)
     if base is None or x.dim() < 2:
         return None
-    thin: dict[str, list[lowrank.Thin]] = {}
-    for name, methods in held.items():
-        thin[name] = []
-        for m in methods:
-            term = m.thin(layer.op) if m.always_here and m.bias_change() is None else None
+    terms, where, op = [], [], layer.op
+    drop: list[float] | None = []
+    for name, at in rows.places(x, layer.path) if row is None else rows.places_of(row, x):
+        for m in layer.methods.get(name, ()):
+            term = m.thin(op) if m.always_here and m.bias_change() is None else None
             if term is None or term.rows is not None:
                 return None
-            thin[name].append(term)
-    wheres = rows.places(x, layer.path) if row is None else rows.places_of(row, x)
-    terms, drop, where = [], [], []
-    for name, at in wheres:
-        for m, term in zip(held[name], thin[name], strict=True):
             terms.append(term)
             drop.append(m.dropout if m.training else 0.0)
             where.append(at)
+    if not any(drop):
+        drop = None
+        if (y := rows_linear(x, *base, terms, where, rows.scratch)) is not None:
+            return y
     return lowrank.lowrank_linear(x, *base, terms, drop, where)
 
 

@@ -14,7 +14,6 @@ Merging several gives what activating them gives: both go through the same compo
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -29,12 +28,6 @@ from .layer import Geometry, Light
 
 if TYPE_CHECKING:
     pass
-
-
-@functools.cache
-def _plain(cls: type[Method]) -> bool:
-    """Whether a delta is added as this file does it."""
-    return cls.add is Method.add and cls.term is Method.term and cls.drop is Method.drop
 
 
 FORMS = ("delta", "weight", "before", "after", "replace", "prompt")
@@ -122,6 +115,7 @@ class Method(Light):
     assignable: ClassVar[tuple[str, ...]] = ()  # those of them that are read in every forward
     dropout_name: ClassVar[str] = ""  # what upstream calls the module that is `dropout` here
     form: str = ""
+    usual: ClassVar[bool] = False  # a delta that is added as this class does it
     replaced_names: tuple[str, ...] = ()  # for the form `replace`
     dropout: float = 0.0  # on the input of the added term, in training
     role: ClassVar[str] = "attention"  # what it targets when the config names nothing: see core/roles.py
@@ -150,6 +144,9 @@ class Method(Light):
         stated = [f for f in FORMS if f in cls.__dict__]
         if stated and "form" not in cls.__dict__:
             cls.form = stated[0]
+        cls.usual = (
+            cls.form == "delta" and cls.add is Method.add and cls.term is Method.term and cls.drop is Method.drop
+        )
         from ..registry import register_method
 
         register_method(cls)
@@ -276,8 +273,7 @@ class Method(Light):
 
         None where it is more than that: another chain of factors, a term or a dropout of the method's own.
         """
-        cls = type(self)
-        if not _plain(cls) or self.form != "delta":
+        if not self.usual:
             return None
         if (pair := self.pair()) is not None:
             return Thin(*pair)

@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ..kernels.rows import Scratch
+
 if TYPE_CHECKING:
     from .method import Method
     from .span import Span
@@ -43,6 +45,7 @@ class Rows:
         self.names = tuple(names)
         self.tokens = tokens  # tokens per row, when known: layers may see [rows * tokens, ...]
         self.distinct = tuple(dict.fromkeys(self.names))
+        self.scratch = Scratch()
         self._ids = torch.tensor([self.distinct.index(n) for n in self.names])
         self._cache: dict[Any, tuple[list[tuple[str, Tensor]], Tensor]] = {}
         self._places: dict[Any, list[tuple[str, slice | Tensor]]] = {}
@@ -282,6 +285,8 @@ class Hub:
             yield
         finally:
             self.mix = before
+            if mix.rows is not None:
+                mix.rows.scratch.clear()
 
     # -- gradient checkpointing -----------------------------------------------------------------------------------------
     def bound(self, checkpoint: Callable[..., Any]) -> Callable[..., Any]:

@@ -12,6 +12,7 @@ from ..config import PeftConfig
 from ..registry import method
 from . import inject
 from .adapted import Adapted, adapted_layers
+from .method import Method
 from .mix import Hub
 
 
@@ -184,7 +185,10 @@ def add_penalties(hub: Hub, out: Any) -> Any:
     if loss is None:
         return out
     for name in hub.mix.active:
-        terms = [p for _, m in hub.adapters[name].methods if (p := m("penalty")) is not None]
+        terms = []
+        for _, m in hub.adapters[name].methods:  # no comprehension: torch.compile has no cells for what it assigns
+            if type(m).penalty is not Method.penalty and (term := m("penalty")) is not None:
+                terms.append(term)
         if terms:
             loss = loss + method(hub.adapters[name].config.peft_type).combine(terms, hub.adapters[name].config).to(
                 loss.device

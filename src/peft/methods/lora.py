@@ -105,19 +105,14 @@ class Lora(Pair):
     dropout_name = "lora_dropout"
     lora_A: Tensor
     lora_B: Tensor
-    r: int
-    lora_alpha: int
-    use_rslora: bool
 
     def __init__(self, config: LoraConfig, site: Site) -> None:
         super().__init__(config, site)
         named = site.tied if config.ensure_weight_tying and site.tied else site.path
-        self.__dict__.update(
-            r=self.rank_at(config, named),
-            lora_alpha=for_path(config.alpha_pattern, named, config.lora_alpha),
-            use_rslora=config.use_rslora,
-            dropout=config.lora_dropout,
-        )
+        self.r = self.rank_at(config, named)
+        self.lora_alpha = for_path(config.alpha_pattern, named, config.lora_alpha)
+        self.use_rslora = config.use_rslora
+        self.dropout = config.lora_dropout
         self.first_A: Tensor | None
         self.first_B: Tensor | None
         self._buffers.update(first_A=None, first_B=None)  # PiSSA, OLoRA: the initial factors, subtracted; not saved
@@ -167,9 +162,9 @@ class Lora(Pair):
     def factors(self) -> tuple[Tensor, Tensor]:
         """(A, B) with ΔW = s·B A."""
         A, B = self.own("lora_A"), self.own("lora_B")
+        first_A, first_B = self._buffers["first_A"], self._buffers["first_B"]
         if self.turned:
             return B.T, A.T
-        first_A, first_B = self._buffers["first_A"], self._buffers["first_B"]
         if first_A is None or first_B is None:
             return A, B
         return torch.cat([A, first_A]), torch.cat([B, -first_B], 1)
@@ -221,6 +216,4 @@ class Lora(Pair):
 
 def init_name(value: bool | str) -> str:
     """The start that `init_lora_weights` asks for."""
-    if isinstance(value, str):
-        return value.lower()
-    return "default" if value else "noise"
+    return value.lower() if isinstance(value, str) else "default" if value else "noise"

@@ -1,0 +1,128 @@
+"""An adapter per row of the batch where all have equally many rows, in order: their factors stacked, as batched products.
+
+    y[i] += s·x[i] Aᵢᵀ Bᵢᵀ        x[N, T, k], A[N, r, k], B[N, n, r]
+
+Against one product after another this saves most of the launches. The stacks pass through memory that all layers of a
+call share, so that copying into it stays in the cache; backward stacks anew and keeps nothing but what `_LowRank` does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .lowrank import Thin, Where
+
+
+class Scratch:
+    """Memory for one stack at a time. `clear` gives it back between the calls that share it."""
+
+    def __init__(self) -> None:
+        self.held: Tensor | None = None
+
+    def stack(self, factors: Sequence[Tensor], like: Tensor) -> Tensor:
+        """The factors as one tensor of `like`'s dtype; valid until the next stack."""
+        shape = torch.Size((len(factors), *factors[0].shape))
+        need, held = shape.numel(), self.held
+        if held is None or held.numel() < need or held.dtype is not like.dtype or held.device != like.device:
+            self.held = held = torch.empty(need, dtype=like.dtype, device=like.device)
+        out = held[:need].view(shape)
+        if factors[0].dtype is like.dtype:
+            return torch.stack(tuple(factors), out=out)
+        torch._foreach_copy_(list(out.unbind()), list(factors))
+        return out
+
+    def clear(self) -> None:
+        self.held = None
+
+
+def rows_linear(
+    x: Tensor, W: Tensor, b: Tensor | None, terms: list[Thin], where: list[Where], scratch: Scratch
+) -> Tensor | None:
+    """x[..., k] -> y[..., n] with the terms' own rows; None where they are no even, ascending share of the rows."""
+    share = _even(terms, where)
+    if share is None or x.device.type == "meta":
+        return None
+    flat = [f for t in terms for f in (t.A, t.B)]
+    if not torch.is_grad_enabled():
+        return _forward(x, W, b, terms[0].scale, share, scratch, flat)[0]
+    return _Rows.apply(x, W, b, terms[0].scale, share, scratch, *flat)  # type: ignore[no-any-return]
+
+
+def _even(terms: list[Thin], where: list[Where]) -> tuple[int, int, int] | None:
+    """(first row, adapters, rows of each)."""
+    first, one = where[0], terms[0]
+    if len(terms) < 2 or not isinstance(first, slice):
+        return None
+    at, rows, rank, dtype = first.start, first.stop - first.start, len(one.A), one.A.dtype
+    for t, place in zip(terms, where, strict=True):
+        if not isinstance(place, slice) or place.start != at or place.stop != at + rows:
+            return None
+        if len(t.A) != rank or t.scale != one.scale or t.A.dtype is not dtype or t.B.dtype is not dtype:
+            return None
+        at += rows
+    return first.start, len(terms), rows
+
+
+def _part(t: Tensor, share: tuple[int, int, int]) -> Tensor:
+    """[..., channels] -> [adapters, rows of each, channels], to be read or, of a contiguous t, written."""
+    first, n, rows = share
+    return t.view(-1, t.shape[-1])[first : first + n * rows].view(n, rows, -1)
+
+
+def _forward(
+    x: Tensor,
+    W: Tensor,
+    b: Tensor | None,
+    s: float,
+    share: tuple[int, int, int],
+    scratch: Scratch,
+    flat: Sequence[Tensor],
+) -> tuple[Tensor, Tensor]:
+    y = F.linear(x, W, b)
+    h = torch.bmm(_part(x.contiguous(), share), scratch.stack(flat[::2], x).mT)  # [N, T, r]
+    _part(y, share).baddbmm_(h, scratch.stack(flat[1::2], x).mT, alpha=s)
+    return y, h
+
+
+class _Rows(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        W: Tensor,
+        b: Tensor | None,
+        s: float,
+        share: tuple[int, int, int],
+        scratch: Scratch,
+        *flat: Tensor,
+    ) -> Tensor:
+        y, h = _forward(x, W, b, s, share, scratch, flat)
+        ctx.save_for_backward(x, W, h, *flat)
+        ctx.s, ctx.share, ctx.scratch = s, share, scratch
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        dy = grads[0].contiguous()
+        x, W, h, *flat = ctx.saved_tensors
+        share, scratch, s, needs = ctx.share, ctx.scratch, ctx.s, ctx.needs_input_grad
+        dys, xs = _part(dy, share), _part(x.contiguous(), share)
+        dx = torch.matmul(dy, W) if needs[0] else None
+        dB = torch.bmm(dys.mT, h * s) if any(needs[7::2]) else None
+        dA = None
+        if dx is not None or any(needs[6::2]):
+            dh = torch.bmm(dys, scratch.stack(flat[1::2], x)).mul_(s)  # [N, T, r]
+            dA = torch.bmm(dh.mT, xs) if any(needs[6::2]) else None
+            if dx is not None:
+                _part(dx, share).baddbmm_(dh, scratch.stack(flat[::2], x))
+        scratch.clear()
+        out: list[Tensor | None] = []
+        for i in range(share[1]):
+            for d, needed in ((dA, needs[6 + 2 * i]), (dB, needs[7 + 2 * i])):
+                out.append(d[i] if d is not None and needed else None)
+        return dx, None, None, None, None, None, *out
