@@ -176,6 +176,68 @@ def test_frozen_banks_equal_the_plain_formula(bias):
         assert torch.allclose(a, expected, atol=1e-12)
 
 
+def nodes():
+    """name -> (node, the same in plain operations, leaves)."""
+    x, W, b, [(A, B), (C, D)] = setting(batch=(4,), ranks=(2, 2))
+    c, d, e = (torch.rand(n, dtype=x.dtype).requires_grad_() for n in (6, 2, 6))
+    two = [Thin(A, B, 0.5), Thin(C, D, 0.5)]
+    halves = [slice(0, 2), slice(2, 4)]
+    top = torch.tensor([1.0, 1, 0, 0], dtype=x.dtype)[:, None]
+
+    def delta(A, B):
+        return 0.5 * F.linear(F.linear(x, A), B)
+
+    return {
+        "thin": (lambda: lowrank_linear(x, W, b, two), lambda: F.linear(x, W, b) + delta(A, B) + delta(C, D), (x, A, B, C, D)),
+        "rows": (
+            lambda: lowrank_linear(x, W, b, two, where=[torch.tensor([0, 1]), slice(2, 4)]),
+            lambda: F.linear(x, W, b) + top * delta(A, B) + (1 - top) * delta(C, D),
+            (x, A, B, C, D),
+        ),
+        "even rows": (
+            lambda: rows_linear(x, W, b, two, halves, Scratch()),
+            lambda: F.linear(x, W, b) + top * delta(A, B) + (1 - top) * delta(C, D),
+            (x, A, B, C, D),
+        ),
+        "scaled": (
+            lambda: scaled_linear(x, W, b, Thin(A, B, 0.5, c)),
+            lambda: F.linear(x, c[:, None] * (W + 0.5 * B @ A), b),
+            (x, A, B, c),
+        ),
+        "banks": (
+            lambda: banked_linear(x, W, b, Banks(A.detach(), B.detach(), d, e, 0.7)),
+            lambda: F.linear(x, W, b) + 0.7 * F.linear(F.linear(x, A.detach()) * d, B.detach()) * e,
+            (x, d, e),
+        ),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["thin", "rows", "even rows", "scaled", "banks"])
+def test_second_derivatives_equal_those_of_the_plain_formula(name):
+    """Gradient penalties and Hessian products differentiate a backward; what forward kept must not cut that off."""
+    *both, leaves = nodes()[name]
+    found = []
+    for run in both:
+        first = torch.autograd.grad(run().pow(3).sum(), leaves, create_graph=True)
+        found.append((first, torch.autograd.grad(sum(g.square().sum() for g in first), leaves)))
+    for ours, plain in zip(*found, strict=True):
+        assert all(torch.allclose(a, e, rtol=1e-9, atol=1e-9) for a, e in zip(ours, plain, strict=True))
+
+
+@pytest.mark.parametrize("p", [0.0, 0.5])
+def test_second_derivatives_see_the_mask_of_the_forward(p):
+    x, W, b, [(A, B)] = setting(ranks=(2,))
+    c = torch.rand(6, dtype=x.dtype).requires_grad_()
+    for run, leaves in (
+        (lambda: lowrank_linear(x, W, b, [Thin(A, B)], [p]), (x, A, B)),
+        (lambda: scaled_linear(x, W, b, Thin(A, B, 0.5, c), p), (x, A, B, c)),
+    ):
+        y = run().square().sum()
+        once = torch.autograd.grad(y, leaves, retain_graph=True)
+        again = torch.autograd.grad(y, leaves, create_graph=True)
+        assert all(torch.allclose(a, e, atol=1e-12) for a, e in zip(again, once, strict=True))
+
+
 @pytest.mark.parametrize("dtypes", [(torch.float32, torch.float32), (torch.bfloat16, torch.float32)])
 def test_one_token_without_gradients_equals_the_plain_formula(dtypes):
     """The path of decoding; in half precision the change is computed in the factors' own precision."""

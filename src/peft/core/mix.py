@@ -247,11 +247,11 @@ class Hub:
 
     def forget(self, name: str) -> None:
         """The name is free, and where the adapter acted alone, the first of the others acts."""
+        self.forgotten.add(name)
         if name not in self.adapters:
             return
         del self.adapters[name]
         self.training.discard(name)
-        self.forgotten.add(name)
         dict.pop(self.configs, name, None)
         if name in self.asked:
             self.activate_present([n for n in self.asked if n != name] or list(self.adapters)[:1])

@@ -8,6 +8,7 @@ dtype, never x up to theirs: master weights stay in fp32 and get fp32 gradients.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -128,6 +129,36 @@ def _add(
     return h, bits, seed
 
 
+def again(
+    formula: Callable[..., Tensor], inputs: Sequence[Tensor], needs: Sequence[bool], dy: Tensor
+) -> list[Tensor | None]:
+    """The gradients of a node once more, so that they can be differentiated themselves: those of its formula in plain
+    operations. The nodes' own steps use what forward computed, through which no second derivative flows."""
+    wanted = [t for t, needed in zip(inputs, needs, strict=True) if needed]
+    found = iter(torch.autograd.grad(formula(*inputs), wanted, dy, create_graph=True))
+    return [next(found) if needed else None for needed in needs]
+
+
+def _plain_sum(
+    spec: tuple[tuple[float, float, Where], ...], masks: Sequence[Tensor | None], seeds: Sequence[int], W: Tensor
+) -> Callable[..., Tensor]:
+    """The formula of `lowrank_linear`, but for the bias."""
+
+    def formula(x: Tensor, *flat: Tensor) -> Tensor:
+        y = F.linear(x, W)
+        y2, x2 = _matrix(y), _matrix(x)
+        for i, (s, p, where) in enumerate(spec):
+            xs = x2 if where is None else x2[where]
+            keep, k = _kept(xs, p, masks[i], seeds[i])
+            xs = xs if keep is None else dropout.dropped(xs, keep)
+            part = s * k * F.linear(F.linear(xs, _cast(flat[2 * i], x)), _cast(flat[2 * i + 1], x))
+            at = torch.arange(len(y2), device=x.device)[slice(None) if where is None else where]
+            y2 = y2.index_add(0, at, part)
+        return y2.view(y.shape)
+
+    return formula
+
+
 def _drop(x: Tensor, p: float) -> tuple[Tensor, Tensor | None, int, float]:
     """(x where it is kept, the packed mask, its seed, the factor of what is kept)."""
     if not p:
@@ -170,8 +201,16 @@ class _OnDevice(torch.autograd.Function):
         m = len(ctx.spec)
         x, W, *rest = ctx.saved_tensors
         flat, hidden = rest[: 2 * m], rest[2 * m :]
-        dy2, x2 = _matrix(dy), _matrix(x)
         needs = ctx.needs_input_grad
+        if torch.is_grad_enabled():
+            if any(p for _, p, _ in ctx.spec):
+                raise NotImplementedError(
+                    "Second derivatives with dropout on a GPU: set the dropout to 0, or compute them in eval mode."
+                )
+            formula = _plain_sum(ctx.spec, [None] * m, [0] * m, W)
+            dx, *found = again(formula, (x, *flat), (needs[0], *needs[4:]), dy)
+            return dx, None, None, None, *found
+        dy2, x2 = _matrix(dy), _matrix(x)
         dx = dy2 @ W if needs[0] else None
         out: list[Tensor | None] = []
         for i, (s, p, _) in enumerate(ctx.spec):
@@ -212,8 +251,12 @@ class _LowRank(torch.autograd.Function):
         m = len(ctx.spec)
         x, W, *rest = ctx.saved_tensors
         flat, hidden, masks = rest[: 2 * m], rest[2 * m : 3 * m], rest[3 * m :]
-        dy2, x2 = _matrix(dy), _matrix(x)
         needs = ctx.needs_input_grad
+        if torch.is_grad_enabled():
+            formula = _plain_sum(ctx.spec, masks, ctx.seeds, W)
+            dx, *found = again(formula, (x, *flat), (needs[0], *needs[4:]), dy)
+            return dx, None, None, None, *found
+        dy2, x2 = _matrix(dy), _matrix(x)
         dx = dy2 @ W if needs[0] else None
         out: list[Tensor | None] = []
         for i, (s, p, where) in enumerate(ctx.spec):
@@ -281,9 +324,18 @@ class _Scaled(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (dy,) = grads
         x, W, A, B, c, h, z2, bits = ctx.saved_tensors
-        dy2, x2 = _matrix(dy), _matrix(x)
-        needs = ctx.needs_input_grad
+        needs, x2 = ctx.needs_input_grad, _matrix(x)
         keep, k = _kept(x2, ctx.p, bits, ctx.seed)
+        if torch.is_grad_enabled():
+
+            def formula(x: Tensor, A: Tensor, B: Tensor, c: Tensor) -> Tensor:
+                dropped = x if keep is None else k * dropout.dropped(x, keep.view(x.shape))
+                thin = ctx.s * F.linear(F.linear(dropped, A.to(x.dtype)), B.to(x.dtype))
+                return F.linear(x, W) + (c - 1) * F.linear(dropped, W) + c * thin
+
+            dx, *found = again(formula, (x, A, B, c), (needs[0], *needs[5:]), dy)
+            return dx, None, None, None, None, *found
+        dy2 = _matrix(dy)
         g = dy2 * c
         dc = _column_sums(dy2 * z2).mul_(k) if needs[7] else None
         dB = (g.T @ h).mul_(ctx.s * k) if needs[6] else None
@@ -299,7 +351,7 @@ class _Scaled(torch.autograd.Function):
 
 
 def banked_linear(x: Tensor, W: Tensor, b: Tensor | None, term: Banks) -> Tensor:
-    """x Wᵀ + b + s·((x Aᵀ ⊙ d) Bᵀ) ⊙ e for frozen A, B, W: gradients of the vectors alone, which need no x."""
+    """x Wᵀ + b + s·((x Aᵀ ⊙ d) Bᵀ) ⊙ e for frozen A, B, W: gradients of the vectors alone."""
     A, B, d, e, s = term
     return _Banked.apply(x, W, b, _cast(A, x), _cast(B, x), d.to(x.dtype), s * e.to(x.dtype))  # type: ignore[no-any-return]
 
@@ -311,14 +363,21 @@ class _Banked(torch.autograd.Function):
         h = _matrix(x) @ A.T  # [T, r]
         u = (h * d) @ B.T  # [T, n]
         y.view(u.shape).addcmul_(u, e)
-        ctx.save_for_backward(W, A, B, d, e, h, u)
+        ctx.save_for_backward(x, W, A, B, d, e, h, u)
         return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (dy,) = grads
-        W, A, B, d, e, h, u = ctx.saved_tensors
+        x, W, A, B, d, e, h, u = ctx.saved_tensors
         needs, dy2 = ctx.needs_input_grad, _matrix(dy)
+        if torch.is_grad_enabled():
+
+            def formula(x: Tensor, d: Tensor, e: Tensor) -> Tensor:
+                return F.linear(x, W) + F.linear(F.linear(x, A) * d, B) * e
+
+            dx, dd, de = again(formula, (x, d, e), (needs[0], *needs[5:]), dy)
+            return dx, None, None, None, None, dd, de
         de = _column_sums(dy2 * u) if needs[6] else None
         dx = dd = None
         if needs[0] or needs[5]:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .lowrank import Thin, Where
+from .lowrank import Thin, Where, again
 
 
 class Scratch:
@@ -111,6 +111,18 @@ class _Rows(torch.autograd.Function):
         dy = grads[0].contiguous()
         x, W, h, *flat = ctx.saved_tensors
         share, scratch, s, needs = ctx.share, ctx.scratch, ctx.s, ctx.needs_input_grad
+        if torch.is_grad_enabled():
+            first, n, rows = share
+
+            def formula(x: Tensor, *flat: Tensor) -> Tensor:
+                A, B = (torch.stack(f).to(x.dtype) for f in (flat[::2], flat[1::2]))
+                part = s * torch.bmm(torch.bmm(_part(x.contiguous(), share), A.mT), B.mT)
+                y = F.linear(x, W)
+                at = torch.arange(first, first + n * rows, device=x.device)
+                return y.view(-1, len(W)).index_add(0, at, part.flatten(0, 1)).view(y.shape)
+
+            dx, *found = again(formula, (x, *flat), (needs[0], *needs[6:]), dy)
+            return dx, None, None, None, None, None, *found
         dys, xs = _part(dy, share), _part(x.contiguous(), share)
         dx = torch.matmul(dy, W) if needs[0] else None
         dB = torch.bmm(dys.mT, h * s) if any(needs[7::2]) else None

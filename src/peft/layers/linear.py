@@ -43,7 +43,8 @@ class Linear(LayerKind):
             return None
         if module._backward_hooks or module._backward_pre_hooks:
             return None
-        return weight, held.get("bias")
+        bias = held.get("bias")
+        return None if bias is not None and bias.requires_grad else (weight, bias)
 
 
 kinds = [Linear()]
