@@ -116,7 +116,6 @@ class Companions(Slots, Switch):
 
 
 SET_FIRST = ("base_layer", "methods", "adapters", "hub", "merged_adapters", "former")  # what looking up a view reads
-_CALL: Any = nn.Module.__call__
 Record = dict[str, list[tuple[Method, float]]]  # adapter -> its methods with the multipliers they were merged at
 
 
@@ -233,7 +232,7 @@ class Adapted(Switch, Wrapper):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self._modules["base_layer"]._forward_hooks:  # type: ignore[union-attr]
             move_recorders(self.base_layer, self)
-        return _CALL(self, *args, **kwargs)
+        return nn.Module.__call__(self, *args, **kwargs)  # looked up anew: tracers put their own there
 
     def _input(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Callable[[Any], Any]]:
         """The layer's input, and the arguments of a call that has another one in its place."""
