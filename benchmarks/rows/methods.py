@@ -52,7 +52,8 @@ class Other(Case):
         self.ids = tokens(2, 16, 128) if self.quick else tokens(4, 256)
         self.floor = floor(base)
         self.model = peft.get_peft_model(copy.deepcopy(base), getattr(peft, kind)(task_type="CAUSAL_LM", **settings))
-        randomise(self.model.train())
+        # VeRA's effect is the product of two vectors and two banks, and would drown in the rounding of the logits
+        randomise(self.model.train(), scale=0.2 if self.method == "VeRA" else 0.02)
 
     def outputs(self) -> dict[str, Tensor]:
         return step_outputs(self.model, self.ids[:1, :64])
