@@ -135,6 +135,7 @@ def test_other_shares_do_not_run_together():
         [slice(0, 2), torch.tensor([2, 4])],
     ):
         assert rows_linear(x, W, b, [Thin(*f) for f in factors], where, Scratch()) is None
+    assert rows_linear(x, W, b, [], [], Scratch()) is None  # all rows run as the base
     even = [slice(0, 2), slice(2, 4)]
     (A, B), (C, D) = factors
     assert rows_linear(x, W, b, [Thin(A, B), Thin(C, D, 2.0)], even, Scratch()) is None

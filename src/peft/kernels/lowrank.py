@@ -71,11 +71,6 @@ def lowrank_linear(
             _add_token(x.view(-1), y.view(-1), terms)
             return y
         x2, y2 = _matrix(x), y.view(-1, y.shape[-1])  # a view or an error: y2 is added into
-        if drop is None and where is not None and _single(where):
-            xs, ys = x2.unbind(), y2.unbind()
-            for t, at in zip(terms, where, strict=True):
-                _add_token(xs[at.start], ys[at.start], [t])  # type: ignore[union-attr]
-            return y
         for t, p, at in zip(terms, drop or [0.0] * n, where or [None] * n, strict=True):
             _add(x2, y2, _cast(t.A, x), _cast(t.B, x), t.scale, p, at)
         return y
@@ -95,11 +90,6 @@ def _add_token(x: Tensor, y: Tensor, terms: list[Thin]) -> None:
             y.copy_(y.float().addmv_(B.float(), torch.mv(A, x.float()), alpha=s))
         else:
             y.addmv_(_cast(B, x), torch.mv(_cast(A, x), x), alpha=s)
-
-
-def _single(where: list[Where]) -> bool:
-    """Whether each term is about one row."""
-    return all(isinstance(at, slice) and at.stop - at.start == 1 for at in where)
 
 
 def _matrix(t: Tensor) -> Tensor:

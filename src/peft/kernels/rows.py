@@ -49,15 +49,15 @@ def rows_linear(
         return None
     flat = [f for t in terms for f in (t.A, t.B)]
     if not torch.is_grad_enabled():
-        return _forward(x, W, b, terms[0].scale, share, scratch, flat)[0]
+        return _forward(x, W, b, terms[0].scale, share, scratch, *flat)[0]
     return _Rows.apply(x, W, b, terms[0].scale, share, scratch, *flat)  # type: ignore[no-any-return]
 
 
 def _even(terms: list[Thin], where: list[Where]) -> tuple[int, int, int] | None:
     """(first row, adapters, rows of each)."""
-    first, one = where[0], terms[0]
-    if len(terms) < 2 or not isinstance(first, slice):
+    if len(terms) < 2 or not isinstance(first := where[0], slice):
         return None
+    one = terms[0]
     at, rows, rank, dtype = first.start, first.stop - first.start, len(one.A), one.A.dtype
     for t, place in zip(terms, where, strict=True):
         if not isinstance(place, slice) or place.start != at or place.stop != at + rows:
@@ -81,7 +81,7 @@ def _forward(
     s: float,
     share: tuple[int, int, int],
     scratch: Scratch,
-    flat: Sequence[Tensor],
+    *flat: Tensor,
 ) -> tuple[Tensor, Tensor]:
     y = F.linear(x, W, b)
     h = torch.bmm(_part(x.contiguous(), share), scratch.stack(flat[::2], x).mT)  # [N, T, r]
@@ -91,19 +91,10 @@ def _forward(
 
 class _Rows(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        W: Tensor,
-        b: Tensor | None,
-        s: float,
-        share: tuple[int, int, int],
-        scratch: Scratch,
-        *flat: Tensor,
-    ) -> Tensor:
-        y, h = _forward(x, W, b, s, share, scratch, flat)
+    def forward(ctx: Any, *given: Any) -> Tensor:
+        y, h = _forward(*given)
+        x, W, _, ctx.s, ctx.share, ctx.scratch, *flat = given
         ctx.save_for_backward(x, W, h, *flat)
-        ctx.s, ctx.share, ctx.scratch = s, share, scratch
         return y
 
     @staticmethod
