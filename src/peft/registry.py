@@ -151,7 +151,10 @@ def splitter_of(module: nn.Module) -> LayerKind | None:
         asked = _ASKED.setdefault(cls, _candidates(module))
         last = max((i for i, kind in enumerate(asked, 1) if kind.splits), default=0)
         _SPLITTERS[cls] = asked[:last]
-    return next((kind for kind in _SPLITTERS[cls] if kind.claims(module)), None)
+    for kind in _SPLITTERS[cls]:
+        if kind.claims(module):
+            return kind
+    return None
 
 
 def kind_of(module: nn.Module) -> LayerKind:

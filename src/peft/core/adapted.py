@@ -12,7 +12,6 @@ from __future__ import annotations
 import functools
 import inspect
 import itertools
-import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -28,8 +27,10 @@ from .inflow import load_map
 from .layer import Geometry, LayerKind, Slots, Wrapper, named, on_device, tree
 from .method import Method, Op
 from .mix import Hub, Rows
+from .weights import finite
 
 
+@functools.lru_cache(maxsize=1024)
 def escape(name: str) -> str:
     """An adapter's name as a module name: injective, without dots, and no attribute of nn.Module."""
     safe = re.sub(r"[%.()]", lambda m: f"%{ord(m[0]):02X}", name)  # parentheses: transformers takes names for patterns
@@ -161,8 +162,9 @@ class Adapted(Switch, Wrapper):
         if part and f"%{part}" not in self.adapters._modules:
             self.adapters.put(f"%{part}", Companions(self))
         self._slots(part).put(escape(adapter), method)
-        self._last = (None, ())
-        self.methods[adapter] = (*self.methods.get(adapter, ()), method)
+        self.__dict__["_last"] = (None, ())
+        held = self.methods
+        held[adapter] = (*held.get(adapter, ()), method)
 
     def detach(self, adapter: str) -> None:
         self._last = (None, ())
@@ -673,12 +675,6 @@ def _first(out: Any, fn: Callable[[Any], Any]) -> Any:
     if isinstance(out, (tuple, list)):
         return type(out)([fn(out[0]), *out[1:]])
     return fn(out)
-
-
-def finite(t: Tensor) -> bool:
-    """Whether no entry is NaN or inf. A finite sum says so in one pass; another may be an overflow of the sum itself."""
-    t = t.float() if t.dtype.itemsize == 1 else t  # the 8-bit formats have neither
-    return math.isfinite(float(t.detach().sum())) or bool(torch.isfinite(t).all())
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

@@ -8,11 +8,8 @@ first, so that a reader sees the old adapter or the new one. Loading checks ever
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import json
-import math
 import os
-import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -20,17 +17,17 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
-import safetensors
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ..config import CONFIG_NAME, PeftConfig, find_file
 from ..registry import method as method_of
 from . import sharded
 from .errors import CheckpointError, near
+from .light import uninterrupted
 from .method import Method
 from .mix import Adapter, Hub
+from .weights import apart, not_finite, read_weights, write_weights
 
 WEIGHTS_NAME = "adapter_model.bin"
 SAFETENSORS_WEIGHTS_NAME = "adapter_model.safetensors"
@@ -50,15 +47,8 @@ class Slot:
 
     @property
     def disk_shape(self) -> tuple[int, ...]:
-        return tuple(self._shaped(self.tensor).shape)
-
-    def _shaped(self, t: Tensor) -> Tensor:
         shape = self.method.disk_shape(self.attr)
-        return t if shape is None else t.reshape(shape)
-
-    def save(self, value: Tensor) -> Tensor:
-        """The slot's value as the file has it."""
-        return self._shaped(self.method.stored(self.attr, value.detach()))
+        return tuple((self.tensor if shape is None else self.tensor.reshape(shape)).shape)
 
     def assign(self, value: Tensor, adopt: bool = False) -> None:
         """adopt: nobody holds the storage yet, and the value is ours to keep: no copy."""
@@ -75,13 +65,18 @@ class Slot:
             if old.device.type == "meta":
                 owner, _, leaf = self.attr.rpartition(".")
                 holder = attrgetter(owner)(self.method) if owner else self.method
-                holder._parameters[leaf] = nn.Parameter(value, requires_grad=old.requires_grad)
+                holder._parameters[leaf] = nn.Parameter(_whole(value), requires_grad=old.requires_grad)
             elif old.shape == value.shape:
                 old.data.copy_(value)  # in place: optimisers, compiled graphs and flat parameters hold the storage
             else:
-                old.data = value
+                old.data = _whole(value)
         else:
             old.copy_(value)
+
+
+def _whole(t: Tensor) -> Tensor:
+    """The tensor, not as a part of a larger memory, which it would keep."""
+    return t.clone() if not sharded.split(t) and t.untyped_storage().nbytes() > t.nbytes else t
 
 
 def root_of(config: Any) -> str:
@@ -91,17 +86,20 @@ def root_of(config: Any) -> str:
 
 def slots(adapter: Adapter) -> Iterator[tuple[str, Slot]]:
     """(key in the file, place in memory) of every tensor of an adapter."""
+    return ((key, Slot(method, attr)) for key, method, attr, _ in _tensors(adapter))
+
+
+def _tensors(adapter: Adapter) -> Iterator[tuple[str, Method, str, Tensor]]:
     root = root_of(adapter.config)
     seen: set[str] = set()
     for stem, method in adapter.methods:
         for attr, key in method.disk_keys().items():
-            if _held(method, attr) is None:
-                continue
-            yield (f"{root}{stem}.{key}" if stem else key), Slot(method, attr)
+            if (held := _held(method, attr)) is not None:
+                yield (f"{root}{stem}.{key}" if stem else key), method, attr, held
         for attr, key in method.shared_keys.items():
-            if key not in seen and _held(method, attr) is not None:
+            if key not in seen and (held := _held(method, attr)) is not None:
                 seen.add(key)
-                yield f"base_model.{key}", Slot(method, attr)
+                yield f"base_model.{key}", method, attr, held
 
 
 def _at(method: Method, attr: str) -> Tensor:
@@ -127,18 +125,20 @@ def state_dict(hub: Hub, name: str, gathered: sharded.Gathered | None = None) ->
     hub.known([name])
     adapter = hub.adapters[name]
     out: dict[str, Tensor] = {}
-    for key, slot in slots(adapter):
-        if slot.attr in slot.method.unwritten:
+    for key, method, attr, value in _tensors(adapter):
+        if attr in method.unwritten:
             continue
-        value = gathered(slot.method, slot.attr) if gathered is not None else None
-        value = slot.tensor if value is None else value
+        if gathered is not None and (found := gathered(method, attr)) is not None:
+            value = found
         why = sharded.unreadable(value)
         if why:
             raise CheckpointError(
                 f"Adapter {name!r}: {key} holds no values ({why}). Load weights first; with ZeRO-3 or FSDP save through "
                 "the trainer, which gathers them, or pass state_dict=accelerator.get_state_dict(model)."
             )
-        out[key] = slot.save(value)
+        value = method.stored(attr, value.detach())
+        shape = method.disk_shape(attr)
+        out[key] = value if shape is None else value.reshape(shape)
     return _translate(hub, out, adapter, "to_disk")
 
 
@@ -172,6 +172,7 @@ def vocab_size(model: nn.Module) -> int | None:
     return getattr(embedding, "num_embeddings", None)
 
 
+@uninterrupted()
 def save(
     model: nn.Module,
     hub: Hub,
@@ -195,8 +196,6 @@ def save(
             f"Adapter {name!r}: {parts[0]} is split over processes; pass state_dict=accelerator.get_state_dict(model), "
             "which gathers it."
         )
-    tensors = {k: _own(v) for k, v in found.items()}
-    tensors = _unshare(tensors)
     header = {
         "format": "pt",
         "peft_config": json.dumps(config.to_json_dict(), sort_keys=True),
@@ -207,9 +206,9 @@ def save(
     os.close(fd)
     try:
         if safe:
-            write_weights(tensors, aside, header)
+            write_weights(found, aside, header)
         else:
-            torch.save(tensors, aside)
+            torch.save(apart(found), aside)
         os.chmod(aside, 0o666 & ~_umask())
         os.replace(aside, target)
     except BaseException:
@@ -221,39 +220,10 @@ def save(
     config.save_pretrained(folder)
 
 
-def write_weights(tensors: dict[str, Tensor], path: str, header: dict[str, str]) -> None:
-    """A safetensors file. What `save_file` would do once more for each tensor was done before: they are contiguous and
-    share no storage; so their addresses go to its writer as they are."""
-    rust: Any = getattr(safetensors, "_safetensors_rust", None)
-    spec = getattr(rust, "TensorSpec", None)
-    if spec is None or sys.byteorder == "big" or any(t.numel() == 0 for t in tensors.values()):
-        return save_file(tensors, path, metadata=header)
-    held = {k: t.cpu() for k, t in tensors.items()}
-    table = {
-        k: spec(dtype=str(t.dtype).rpartition(".")[2], shape=t.shape, data_ptr=t.data_ptr(), data_len=t.nbytes)
-        for k, t in held.items()
-    }
-    rust.serialize_file(table, path, metadata=header)
-
-
 def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
-
-
-def _own(t: Tensor) -> Tensor:
-    return t if t.is_contiguous() else t.contiguous()
-
-
-def _unshare(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    seen: set[int] = set()
-    out = {}
-    for k, t in tensors.items():
-        at = t.data_ptr()
-        out[k] = t.clone() if at in seen else t
-        seen.add(at)
-    return out
 
 
 def fill_base(config: Any, model: nn.Module) -> None:
@@ -296,7 +266,8 @@ def read(
         raise ValueError(
             f"Can't find weights for {model_id}: expected {SAFETENSORS_WEIGHTS_NAME} or {WEIGHTS_NAME} there."
         )
-    tensors, header = read_weights(path, device)
+    weights = read_weights(path, device)
+    tensors, header = weights.tensors, weights.header
     base = json.loads(header["peft_base"]) if "peft_base" in header else None
     if config is None:
         stored = json.loads(header["peft_config"]) if "peft_config" in header else None
@@ -320,46 +291,10 @@ def read(
             raise CheckpointError(
                 f"{path}: {key} has no elements; the file was written from one rank of a sharded model."
             )
-    bad = not_finite(tensors)
+    bad = not_finite(weights)
     if bad:
         raise CheckpointError(f"{path}: {bad[0]} holds NaN or inf.")
-    return Loaded(config, tensors, base, path, owned=True)
-
-
-def not_finite(tensors: dict[str, Tensor]) -> list[str]:
-    """The keys of tensors that hold NaN or inf. A finite norm has neither below it; another may be an overflow of its own."""
-    held = {k: t for k, t in tensors.items() if t.is_floating_point() and t.numel() and not t.is_meta}
-    if any(t.dtype.itemsize == 1 for t in held.values()):  # the 8-bit formats have no norm
-        return [k for k, t in held.items() if not torch.isfinite(t.float()).all()]
-    if not held:
-        return []
-    alike = [[t for t in held.values() if t.dtype is d] for d in {t.dtype for t in held.values()}]
-    norms = [torch._foreach_norm(ts) for ts in alike]
-    if all(math.isfinite(float(torch.stack(same).sum())) for same in norms):
-        return []
-    return [k for k, t in held.items() if not torch.isfinite(t).all()]
-
-
-_READ: dict[str, Any] = {"backend": "pread"} if "backend" in inspect.signature(load_file).parameters else {}
-
-
-def read_weights(path: str, device: str | None = None) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors and the header of a weights file; `.bin` only through `weights_only`."""
-    if path.endswith(".safetensors"):
-        try:
-            with safetensors.safe_open(path, framework="pt") as f:
-                header = f.metadata() or {}
-            # read, not mapped: another process may write the file anew while this adapter is in use
-            return load_file(path, device=device or "cpu", **_READ), header
-        except (safetensors.SafetensorError, OSError, ValueError) as e:
-            size = os.path.getsize(path)
-            raise CheckpointError(
-                f"{path} ({size} bytes) is no readable safetensors file ({e}); it is damaged or cut short."
-            ) from e
-    try:
-        return torch.load(path, map_location=device or "cpu", weights_only=True), {}
-    except Exception as e:
-        raise CheckpointError(f"{path} cannot be read as plain tensors ({type(e).__name__}: {e}).") from e
+    return Loaded(config, tensors, base, path, owned=not weights.whole)
 
 
 def targets(tensors: Iterable[str], config: Any) -> set[str] | None:
@@ -448,13 +383,24 @@ def check_base(model: nn.Module, loaded: Loaded, adapter: Adapter) -> None:
 
 def assign(pairs: dict[str, tuple[Slot, Tensor]], adapter: Adapter, adopt: bool = False) -> None:
     taken: set[int] = set()
+    copies: tuple[list[Tensor], list[Tensor]] = [], []
     with torch.no_grad():
         for slot, tensor in pairs.values():
+            if not adopt and type(old := slot.tensor) is nn.Parameter and _alike(old, tensor):
+                copies[0].append(old)
+                copies[1].append(tensor)
+                continue
             at = tensor.data_ptr()
             slot.assign(tensor, adopt and tensor.is_contiguous() and at not in taken)
             taken.add(at)
+        if copies[0]:
+            torch._foreach_copy_(*copies)
     for _, method in adapter.methods:
         method.loaded()
+
+
+def _alike(old: Tensor, value: Tensor) -> bool:
+    return old.shape == value.shape and old.device == value.device and not old.is_meta and type(value) is Tensor
 
 
 def push_folder(write: Callable[[str], Any], repo_id: str, **kwargs: Any) -> Any:

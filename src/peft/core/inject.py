@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import copy
 import functools
-import gc
 import hashlib
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,14 +18,16 @@ from torch import nn
 
 from ..registry import companions, kinds, method
 from . import older
-from .adapted import Adapted, Record, adapted_layers, finite, move_recorders
+from .adapted import Adapted, Record, adapted_layers, move_recorders
 from .checkpoint import vocab_size
 from .errors import NoMatchingPeftModuleError
 from .layer import Composite, Geometry, LayerKind, tree
+from .light import uninterrupted
 from .method import Method, Site
 from .mix import Adapter, Hub
 from .span import unwatch, watch
 from .targets import ALL_LINEAR, Place, exactly, find, shared_parameters, shared_storages, short_names, walk
+from .weights import finite
 
 
 def hub_of(model: nn.Module) -> Hub | None:
@@ -37,7 +37,7 @@ def hub_of(model: nn.Module) -> Hub | None:
         _clear(model)  # a library took the wrappers out by itself: the base layers stand bare
         hub = None
     if hub is None:
-        held = (m.hub if isinstance(m, Adapted) else m.__dict__.get("_peft_hub") for m in model.modules())
+        held = ((m.hub if isinstance(m, Adapted) else m.__dict__.get("_peft_hub")) for m in tree(model, wrappers=True))
         hub = next((h for h in held if h is not None), None)
     return hub
 
@@ -237,7 +237,7 @@ def _build(items: list[Item], plan: Plan, init: bool, meta: bool) -> None:
         for item, site, device in zip(group, sites, real, strict=True):
             site.shared = shared
             item.method = m = item.cls.build(item.config, site)
-            m.home = device
+            m.set(home=device)
             path = f"{item.part}:{site.path}" if item.part else site.path
             if site.device.type != "meta":
                 if m.derives:
@@ -253,8 +253,9 @@ def _build(items: list[Item], plan: Plan, init: bool, meta: bool) -> None:
 def commit(model: nn.Module, plan: Plan) -> Hub:
     """Hang the planned methods into the model."""
     hub = plan.hub or Hub()
+    modules = list(tree(model))
     if not hub.adapters:
-        for module in tree(model):
+        for module in modules:
             for p in module._parameters.values():
                 if p is not None:
                     p.requires_grad = False
@@ -276,10 +277,10 @@ def commit(model: nn.Module, plan: Plan) -> Hub:
         if owner is not None:
             assert place.composite is not None
             _stand_in(owner, place.composite)
-        layer = place.adapted
-        if layer is None:
+        layer = place.held
+        if not isinstance(layer, Adapted):
             assert item.kind is not None
-            held = place.held if isinstance(place.held, Composite) else place.module
+            held = layer if isinstance(layer, Composite) else place.module
             layer = Adapted(held, item.kind, hub, place.path, item.site.geometry)
             place.parent._modules[place.attr] = layer
             item.kind.adopted(place.module, dtype)
@@ -295,7 +296,8 @@ def commit(model: nn.Module, plan: Plan) -> Hub:
     hub.set_trainable(plan.name, plan.name in hub.chosen and not plan.config.inference_mode)
     if any(item.cls.located for item in plan.items):
         watch(model, hub)
-    modules = list(tree(model))
+    if any(item.place is not None and item.place.composite is not None for item in plan.items):
+        modules = list(tree(model))  # stand-ins stand where modules stood
     for kind in kinds().values():
         kind.installed(modules)
     hub.bind_checkpointing(modules)
@@ -349,18 +351,6 @@ def inject(model: nn.Module, config: Any, name: str = "default", **options: Any)
     """Plan and commit."""
     with uninterrupted():
         return commit(model, plan(model, config, name, **options))
-
-
-@contextmanager
-def uninterrupted() -> Iterator[None]:
-    """No garbage collection while some 100,000 long-lived objects are made: each would be walked many times over."""
-    was = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was:
-            gc.enable()
 
 
 def delete(model: nn.Module, name: str) -> None:

@@ -7,6 +7,7 @@ matrix, and how to read and write the weight. All matrices are `W[out, fan_in]`,
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from . import offload
+from .light import Light
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,12 @@ class Geometry:
         return full.reshape(self.out, self.fan_in)
 
 
+@functools.lru_cache(maxsize=4096)
+def plain_geometry(out: int, inputs: int) -> Geometry:
+    """That of a plain matrix: one object for all layers of a size."""
+    return Geometry(out=out, fan_in=inputs, inputs=inputs)
+
+
 @dataclass
 class Part:
     """One weight of a composite: the module that computes with it hangs at `parent.attr`."""
@@ -65,56 +73,6 @@ class Part:
     parent: nn.Module
     attr: str
     stem: str  # the part's path below the composite, as upstream writes it to disk; "" is the composite's own
-
-
-class _Later:
-    """A container that nearly no module ever uses: made when it is first asked for."""
-
-    def __init__(self, name: str, container: type) -> None:
-        self.name, self.container = name, container
-
-    def __get__(self, module: Any, owner: type) -> Any:
-        return self if module is None else module.__dict__.setdefault(self.name, self.container())
-
-
-_FIELDS = nn.Module().__dict__
-_LATER = {
-    k: _Later(k, type(v)) for k, v in _FIELDS.items() if "_dict_" in k or k.endswith(("_kwargs", "_called", "_set"))
-}
-_FRESH = [(k, type(v) if isinstance(v, dict) else None, v) for k, v in _FIELDS.items() if k not in _LATER]
-
-
-class Light(nn.Module):
-    """A module of which a model may have a hundred thousand.
-
-    The same fields as any nn.Module, whatever this torch gives it, set without the checks that cost most of the time;
-    the containers that neither calls nor the tree of modules read come when they are asked for.
-    """
-
-    def __init__(self) -> None:
-        fields = self.__dict__
-        for name, container, value in _FRESH:
-            fields[name] = value if container is None else container()
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        fields = self.__dict__
-        if (
-            "_parameters" not in fields
-            or name in fields["_parameters"]
-            or name in fields["_buffers"]
-            or name in fields["_modules"]
-        ):  # before __init__
-            super().__setattr__(name, value)
-        elif type(value) is nn.Parameter and name not in fields:
-            fields["_parameters"][name] = value
-        elif isinstance(value, (Tensor, nn.Module)):
-            super().__setattr__(name, value)
-        else:
-            object.__setattr__(self, name, value)
-
-
-for _name, _later in _LATER.items():
-    setattr(Light, _name, _later)
 
 
 class Wrapper(Light):

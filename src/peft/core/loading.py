@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..config import HUB_KWARGS
 from . import checkpoint, inject, older
 from .errors import CheckpointError
+from .light import uninterrupted
 from .mix import Adapter, Hub
 from .targets import walk
 from .vocabulary import room_for_tokens
@@ -30,6 +31,7 @@ class LoadResult:
         return iter((self.missing_keys, self.unexpected_keys))
 
 
+@uninterrupted()
 def read_adapter(
     model_id: Any, config: Any, key_mapping: dict[str, str] | None, strict: bool, kwargs: dict[str, Any]
 ) -> checkpoint.Loaded:
@@ -53,7 +55,7 @@ def load_into(
     model: nn.Module, loaded: checkpoint.Loaded, name: str, *, strict: bool = True, autocast_adapter_dtype: bool = True
 ) -> LoadResult:
     """Plan, check every key, then commit: a file that does not fit leaves the model as it was."""
-    with inject.uninterrupted(), room_for_tokens(model, loaded):
+    with uninterrupted(), room_for_tokens(model, loaded):
         return _load_into(model, loaded, name, strict, autocast_adapter_dtype)
 
 

@@ -651,5 +651,6 @@ def _unwrapped(model: nn.Module) -> nn.Module:
 def load_peft_weights(
     model_id: str, device: str | None = None, key_mapping: dict[str, str] | None = None, **kwargs: Any
 ) -> dict[str, Tensor]:
-    """The tensors of a saved adapter."""
-    return read_adapter(model_id, PeftConfig(), key_mapping, False, kwargs).tensors
+    """The tensors of a saved adapter, each with memory of its own."""
+    loaded = read_adapter(model_id, PeftConfig(), key_mapping, False, kwargs)
+    return loaded.tensors if loaded.owned else {k: t.clone() for k, t in loaded.tensors.items()}

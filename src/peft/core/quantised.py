@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .layer import Geometry, LayerKind, on_device
+from .layer import Geometry, LayerKind, on_device, plain_geometry
 
 
 class Quantised(LayerKind):
@@ -23,7 +23,7 @@ class Quantised(LayerKind):
 
     def geometry(self, module: nn.Module) -> Geometry:
         out, inputs = int(module.out_features), int(module.in_features)  # type: ignore[arg-type]
-        return Geometry(out=out, fan_in=inputs, inputs=inputs)
+        return plain_geometry(out, inputs)
 
     def op(self, module: nn.Module, x: Tensor, matrix: Tensor) -> Tensor:
         return F.linear(x, matrix.to(x.dtype))

@@ -70,7 +70,7 @@ def unreadable(t: Tensor) -> str:
 
 def split(t: Tensor) -> bool:
     """Whether each process has a piece of this tensor (a DTensor)."""
-    return hasattr(t, "full_tensor")
+    return type(t) is not Tensor and type(t) is not nn.Parameter and hasattr(t, "full_tensor")
 
 
 def like(value: Tensor, old: Any) -> Tensor:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +23,7 @@ ALL_LINEAR = "all-linear"
 HEADS = ("classifier", "score", "qa_outputs")  # names that transformers gives newly initialised heads
 
 
-@dataclass
+@dataclass(slots=True)
 class Place:
     """One place of the base model's tree: where a module hangs, wrapped or not."""
 
@@ -60,7 +60,7 @@ class Place:
 
     @property
     def adapted(self) -> Adapted | None:
-        return self.held if isinstance(self.held, Adapted) else None
+        return held if isinstance(held := self.held, Adapted) else None
 
     @property
     def key(self) -> tuple[int, str]:
@@ -92,7 +92,7 @@ def _below(child: nn.Module, place: Place) -> Iterator[Place]:
         yield from parts(child, place)
     elif (kind := splitter_of(child)) is not None and (composite := kind.split(child)) is not None:
         yield from parts(composite, place)
-    else:
+    elif child._modules:
         yield from _children(child, place.path + ".", place.stem + ".")
 
 
@@ -109,12 +109,19 @@ def names(pattern: str, path: str) -> bool:
     return path == pattern or path.endswith("." + pattern)
 
 
-def matches(patterns: list[str] | str | None, path: str) -> bool:
+def matcher(patterns: Collection[str] | str | None) -> Callable[[str], bool]:
+    """Whether a path is among the target names, or the regular expression fits all of it."""
     if not patterns:
-        return False
+        return lambda path: False
     if isinstance(patterns, str):
-        return re.fullmatch(patterns, path) is not None
-    return path in patterns or path.endswith(tuple(f".{p}" for p in patterns))
+        fits = re.compile(patterns).fullmatch
+        return lambda path: fits(path) is not None
+    whole, ends = frozenset(patterns), tuple(f".{p}" for p in patterns)
+    return lambda path: path in whole or path.endswith(ends)
+
+
+def matches(patterns: Collection[str] | str | None, path: str) -> bool:
+    return matcher(patterns)(path)
 
 
 def for_path(patterns: dict[str, Any] | None, path: str, default: Any) -> Any:
@@ -245,11 +252,9 @@ def find(model: nn.Module, config: Any, strict: bool = True) -> list[Place]:
         if not chosen:
             raise NoMatchingPeftModuleError("target_modules='all-linear' found no linear layer in this model.")
     else:
+        meant = matcher(targets)
         chosen = [
-            p
-            for p in places
-            if not _composed(p)
-            and (matches(targets, p.path) or (p.owner is not None and matches(targets, p.owner.path)))
+            p for p in places if (meant(p.path) or (p.owner is not None and meant(p.owner.path))) and not _composed(p)
         ]
         if not isinstance(targets, str):
             ends = {p.path.rpartition(".")[2] for p in chosen}  # nearly all names are last components
@@ -267,9 +272,8 @@ def find(model: nn.Module, config: Any, strict: bool = True) -> list[Place]:
             )
         if not chosen and targets:
             _fail("target_modules", [str(targets)], places)
-    kept = [
-        p for p in chosen if not matches(excluded, p.path) and in_layers(config, p.path) and not inside_saved(p.path)
-    ]
+    barred = matcher(excluded)
+    kept = [p for p in chosen if not barred(p.path) and in_layers(config, p.path) and not inside_saved(p.path)]
     if chosen and not kept:
         why = "exclude_modules, layers_to_transform and modules_to_save leave none of them"
         raise NoMatchingPeftModuleError(f"target_modules={targets!r} matches {len(chosen)} modules, but {why}.")

@@ -43,15 +43,18 @@ class End:
     turned: bool = False
 
 
+ALONE = End()
+
+
 def end_of(site: Site) -> End:
     if not site.shared:
-        return End()
+        return ALONE
     for path, turned in ((site.path, False), (site.tied, False), (site.tied, True)):
         start = _key(path, site, "", turned)
         parts = {k.removeprefix(start): p for k, p in site.shared.items() if k.startswith(start)}
         if parts:
             return End(parts, path != site.path, turned)
-    return End()
+    return ALONE
 
 
 def _key(path: str, site: Site, name: str, turned: bool = False) -> str:
@@ -86,7 +89,7 @@ class Pair(Method):
     def place_factors(self, config: Any, site: Site) -> None:
         """Make the factors, or take those of the first end, which alone writes them to the file."""
         end = end_of(site)
-        self.follows, self.turned = end.follows, end.turned
+        self.set(follows=end.follows, turned=end.turned)
         for name, p in (end.parts or self.factors_for(config, site)).items():
             self._parameters[name] = p
         if self.follows:

@@ -27,8 +27,9 @@ def table(which: str) -> dict[str, Callable[..., Any]]:
 
 
 @cache
-def find(name: str) -> tuple[Callable[..., Any], str, bool]:
-    """(function, argument, whether it starts from W) for a name."""
+def find(value: bool | str) -> tuple[Callable[..., Any], str, bool]:
+    """(function, argument, whether it starts from W) for what `init_lora_weights` says."""
+    name = value.lower() if isinstance(value, str) else "default" if value else "noise"
     for which in ("random", "from_weight"):
         for known, fn in table(which).items():
             argument = name[len(known) :]

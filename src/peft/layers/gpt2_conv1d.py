@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..core.layer import Geometry, LayerKind
+from ..core.layer import Geometry, LayerKind, plain_geometry
 
 
 class GPT2Conv1D(LayerKind):
@@ -31,7 +31,7 @@ class GPT2Conv1D(LayerKind):
 
     def geometry(self, module: nn.Module) -> Geometry:
         inputs, out = module.weight.shape  # type: ignore[union-attr,misc]
-        return Geometry(out=int(out), fan_in=int(inputs), inputs=int(inputs))
+        return plain_geometry(int(out), int(inputs))
 
     def op(self, module: nn.Module, x: Tensor, matrix: Tensor) -> Tensor:
         return F.linear(x, matrix.to(x.dtype))

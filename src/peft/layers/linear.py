@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..core.layer import Geometry, LayerKind
+from ..core.layer import Geometry, LayerKind, plain_geometry
 
 
 class Linear(LayerKind):
@@ -28,8 +28,7 @@ class Linear(LayerKind):
         return isinstance(module, nn.Linear)
 
     def geometry(self, module: nn.Module) -> Geometry:
-        out, inputs = int(module.out_features), int(module.in_features)  # type: ignore[arg-type]
-        return Geometry(out=out, fan_in=inputs, inputs=inputs)
+        return plain_geometry(int(module.out_features), int(module.in_features))  # type: ignore[arg-type]
 
     def op(self, module: nn.Module, x: Tensor, matrix: Tensor) -> Tensor:
         return F.linear(x, matrix.to(x.dtype))

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from ..core import offload
 from ..core.errors import Refusal
-from ..core.layer import Geometry, LayerKind, on_device
+from ..core.layer import Geometry, LayerKind, on_device, plain_geometry
 
 
 class WeightSlice(nn.Module):
@@ -98,7 +98,7 @@ class Slice(LayerKind):
 
     def geometry(self, module: nn.Module) -> Geometry:
         assert isinstance(module, WeightSlice)
-        return Geometry(out=module.out_features, fan_in=module.in_features, inputs=module.in_features)
+        return plain_geometry(module.out_features, module.in_features)
 
     def admit(self, module: nn.Module, method: Any, path: str) -> None:
         assert isinstance(module, WeightSlice)

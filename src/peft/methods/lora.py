@@ -76,7 +76,7 @@ class LoraConfig(DeltaConfig):
         super().__post_init__()
         require(self, "r")
         require(self, "lora_dropout", 0, 1)
-        find_init(init_name(self.init_lora_weights))
+        find_init(self.init_lora_weights)
         require_ranks(self)
 
 
@@ -105,21 +105,25 @@ class Lora(Pair):
     dropout_name = "lora_dropout"
     lora_A: Tensor
     lora_B: Tensor
+    lora_bias: Tensor | None
+    r: int
+    lora_alpha: float
+    use_rslora: bool
+    first_A: Tensor | None
+    first_B: Tensor | None
 
     def __init__(self, config: LoraConfig, site: Site) -> None:
         super().__init__(config, site)
         named = site.tied if config.ensure_weight_tying and site.tied else site.path
-        self.r = self.rank_at(config, named)
-        self.lora_alpha = for_path(config.alpha_pattern, named, config.lora_alpha)
-        self.use_rslora = config.use_rslora
-        self.dropout = config.lora_dropout
-        self.first_A: Tensor | None
-        self.first_B: Tensor | None
+        alpha = for_path(config.alpha_pattern, named, config.lora_alpha)
+        self.set(r=self.rank_at(config, named), lora_alpha=alpha, use_rslora=config.use_rslora)
+        self.set(dropout=config.lora_dropout, lora_bias=None)
         self._buffers.update(first_A=None, first_B=None)  # PiSSA, OLoRA: the initial factors, subtracted; not saved
         if site.geometry.indexed:
             self.keys = {"lora_A": "lora_embedding_A", "lora_B": "lora_embedding_B", "lora_bias": "lora_B.bias"}  # type: ignore[misc]
         self.place_factors(config, site)
-        self.lora_bias = site.empty(site.geometry.out) if config.lora_bias else None
+        if config.lora_bias:
+            self.lora_bias = site.empty(site.geometry.out)
 
     @classmethod
     def rank_at(cls, config: LoraConfig, path: str) -> int:
@@ -137,10 +141,10 @@ class Lora(Pair):
 
     @property
     def derives(self) -> bool:
-        return find_init(init_name(self.config.init_lora_weights))[2]
+        return find_init(self.config.init_lora_weights)[2]
 
     def derive(self, rng: torch.Generator, site: Site) -> None:
-        start, argument, _ = find_init(init_name(self.config.init_lora_weights))
+        start, argument, _ = find_init(self.config.init_lora_weights)
         if self.follows:
             why = f"ensure_weight_tying shares a pair with {site.tied}, but this start decomposes each end's own weight"
             raise Refusal(self.peft_type, f"{site.path} ({site.layer})", why)
@@ -154,7 +158,7 @@ class Lora(Pair):
             self.lora_A.copy_(self.first_A)
             self.lora_B.copy_(self.first_B)
         elif not self.follows:
-            start, _, _ = find_init(init_name(self.config.init_lora_weights))
+            start, _, _ = find_init(self.config.init_lora_weights)
             start(self.lora_A, self.lora_B, rng, site)
         if self.lora_bias is not None:
             self.lora_bias.zero_()
@@ -212,8 +216,3 @@ class Lora(Pair):
         if not kernel or attr == "lora_bias":
             return None
         return (self.r, -1, *kernel) if attr == "lora_A" else (-1, self.r, *(1 for _ in kernel))
-
-
-def init_name(value: bool | str) -> str:
-    """The start that `init_lora_weights` asks for."""
-    return value.lower() if isinstance(value, str) else "default" if value else "noise"

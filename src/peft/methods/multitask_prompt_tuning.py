@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from ..config import require
-from ..core.checkpoint import read_weights
 from ..core.errors import CheckpointError
 from ..core.method import Site
+from ..core.weights import read_weights
 from .prompt_tuning import PromptTuning, PromptTuningConfig, chosen
 
 __all__ = ["MultitaskPromptTuningConfig", "MultitaskPromptTuningInit"]
@@ -94,7 +94,7 @@ class MultitaskPromptTuning(PromptTuning):
             raise ValueError(
                 f"prompt_tuning_init_state_dict_path needs to be specified with prompt_tuning_init={start}"
             )
-        source, _ = read_weights(path)
+        source = read_weights(path).tensors
         wanted = {"prompt_embeddings": self.embedding.weight}
         if start != "ONLY_SOURCE_SHARED":
             wanted |= {"prefix_task_cols": self.prefix_task_cols, "prefix_task_rows": self.prefix_task_rows}
