@@ -117,13 +117,13 @@ def test_equal_shares_of_the_rows_run_together(each, first):
     where = [slice(first + i * each, first + (i + 1) * each) for i in range(3)]
     terms = [Thin(A, B, 0.5) for A, B in factors]
     leaves = [x, *(t for pair in factors for t in pair)]
-    together, plain = rows_linear(x, W, b, terms, where, Scratch()), lowrank_linear(x, W, b, terms, where=where)
+    together, plain = rows_linear(x, W, b, terms, where, None, Scratch()), lowrank_linear(x, W, b, terms, where=where)
     assert together is not None and torch.allclose(together, plain, atol=1e-12)
     g = torch.randn_like(plain)
     for a, e in zip(torch.autograd.grad(together, leaves, g), torch.autograd.grad(plain, leaves, g), strict=True):
         assert torch.allclose(a, e, atol=1e-12)
     with torch.no_grad():
-        assert torch.allclose(rows_linear(x, W, b, terms, where, Scratch()), plain, atol=1e-12)
+        assert torch.allclose(rows_linear(x, W, b, terms, where, None, Scratch()), plain, atol=1e-12)
 
 
 def test_other_shares_do_not_run_together():
@@ -134,12 +134,12 @@ def test_other_shares_do_not_run_together():
         [slice(2, 4), slice(0, 2)],
         [slice(0, 2), torch.tensor([2, 4])],
     ):
-        assert rows_linear(x, W, b, [Thin(*f) for f in factors], where, Scratch()) is None
-    assert rows_linear(x, W, b, [], [], Scratch()) is None  # all rows run as the base
+        assert rows_linear(x, W, b, [Thin(*f) for f in factors], where, None, Scratch()) is None
+    assert rows_linear(x, W, b, [], [], None, Scratch()) is None  # all rows run as the base
     even = [slice(0, 2), slice(2, 4)]
     (A, B), (C, D) = factors
-    assert rows_linear(x, W, b, [Thin(A, B), Thin(C, D, 2.0)], even, Scratch()) is None
-    assert rows_linear(x, W, b, [Thin(A, B), Thin(C[:1], D[:, :1])], even, Scratch()) is None
+    assert rows_linear(x, W, b, [Thin(A, B), Thin(C, D, 2.0)], even, None, Scratch()) is None
+    assert rows_linear(x, W, b, [Thin(A, B), Thin(C[:1], D[:, :1])], even, None, Scratch()) is None
 
 
 @pytest.mark.parametrize("p", [0.0, 0.5])
@@ -196,7 +196,7 @@ def nodes():
             (x, A, B, C, D),
         ),
         "even rows": (
-            lambda: rows_linear(x, W, b, two, halves, Scratch()),
+            lambda: rows_linear(x, W, b, two, halves, None, Scratch()),
             lambda: F.linear(x, W, b) + top * delta(A, B) + (1 - top) * delta(C, D),
             (x, A, B, C, D),
         ),

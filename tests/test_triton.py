@@ -508,3 +508,152 @@ def test_the_fused_node_takes_these_kernels_where_they_run(monkeypatch, p, froze
     leaves = [A, B] if frozen else [x, A, B]
     for a, e in zip(torch.autograd.grad(y, leaves, t["dy"]), torch.autograd.grad(plain, leaves, t["dy"]), strict=True):
         close(a, e)
+
+
+@pytest.mark.parametrize("layout", ["transposed", "expanded", "a slice"])
+def test_entries_of_a_row_need_not_lie_side_by_side(monkeypatch, layout):
+    """What comes from a transpose, and the gradient that a sum sends back, which is one number for all entries."""
+    from peft.kernels.lowrank import Thin, lowrank_linear
+
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    t = draw(20, 24, 18, 5)
+    x = {"transposed": t["x"].T.contiguous().T, "expanded": t["x"][:, :1].expand(20, 24), "a slice": t["x"]}[layout]
+    x = torch.randn(20, 48)[:, ::2] if layout == "a slice" else x
+    x, A, B = x.requires_grad_(), t["A"].requires_grad_(), t["B"].T.contiguous().T.requires_grad_()
+    W = torch.randn(18, 24)
+    y, plain = lowrank_linear(x, W, None, [Thin(A, B, 0.7)]), x @ W.T + 0.7 * x @ A.T @ B.T
+    close(y, plain)
+    for loss in (lambda y: y.sum(), lambda y: (y.T.contiguous().T * t["dy"]).sum()):
+        found, wanted = (torch.autograd.grad(loss(v), [x, A, B], retain_graph=True) for v in (y, plain))
+        for a, e in zip(found, wanted, strict=True):
+            close(a, e)
+    with pytest.raises(ValueError, match="side by side"):
+        K.expand_(torch.zeros(18, 20).T, torch.ones(20, 5), B, 1.0)
+
+
+# -- an adapter per row ------------------------------------------------------------------------------------------------
+ROWS = {  # which rows of 24 each of three terms has: slices, or positions that need not follow each other
+    "in order": [slice(0, 10), slice(10, 18), slice(18, 24)],
+    "with rows of the base": [slice(2, 5), slice(12, 14), slice(20, 23)],
+    "interleaved": [torch.arange(0, 24, 3), torch.arange(1, 24, 3), torch.arange(2, 24, 3)],
+    "mixed": [torch.tensor([0, 1, 2, 9, 11]), slice(3, 7), torch.tensor([7, 8, 20])],
+    "one has none": [torch.tensor([0, 5, 6]), torch.tensor([1, 2]), torch.tensor([], dtype=torch.int64)],
+}
+
+
+def terms_of(ranks=(2, 5, 3), scales=(0.5, 2.0, -1.0), k=24, n=18):
+    from peft.kernels.lowrank import Thin
+
+    g = torch.Generator().manual_seed(4)
+    factors = [(torch.randn(r, k, generator=g), torch.randn(n, r, generator=g)) for r in ranks]
+    return [Thin(A.requires_grad_(), B.requires_grad_(), s) for (A, B), s in zip(factors, scales, strict=True)]
+
+
+def mixed(x, W, b, terms, where, M=1.0):
+    """The formula: row by row its own term."""
+    y = x @ W.T + b
+    for t, at in zip(terms, where, strict=True):
+        rows = torch.arange(len(x))[at]
+        y = y.index_add(0, rows, t.scale * ((M * x)[rows] @ t.A.T) @ t.B.T)
+    return y
+
+
+@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize("case", ROWS)
+def test_mixed_rows_take_the_grouped_kernels(monkeypatch, case, p):
+    from peft.kernels.rows import Scratch, rows_linear
+
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    terms, where = terms_of(), ROWS[case]
+    t = draw(24, 24, 18, 1)
+    x, W, b = t["x"].requires_grad_(), torch.randn(18, 24), torch.randn(18)
+    asked = []
+    monkeypatch.setattr(K, "grouped_shrink", lambda *a, f=K.grouped_shrink: asked.append(a) or f(*a))
+    y = rows_linear(x, W, b, terms, where, [p] * 3 if p else None, Scratch())
+    ((*_, seed, _),) = asked
+    plain = mixed(x, W, b, terms, where, K.mask(x.shape, p, seed, "cpu"))
+    close(y, plain)
+    leaves = [x, *(f for term in terms for f in (term.A, term.B))]
+    found, wanted = (torch.autograd.grad(v, leaves, t["dy"], allow_unused=True) for v in (y, plain))
+    for a, e, leaf in zip(found, wanted, leaves, strict=True):
+        close(a, torch.zeros_like(leaf) if e is None else e)
+        assert a.is_contiguous()
+
+
+def test_second_derivatives_of_mixed_rows(monkeypatch):
+    from peft.kernels.rows import Scratch, rows_linear
+
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    terms, where = terms_of(), ROWS["interleaved"]
+    t = draw(24, 24, 18, 1)
+    x, W, b = t["x"].requires_grad_(), torch.randn(18, 24), torch.randn(18)
+    second = []
+    for y in (rows_linear(x, W, b, terms, where, None, Scratch()), mixed(x, W, b, terms, where)):
+        (dx,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+        second.append(torch.autograd.grad(dx.square().sum(), [x, terms[1].A, terms[1].B]))
+    for a, e in zip(*second, strict=True):
+        close(a, e, 1e-4)
+    y = rows_linear(x, W, b, terms, where, [0.5] * 3, Scratch())
+    with pytest.raises(NotImplementedError, match="dropout"):
+        torch.autograd.grad(y.sum(), x, create_graph=True)
+
+
+def test_what_the_grouped_kernels_leave_to_others(monkeypatch):
+    from peft.kernels.rows import Scratch
+    from peft.kernels.triton_rows import grouped_linear, runs_of
+
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    cpu, x, W = torch.device("cpu"), torch.randn(24, 24), torch.randn(18, 24)
+    runs = runs_of(ROWS["in order"], cpu)
+    terms = terms_of()
+    assert grouped_linear(x, W, None, terms, runs) is not None
+    assert grouped_linear(x[:3], W, None, terms, runs) is None  # too few rows
+    first = terms[0]
+    for other in (first._replace(A=first.A.half()), first._replace(B=torch.randn(2, 18).T)):
+        assert grouped_linear(x, W, None, [other, *terms[1:]], runs) is None  # two dtypes; not by rows
+    assert runs_of([slice(0, 4), slice(3, 6)], cpu) is None  # rows with two terms
+    assert runs_of([None], cpu) is None
+    scratch = Scratch()
+    where = ROWS["mixed"]
+    assert scratch.runs_of(where, cpu) is scratch.runs_of(list(where), cpu)  # once a batch, not once a layer
+    scratch.clear()
+    assert not scratch.runs
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_a_model_whose_rows_differ_takes_them_throughout(monkeypatch, dropout):
+    from peft import LoraConfig, get_peft_model
+
+    def run(names):
+        torch.manual_seed(1)
+        model = get_peft_model(
+            torch.nn.Sequential(torch.nn.Linear(24, 18), torch.nn.Tanh(), torch.nn.Linear(18, 24)),
+            LoraConfig(r=2, target_modules=["0", "2"], init_lora_weights=False, lora_dropout=dropout, seed=0),
+            "a",
+        )
+        for name, r in (("b", 5), ("c", 3)):
+            model.add_adapter(
+                name,
+                LoraConfig(
+                    r=r, target_modules=["0"], init_lora_weights=False, lora_dropout=dropout, lora_alpha=3, seed=r
+                ),
+            )
+            model.set_requires_grad(name)
+        model.train(dropout > 0)
+        x = torch.randn(len(names), 6, 24, generator=torch.Generator().manual_seed(2), requires_grad=True)
+        torch.manual_seed(3)
+        y = model(x, adapter_names=names)
+        y.square().sum().backward()
+        return y.detach(), x.grad, *(p.grad for n, p in model.named_parameters() if p.requires_grad)
+
+    names = ["a", "b", "a", "__base__", "c", "b"]
+    wanted = run(names)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    launched = []
+    monkeypatch.setattr(K, "_launch", lambda name, *a, f=K._launch, **k: launched.append(name) or f(name, *a, **k))
+    found = run(names)
+    assert launched.count("_shrink") >= 2
+    if not dropout:  # with it, the masks are other ones
+        for a, e in zip(found, wanted, strict=True):
+            close(a, e, 1e-4)
+    assert all(g is not None and g.isfinite().all() for g in found)

@@ -57,8 +57,8 @@ def run_rows(layer: Adapted, rows: Rows, row: Tensor | None, x: Any) -> Tensor |
             where.append(at)
     if not any(drop):
         drop = None
-        if (y := rows_linear(x, *base, terms, where, rows.scratch)) is not None:
-            return y
+    if (y := rows_linear(x, *base, terms, where, drop, rows.scratch)) is not None:
+        return y
     return lowrank.lowrank_linear(x, *base, terms, drop, where)
 
 

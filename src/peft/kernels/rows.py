@@ -1,4 +1,5 @@
-"""An adapter per row of the batch where all have equally many rows, in order: their factors stacked, as batched products.
+"""An adapter per row of the batch: by the grouped kernels on a GPU; elsewhere, and where all have equally many rows, in
+order, their factors stacked, as batched products.
 
     y[i] += s·x[i] Aᵢᵀ Bᵢᵀ        x[N, T, k], A[N, r, k], B[N, n, r]
 
@@ -15,14 +16,25 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from . import triton_lowrank
 from .lowrank import Thin, Where, again
+from .triton_rows import Runs, grouped_linear, runs_of
 
 
 class Scratch:
-    """Memory for one stack at a time. `clear` gives it back between the calls that share it."""
+    """What the layers of a call share: memory for one stack at a time, and how the rows fall into segments. `clear`
+    gives it back between calls."""
 
     def __init__(self) -> None:
         self.held: Tensor | None = None
+        self.runs: dict[tuple[int, ...], tuple[list[Where], Runs | None]] = {}
+
+    def runs_of(self, where: list[Where], device: torch.device) -> Runs | None:
+        """Known by the objects that say where, which are kept, so that no other can take their place."""
+        key = tuple(map(id, where))
+        if key not in self.runs:
+            self.runs[key] = where, runs_of(where, device)
+        return self.runs[key][1]
 
     def stack(self, factors: Sequence[Tensor], like: Tensor) -> Tensor:
         """The factors as one tensor of `like`'s dtype; valid until the next stack."""
@@ -38,13 +50,25 @@ class Scratch:
 
     def clear(self) -> None:
         self.held = None
+        self.runs.clear()
 
 
 def rows_linear(
-    x: Tensor, W: Tensor, b: Tensor | None, terms: list[Thin], where: list[Where], scratch: Scratch
+    x: Tensor,
+    W: Tensor,
+    b: Tensor | None,
+    terms: list[Thin],
+    where: list[Where],
+    drop: list[float] | None,
+    scratch: Scratch,
 ) -> Tensor | None:
-    """x[..., k] -> y[..., n] with the terms' own rows; None where they are no even, ascending share of the rows."""
-    share = _even(terms, where)
+    """x[..., k] -> y[..., n] with the terms' own rows. None where neither the grouped kernels nor batched products take
+    it: these want an even, ascending share of the rows each, and no dropout."""
+    if terms and triton_lowrank.available(x) and len(set(drop or [0.0])) == 1:
+        runs = scratch.runs_of(where, x.device)
+        if runs is not None and (y := grouped_linear(x, W, b, terms, runs, drop[0] if drop else 0.0)) is not None:
+            return y
+    share = None if drop else _even(terms, where)
     if share is None or x.device.type == "meta":
         return None
     flat = [f for t in terms for f in (t.A, t.B)]

@@ -472,6 +472,16 @@ def _total_of(
     return out
 
 
+def _by_rows(t: Tensor) -> Tensor:
+    """Entries of a row side by side, as the kernels read them: not in transposed or expanded tensors."""
+    return t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
+
+
+def _in_place(t: Tensor) -> None:
+    if _by_rows(t) is not t:
+        raise ValueError("A tensor that is added to must have the entries of a row side by side.")
+
+
 def _run_shrink(
     x: Tensor, w: Tensor, r: int, R: int, rank_rows: bool, p: float, seed: int, s: float, group: _Group,
     w_type: torch.dtype,
@@ -479,6 +489,7 @@ def _run_shrink(
     T, k = x.shape
     if not (T and k and R):
         return x.new_zeros(T, R)
+    x, w = _by_rows(x), _by_rows(w)
     width = _width(R)
     b = blocks("_shrink", width, x.element_size())
     tiles, table, _ = group.tiles(T, b.rows)
@@ -506,6 +517,8 @@ def _run_expand(
     tiles, table, _ = group.tiles(T, b.rows)
     if not (tiles and n and h.shape[1]):
         return
+    _in_place(y)
+    h, w = _by_rows(h), _by_rows(w)
     drop, random, undo = _drop(p, seed)
     _launch(
         "_expand", (tiles, _cdiv(n, b.columns)), y, y, h, w, table, group.ranks, group.scales, T, n, r, y.stride(0),
@@ -523,6 +536,7 @@ def _run_both(
     R = h.shape[1]
     many = group.segments is not None
     width = _width(R)
+    dy, h, B = _by_rows(dy), _by_rows(h), _by_rows(B)
     if width > 32 or not (
         T and n and R
     ):  # dB's partial sums, 2R/rows of dy's bytes, would cost more than a second read
@@ -559,6 +573,9 @@ def _run_grad(
     shape = (len(group.segments), *shape) if group.segments is not None else shape  # type: ignore[assignment]
     if not (T and k and R):
         return torch.zeros(shape, dtype=dtype, device=x.device)
+    x, h, w = _by_rows(x), _by_rows(h), w if w is None else _by_rows(w)
+    if dx is not None:
+        _in_place(dx)
     width = _width(R)
     b = blocks("_grad", width, x.element_size())
     across = _cdiv(k, b.columns)
