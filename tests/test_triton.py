@@ -615,9 +615,9 @@ def test_what_the_grouped_kernels_leave_to_others(monkeypatch):
     assert runs_of([None], cpu) is None
     scratch = Scratch()
     where = ROWS["mixed"]
-    assert scratch.runs_of(where, cpu) is scratch.runs_of(list(where), cpu)  # once a batch, not once a layer
+    assert scratch.of(runs_of, where, x) is scratch.of(runs_of, list(where), x)  # once a batch, not once a layer
     scratch.clear()
-    assert not scratch.runs
+    assert not scratch.found
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.2])

@@ -10,7 +10,6 @@ import os
 import pickle
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -37,7 +36,6 @@ from peft import (
     get_peft_model,
 )
 
-UPSTREAM = Path(__file__).parents[1] / ".venv" / "upstream"
 IDS = torch.arange(12).reshape(2, 6)
 SIZES = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2}
 X = torch.randn(5, 16, generator=torch.Generator().manual_seed(3))
@@ -460,14 +458,12 @@ def configs():
 
 
 @pytest.fixture(scope="module")
-def upstreams(tmp_path_factory):
+def upstreams(upstream_folder, tmp_path_factory):
     """Upstream's in-memory state dicts and logits, made in a process of its own."""
-    if not UPSTREAM.is_dir():
-        pytest.skip("upstream is not installed aside")
     folder = tmp_path_factory.mktemp("upstream")
     (folder / "test_views_configs.py").write_text(SHARED)
     env = {**os.environ, "PYTHONPATH": "", "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-c", SAVE, str(UPSTREAM), str(folder), str(folder)]
+    command = [sys.executable, "-c", SAVE, str(upstream_folder), str(folder), str(folder)]
     done = subprocess.run(command, env=env, cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     return folder

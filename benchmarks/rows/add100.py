@@ -37,7 +37,7 @@ class Add(Case):
         self.n = 5 if quick else 100
         self.figures = {
             "100th ÷ first": Figure("×", (at_most(1.1),)),
-            "first": Figure("ms"),
+            "first": Figure("ms", what="median of six models, three before the crowd and three after"),
             "100th": Figure("ms", what="median of the last five"),
         }
 
@@ -52,9 +52,14 @@ class Add(Case):
         return with_effect(model, logits=lambda: model(input_ids=tokens(1, 16, 256)).logits)
 
     def sample(self) -> dict[str, float]:
+        firsts = [self.first() for _ in range(3)]
         _, times = crowd(copy.deepcopy(self.base), self.n)
-        last = statistics.median(times[-5:])
-        return {"100th ÷ first": last / times[0], "first": 1e3 * times[0], "100th": 1e3 * last}
+        firsts += [self.first() for _ in range(3)]
+        first, last = statistics.median(firsts), statistics.median(times[-5:])
+        return {"100th ÷ first": last / first, "first": 1e3 * first, "100th": 1e3 * last}
+
+    def first(self) -> float:
+        return crowd(copy.deepcopy(self.base), 1)[1][0]
 
 
 def cases(quick: bool) -> list[Case]:

@@ -28,7 +28,6 @@ import peft
 from peft import LoraConfig, get_peft_model, registry
 
 ROOT = Path(__file__).parents[2]
-UPSTREAM = ROOT / ".venv" / "upstream"
 CLIENTS = ("transformers", "diffusers", "accelerate", "trl", "sentence_transformers")
 
 
@@ -274,11 +273,9 @@ json.dump({"version": peft.__version__, "modules": out}, open(sys.argv[1], "w"))
 
 
 @pytest.fixture(scope="module")
-def upstream(tmp_path_factory):
-    if not UPSTREAM.is_dir():
-        pytest.skip("upstream is not installed aside")
+def upstream(upstream_folder, tmp_path_factory):
     folder = tmp_path_factory.mktemp("dump")
-    env = {**os.environ, "PYTHONPATH": str(UPSTREAM), "HF_HUB_OFFLINE": "1"}
+    env = {**os.environ, "PYTHONPATH": str(upstream_folder), "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-c", DUMP, str(folder / "api.json"), " ".join(MODULES)]
     done = subprocess.run(command, env=env, cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -476,11 +473,9 @@ found = {
 
 
 @pytest.fixture(scope="module")
-def stepped(tmp_path_factory):
-    if not UPSTREAM.is_dir():
-        pytest.skip("upstream is not installed aside")
+def stepped(upstream_folder, tmp_path_factory):
     folder = tmp_path_factory.mktemp("steps")
-    env = {**os.environ, "PYTHONPATH": str(UPSTREAM), "HF_HUB_OFFLINE": "1"}
+    env = {**os.environ, "PYTHONPATH": str(upstream_folder), "HF_HUB_OFFLINE": "1"}
     code = STEPS + "\nassert __import__('peft').__version__ == '0.21.2'\ntorch.save(found, sys.argv[1])"
     done = subprocess.run(
         [sys.executable, "-c", code, str(folder / "a.pt")], env=env, cwd=folder, capture_output=True, text=True

@@ -1086,10 +1086,7 @@ def elsewhere(folder: str) -> None:
 
 
 @pytest.mark.slow
-def test_files_go_to_upstream_and_come_back(tmp_path):
-    upstream = Path(os.environ.get("PEFT_UPSTREAM") or Path(sys.prefix) / "upstream")
-    if not (upstream / "peft").is_dir():
-        pytest.skip("huggingface/peft 0.21.2 is not installed aside")
+def test_files_go_to_upstream_and_come_back(upstream_folder, tmp_path):
     pipe, _ = trained()
     type(pipe).save_lora_weights(
         tmp_path,
@@ -1098,7 +1095,7 @@ def test_files_go_to_upstream_and_come_back(tmp_path):
         **training._collate_lora_metadata({"unet": pipe.unet, "text_encoder": pipe.text_encoder}),
     )
     run = [sys.executable, "-c", "import sys, test_diffusers; test_diffusers.elsewhere(sys.argv[1])", str(tmp_path)]
-    paths = os.pathsep.join([str(upstream), str(Path(__file__).parent)])
+    paths = os.pathsep.join([str(upstream_folder), str(Path(__file__).parent)])
     env = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(run, cwd=tmp_path, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]

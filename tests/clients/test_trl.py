@@ -854,11 +854,8 @@ def test_policy_reward_and_reference_share_one_base(bases: Any, tokenizer: Any, 
 
 # -- against upstream, step by step ---------------------------------------------------------------------------------------------
 @pytest.fixture(scope="module")
-def there(bases: Any, tokenizer: Any, tmp_path_factory: Any) -> Path:
+def there(upstream_folder: Path, bases: Any, tokenizer: Any, tmp_path_factory: Any) -> Path:
     """The runs of `trl_runs`, made with huggingface/peft in a process of its own."""
-    upstream = Path(sys.prefix) / "upstream"
-    if not (upstream / "peft").is_dir():
-        pytest.skip("huggingface/peft 0.21.2 is not installed aside; `make install` does that")
     root = tmp_path_factory.mktemp("runs")
     tokenizer.save_pretrained(root / "tokenizer")
     load(bases).save_pretrained(root / "base")
@@ -875,7 +872,7 @@ def there(bases: Any, tokenizer: Any, tmp_path_factory: Any) -> Path:
         disturb(model)
         model.save_pretrained(root / name)
     runs = Path(trl_runs.__file__)
-    env = {**os.environ, "PYTHONPATH": str(upstream), "HF_HUB_OFFLINE": "1"}
+    env = {**os.environ, "PYTHONPATH": str(upstream_folder), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run([sys.executable, str(runs), str(root)], cwd=root, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     return root

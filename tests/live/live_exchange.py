@@ -21,17 +21,12 @@ GUIDE = REPOSITORY / "docs" / "from-huggingface-peft.md"
 HEADING = "## Largest differences measured"
 
 
-def upstream() -> Path | None:
-    """Where huggingface/peft is installed aside."""
-    found = Path(os.environ.get("PEFT_UPSTREAM") or Path(sys.prefix) / "upstream")
-    return found if (found / "peft").is_dir() else None
-
-
 class Exchange:
     """What each side made and read: `made[side][case]`, `read[reader][case, maker]`."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, upstream: Path) -> None:
         self.root = root
+        self.folders = {HERE: REPOSITORY / "src", UPSTREAM: upstream}
         self.made: dict[str, Any] = {}
         self.read: dict[str, Any] = {}
 
@@ -49,11 +44,10 @@ class Exchange:
 
     def _processes(self, job: str) -> None:
         """Both libraries at once."""
-        folders = {HERE: REPOSITORY / "src", UPSTREAM: upstream()}
         quiet = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "TOKENIZERS_PARALLELISM": "false"}
         worker = Path(__file__).with_name("live_worker.py")
         started = {}
-        for side, folder in folders.items():
+        for side, folder in self.folders.items():
             command = [sys.executable, str(worker), str(self.root), side, job]
             env = {**os.environ, **quiet, "PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"}
             with open(self.root / f"{side}-{job}.log", "w") as log:

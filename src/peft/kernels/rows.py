@@ -9,8 +9,8 @@ call share, so that copying into it stays in the cache; backward stacks anew and
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,7 +18,9 @@ from torch.nn import functional as F
 
 from . import triton_lowrank
 from .lowrank import Thin, Where, again
-from .triton_rows import Runs, grouped_linear, runs_of
+from .triton_rows import grouped_linear, runs_of
+
+Found = TypeVar("Found")
 
 
 class Scratch:
@@ -27,14 +29,15 @@ class Scratch:
 
     def __init__(self) -> None:
         self.held: Tensor | None = None
-        self.runs: dict[tuple[int, ...], tuple[list[Where], Runs | None]] = {}
+        self.found: dict[tuple[int, ...], tuple[list[Where], Any]] = {}
 
-    def runs_of(self, where: list[Where], device: torch.device) -> Runs | None:
-        """Known by the objects that say where, which are kept, so that no other can take their place."""
-        key = tuple(map(id, where))
-        if key not in self.runs:
-            self.runs[key] = where, runs_of(where, device)
-        return self.runs[key][1]
+    def of(self, find: Callable[[list[Where], torch.device], Found], where: list[Where], x: Tensor) -> Found:
+        """What `find` says of these rows, known by the objects that say where. They are kept, so that no other can take
+        their place."""
+        key = (id(find), *map(id, where))
+        if key not in self.found:
+            self.found[key] = where, find(where, x.device)
+        return self.found[key][1]  # type: ignore[no-any-return]
 
     def stack(self, factors: Sequence[Tensor], like: Tensor) -> Tensor:
         """The factors as one tensor of `like`'s dtype; valid until the next stack."""
@@ -50,7 +53,7 @@ class Scratch:
 
     def clear(self) -> None:
         self.held = None
-        self.runs.clear()
+        self.found.clear()
 
 
 def rows_linear(
@@ -65,11 +68,11 @@ def rows_linear(
     """x[..., k] -> y[..., n] with the terms' own rows. None where neither the grouped kernels nor batched products take
     it: these want an even, ascending share of the rows each, and no dropout."""
     if terms and triton_lowrank.available(x) and len(set(drop or [0.0])) == 1:
-        runs = scratch.runs_of(where, x.device)
+        runs = scratch.of(runs_of, where, x)
         if runs is not None and (y := grouped_linear(x, W, b, terms, runs, drop[0] if drop else 0.0)) is not None:
             return y
-    share = None if drop else _even(terms, where)
-    if share is None or x.device.type == "meta":
+    share = None if drop else scratch.of(share_of, where, x)
+    if share is None or not _alike(terms) or x.device.type == "meta":
         return None
     flat = [f for t in terms for f in (t.A, t.B)]
     if not torch.is_grad_enabled():
@@ -77,19 +80,22 @@ def rows_linear(
     return _Rows.apply(x, W, b, terms[0].scale, share, scratch, *flat)  # type: ignore[no-any-return]
 
 
-def _even(terms: list[Thin], where: list[Where]) -> tuple[int, int, int] | None:
-    """(first row, adapters, rows of each)."""
-    if len(terms) < 2 or not isinstance(first := where[0], slice):
+def share_of(where: list[Where], device: torch.device) -> tuple[int, int, int] | None:
+    """(first row, adapters, rows of each) where all have equally many, one adapter's after the other's."""
+    if len(where) < 2 or not isinstance(first := where[0], slice):
         return None
-    one = terms[0]
-    at, rows, rank, dtype = first.start, first.stop - first.start, len(one.A), one.A.dtype
-    for t, place in zip(terms, where, strict=True):
+    at, rows = first.start, first.stop - first.start
+    for place in where:
         if not isinstance(place, slice) or place.start != at or place.stop != at + rows:
             return None
-        if len(t.A) != rank or t.scale != one.scale or t.A.dtype is not dtype or t.B.dtype is not dtype:
-            return None
         at += rows
-    return first.start, len(terms), rows
+    return first.start, len(where), rows
+
+
+def _alike(terms: list[Thin]) -> bool:
+    """Whether the factors can be stacked."""
+    shapes, dtypes = {t.A.shape for t in terms}, {f.dtype for t in terms for f in (t.A, t.B)}
+    return len(shapes) == len(dtypes) == len({t.scale for t in terms}) == 1
 
 
 def _part(t: Tensor, share: tuple[int, int, int]) -> Tensor:
