@@ -63,9 +63,9 @@ def unreadable(t: Tensor) -> str:
         return "meta device"
     if split(t):
         return ""
-    if t.numel() == 0 and t.dim() < 2:  # a placeholder; a matrix of rank 0 is no such thing
-        return "zero elements"
-    return "" if t.numel() == 0 or t.untyped_storage().size() else "freed until the next forward"
+    if t.numel() == 0:  # of fewer axes it is a placeholder; a matrix of rank 0 is no such thing
+        return "zero elements" if t.dim() < 2 else ""
+    return "" if t.untyped_storage().size() else "freed until the next forward"
 
 
 def split(t: Tensor) -> bool:

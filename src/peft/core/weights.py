@@ -123,11 +123,13 @@ def write_weights(tensors: dict[str, Tensor], path: str, header: dict[str, str])
     if sys.byteorder == "big" or not groups.keys() <= _STORED.keys():
         return save_file({k: t for group in groups.values() for k, t in group.items()}, path, metadata=header)
     at, parts, table = 0, [], [f'"__metadata__":{json.dumps(header)}']
+    shapes: dict[torch.Size, str] = {}  # as text
     for dtype in sorted(groups, key=lambda d: -d.itemsize):
         name, carrier = _STORED[dtype]
         for key, t in groups[dtype].items():
             first, at = at, at + t.nbytes
-            table.append(f'{_quoted(key)}:{{"dtype":"{name}","shape":{list(t.shape)},"data_offsets":[{first},{at}]}}')
+            shape = shapes.get(t.shape) or shapes.setdefault(t.shape, str(list(t.shape)))
+            table.append(f'{_quoted(key)}:{{"dtype":"{name}","shape":{shape},"data_offsets":[{first},{at}]}}')
             parts.append((t if carrier is None else t.view(carrier)).numpy())
     said = f"{{{','.join(table)}}}".encode()
     said += b" " * (-len(said) % 8)
