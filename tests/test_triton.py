@@ -517,8 +517,11 @@ def test_entries_of_a_row_need_not_lie_side_by_side(monkeypatch, layout):
 
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     t = draw(20, 24, 18, 5)
-    x = {"transposed": t["x"].T.contiguous().T, "expanded": t["x"][:, :1].expand(20, 24), "a slice": t["x"]}[layout]
-    x = torch.randn(20, 48)[:, ::2] if layout == "a slice" else x
+    x = {
+        "transposed": t["x"].T.contiguous().T,
+        "expanded": t["x"][:, :1].expand(20, 24),
+        "a slice": torch.randn(20, 48)[:, ::2],
+    }[layout]
     x, A, B = x.requires_grad_(), t["A"].requires_grad_(), t["B"].T.contiguous().T.requires_grad_()
     W = torch.randn(18, 24)
     y, plain = lowrank_linear(x, W, None, [Thin(A, B, 0.7)]), x @ W.T + 0.7 * x @ A.T @ B.T
@@ -580,11 +583,35 @@ def test_mixed_rows_take_the_grouped_kernels(monkeypatch, case, p):
         assert a.is_contiguous()
 
 
-def test_second_derivatives_of_mixed_rows(monkeypatch):
+@pytest.mark.parametrize("trained", ["x", "factors"])
+@pytest.mark.parametrize("ranks", [(1, 1, 1), (40, 3, 64), (0, 2, 5)], ids=str)
+def test_mixed_rows_of_any_rank_shape_and_what_trains(monkeypatch, ranks, trained):
+    """In half precision with factors in fp32, three axes, transposed; with only x or only the factors to train."""
     from peft.kernels.rows import Scratch, rows_linear
 
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    terms, where = terms_of(), ROWS["interleaved"]
+    terms, where = terms_of(ranks), ROWS["interleaved"]
+    x = torch.randn(24, 12, 2, generator=torch.Generator().manual_seed(1)).half().permute(2, 1, 0)
+    x.requires_grad_(trained == "x")
+    for t in terms:
+        t.A.requires_grad_(trained == "factors"), t.B.requires_grad_(trained == "factors")
+    W, b = torch.randn(18, 24).half() / 5, torch.randn(18).half()
+    y = rows_linear(x, W, b, terms, where, None, Scratch())
+    plain = mixed(x.float().reshape(24, 24), W.float(), b.float(), terms, where).view(2, 12, 18)
+    close(y.float(), plain, 5e-3)
+    leaves = [x] if trained == "x" else [f for t in terms for f in (t.A, t.B) if f.numel()]
+    found, wanted = (torch.autograd.grad(v.square().sum(), leaves) for v in (y.float(), plain))
+    for a, e in zip(found, wanted, strict=True):
+        assert a.dtype is (torch.float16 if trained == "x" else torch.float32)
+        close(a.float(), e.float(), 2e-2)
+
+
+@pytest.mark.parametrize("case", ["interleaved", "one has none", "with rows of the base"])
+def test_second_derivatives_of_mixed_rows(monkeypatch, case):
+    from peft.kernels.rows import Scratch, rows_linear
+
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    terms, where = terms_of(), ROWS[case]
     t = draw(24, 24, 18, 1)
     x, W, b = t["x"].requires_grad_(), torch.randn(18, 24), torch.randn(18)
     second = []
@@ -599,7 +626,8 @@ def test_second_derivatives_of_mixed_rows(monkeypatch):
 
 
 def test_what_the_grouped_kernels_leave_to_others(monkeypatch):
-    from peft.kernels.rows import Scratch
+    from peft.kernels import rows
+    from peft.kernels.rows import Scratch, rows_linear
     from peft.kernels.triton_rows import grouped_linear, runs_of
 
     monkeypatch.setenv("TRITON_INTERPRET", "1")
@@ -607,7 +635,8 @@ def test_what_the_grouped_kernels_leave_to_others(monkeypatch):
     runs = runs_of(ROWS["in order"], cpu)
     terms = terms_of()
     assert grouped_linear(x, W, None, terms, runs) is not None
-    assert grouped_linear(x[:3], W, None, terms, runs) is None  # too few rows
+    monkeypatch.setattr(rows, "grouped_linear", lambda *a: pytest.fail("too few rows"))
+    assert rows_linear(x[:3], W, None, terms, [slice(i, i + 1) for i in range(3)], None, Scratch()) is None
     first = terms[0]
     for other in (first._replace(A=first.A.half()), first._replace(B=torch.randn(2, 18).T)):
         assert grouped_linear(x, W, None, [other, *terms[1:]], runs) is None  # two dtypes; not by rows
@@ -616,8 +645,8 @@ def test_what_the_grouped_kernels_leave_to_others(monkeypatch):
     scratch = Scratch()
     where = ROWS["mixed"]
     assert scratch.of(runs_of, where, x) is scratch.of(runs_of, list(where), x)  # once a batch, not once a layer
-    scratch.clear()
-    assert not scratch.found
+    other = scratch.of(runs_of, where, x.to("meta"))
+    assert other.device.type == "meta"
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
@@ -647,13 +676,21 @@ def test_a_model_whose_rows_differ_takes_them_throughout(monkeypatch, dropout):
         return y.detach(), x.grad, *(p.grad for n, p in model.named_parameters() if p.requires_grad)
 
     names = ["a", "b", "a", "__base__", "c", "b"]
-    wanted = run(names)
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    launched = []
+    launched, rows = [], []
     monkeypatch.setattr(K, "_launch", lambda name, *a, f=K._launch, **k: launched.append(name) or f(name, *a, **k))
+    monkeypatch.setattr(K, "grouped_shrink", lambda *a, f=K.grouped_shrink: rows.append(a) or f(*a))
     found = run(names)
-    assert launched.count("_shrink") >= 2
-    if not dropout:  # with it, the masks are other ones
-        for a, e in zip(found, wanted, strict=True):
+    assert launched.count("_shrink") >= 2 and launched.count("_expand") >= 2
+    if not dropout:
+        monkeypatch.delenv("TRITON_INTERPRET")
+        launched.clear()
+        for a, e in zip(found, run(names), strict=True):
             close(a, e, 1e-4)
-    assert all(g is not None and g.isfinite().all() for g in found)
+        assert not launched
+    else:  # each layer with a mask of its own, at the rate asked for
+        seeds = [a[6] for a in rows]
+        assert [a[5] for a in rows] == [dropout] * 2 and len(set(seeds)) == 2
+        again = run(names)
+        assert [a[6] for a in rows[2:]] == seeds and torch.equal(again[0], found[0])
+        assert not torch.allclose(run(["__base__"] * 6)[0], found[0])

@@ -27,7 +27,7 @@ from .errors import CheckpointError, near
 from .light import uninterrupted
 from .method import Method
 from .mix import Adapter, Hub
-from .weights import apart, not_finite, read_weights, write_weights
+from .weights import alone, apart, not_finite, read_weights, write_weights
 
 WEIGHTS_NAME = "adapter_model.bin"
 SAFETENSORS_WEIGHTS_NAME = "adapter_model.safetensors"
@@ -65,18 +65,11 @@ class Slot:
             if old.device.type == "meta":
                 owner, _, leaf = self.attr.rpartition(".")
                 holder = attrgetter(owner)(self.method) if owner else self.method
-                holder._parameters[leaf] = nn.Parameter(_whole(value), requires_grad=old.requires_grad)
-            elif old.shape == value.shape:
-                old.data.copy_(value)  # in place: optimisers, compiled graphs and flat parameters hold the storage
+                holder._parameters[leaf] = nn.Parameter(alone(value), requires_grad=old.requires_grad)
             else:
-                old.data = _whole(value)
+                old.data.copy_(value)  # in place: optimisers, compiled graphs and flat parameters hold the storage
         else:
             old.copy_(value)
-
-
-def _whole(t: Tensor) -> Tensor:
-    """The tensor, not as a part of a larger memory, which it would keep."""
-    return t.clone() if not sharded.split(t) and t.untyped_storage().nbytes() > t.nbytes else t
 
 
 def root_of(config: Any) -> str:
@@ -113,11 +106,6 @@ def _held(method: Method, attr: str) -> Tensor | None:
         return _at(method, attr)
     except AttributeError:
         return None
-
-
-def _hollow(t: Tensor) -> bool:
-    """An emptied placeholder of a sharded parameter, which is flat; a matrix of rank 0 is no such thing."""
-    return t.numel() == 0 and t.dim() < 2
 
 
 def state_dict(hub: Hub, name: str, gathered: sharded.Gathered | None = None) -> dict[str, Tensor]:
@@ -208,7 +196,7 @@ def save(
         if safe:
             write_weights(found, aside, header)
         else:
-            torch.save(apart(found), aside)
+            torch.save({k: alone(t) for k, t in apart(found).items()}, aside)
         os.chmod(aside, 0o666 & ~_umask())
         os.replace(aside, target)
     except BaseException:
@@ -287,7 +275,7 @@ def read(
             values = {**values, **{k: v for k, v in stored.items() if k not in free or k not in values}}
         config = PeftConfig.from_dict(values, source=str(at or path))
     for key, t in tensors.items():
-        if _hollow(t):
+        if sharded.hollow(t):
             raise CheckpointError(
                 f"{path}: {key} has no elements; the file was written from one rank of a sharded model."
             )
@@ -387,7 +375,7 @@ def assign(pairs: dict[str, tuple[Slot, Tensor]], adapter: Adapter, adopt: bool 
     with torch.no_grad():
         for slot, tensor in pairs.values():
             if not adopt and type(old := slot.tensor) is nn.Parameter and _alike(old, tensor):
-                copies[0].append(old)
+                copies[0].append(old.data)
                 copies[1].append(tensor)
                 continue
             at = tensor.data_ptr()

@@ -66,17 +66,11 @@ for _name, _later in _LATER.items():
 
 @contextmanager
 def uninterrupted() -> Iterator[None]:
-    """No garbage collection while some 100,000 long-lived objects are made: each would be walked many times over.
-
-    They join the old generation as they are: freezing and thawing moves lists and walks none, where nothing is frozen.
-    """
+    """No garbage collection while some 100,000 long-lived objects are made: each would be walked many times over."""
     was = gc.isenabled()
     gc.disable()
     try:
         yield
     finally:
         if was:
-            if not gc.get_freeze_count():
-                gc.freeze()
-                gc.unfreeze()
             gc.enable()

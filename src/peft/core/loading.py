@@ -17,6 +17,7 @@ from .light import uninterrupted
 from .mix import Adapter, Hub
 from .targets import walk
 from .vocabulary import room_for_tokens
+from .weights import alone
 
 
 @dataclasses.dataclass
@@ -31,7 +32,6 @@ class LoadResult:
         return iter((self.missing_keys, self.unexpected_keys))
 
 
-@uninterrupted()
 def read_adapter(
     model_id: Any, config: Any, key_mapping: dict[str, str] | None, strict: bool, kwargs: dict[str, Any]
 ) -> checkpoint.Loaded:
@@ -76,7 +76,7 @@ def _load_into(
         warnings.warn(f"{loaded.source}: {len(missing)} tensors missing, {len(extra)} keys not used.", stacklevel=3)
     checkpoint.assign(pairs, adapter, adopt=loaded.owned)
     for p, value in base:
-        p.data = value.to(p.device, p.dtype)
+        p.data = alone(value.to(p.device, p.dtype))
     inject.commit(model, plan)
     return LoadResult(missing, extra)
 

@@ -25,14 +25,10 @@ if TYPE_CHECKING:
     from .span import Span
 
 
-def _trains(p: Tensor) -> bool:
-    return p.is_floating_point() or p.is_complex()
-
-
 def entries(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, dict[str, Any], str]]:
     """(dotted name, table that holds it, its name there) of the floating parameters of a module."""
     for leaf, p in module._parameters.items():
-        if p is not None and _trains(p):
+        if p is not None and (p.is_floating_point() or p.is_complex()):
             yield prefix + leaf, module._parameters, leaf
     for name, child in module._modules.items():
         if child is not None:
@@ -142,11 +138,7 @@ class Adapter:
             found: list[tuple[dict[str, Any], str]] = []
             for _, method in self.methods:
                 frozen = method.frozen()
-                if method._modules:
-                    found += [(table, leaf) for attr, table, leaf in entries(method) if attr not in frozen]
-                    continue
-                own = method._parameters
-                found += [(own, n) for n, p in own.items() if n not in frozen and p is not None and _trains(p)]
+                found += [(table, leaf) for attr, table, leaf in entries(method) if attr not in frozen]
             self._leaves = [table for table, _ in found], [leaf for _, leaf in found]
             self.walked = len(self.methods)
         return self._leaves

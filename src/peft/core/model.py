@@ -19,6 +19,7 @@ from .layer import tree
 from .loading import LoadResult, embedding_tensors, fit, load_into, prepare_head, read_adapter
 from .mix import Hub, Mix, Rows
 from .tuner import Tuner
+from .weights import alone
 
 OUTPUTS = ("output_attentions", "output_hidden_states", "return_dict")
 
@@ -651,6 +652,6 @@ def _unwrapped(model: nn.Module) -> nn.Module:
 def load_peft_weights(
     model_id: str, device: str | None = None, key_mapping: dict[str, str] | None = None, **kwargs: Any
 ) -> dict[str, Tensor]:
-    """The tensors of a saved adapter, each with memory of its own."""
-    loaded = read_adapter(model_id, PeftConfig(), key_mapping, False, kwargs)
-    return loaded.tensors if loaded.owned else {k: t.clone() for k, t in loaded.tensors.items()}
+    """The tensors of a saved adapter, on `device` (the CPU by default), each with memory of its own."""
+    found = read_adapter(model_id, PeftConfig(), key_mapping, False, kwargs).tensors
+    return {k: alone(t.to(device or t.device)) for k, t in found.items()}

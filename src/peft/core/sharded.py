@@ -63,9 +63,14 @@ def unreadable(t: Tensor) -> str:
         return "meta device"
     if split(t):
         return ""
-    if t.numel() == 0:  # of fewer axes it is a placeholder; a matrix of rank 0 is no such thing
-        return "zero elements" if t.dim() < 2 else ""
-    return "" if t.untyped_storage().size() else "freed until the next forward"
+    if hollow(t):
+        return "zero elements"
+    return "" if t.untyped_storage().size() or t.numel() == 0 else "freed until the next forward"
+
+
+def hollow(t: Tensor) -> bool:
+    """An emptied placeholder of a sharded parameter, which is flat; a matrix of rank 0 is no such thing."""
+    return t.numel() == 0 and t.dim() < 2
 
 
 def split(t: Tensor) -> bool:

@@ -7,7 +7,7 @@ they were made.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -33,12 +33,12 @@ def shared(config: Any, sites: list[Site], make: Callable[[Site], dict[str, nn.P
     return {_key(s.path, s, n): p for s in sites if s.path in first for n, p in make(s).items()}
 
 
-@dataclass
+@dataclass(frozen=True)
 class End:
     """What a site has of a tied weight: `parts` by name, if they are shared; follows: another end has made them; turned:
     that end is a table and this one a matrix, or the reverse."""
 
-    parts: dict[str, nn.Parameter] = field(default_factory=dict)
+    parts: Mapping[str, nn.Parameter] = field(default_factory=dict)
     follows: bool = False
     turned: bool = False
 

@@ -18,6 +18,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from .errors import CheckpointError
+from .light import uninterrupted
+from .sharded import split
 
 SMALL = 2**26  # bytes up to which a file passes through memory as a whole
 DTYPES = {
@@ -50,7 +52,9 @@ def read_weights(path: str, device: str | None = None) -> Weights:
     """The tensors and the header of a weights file; `.bin` only through `weights_only`."""
     if path.endswith(".safetensors"):
         try:
-            if device in (None, "cpu") and (found := _views(path)) is not None:
+            with uninterrupted():
+                found = _views(path) if device in (None, "cpu") else None
+            if found is not None:
                 return found
             with safetensors.safe_open(path, framework="pt") as f:
                 header = f.metadata() or {}
@@ -77,28 +81,30 @@ def _views(path: str) -> Weights | None:
         if size > SMALL or not 0 < length <= size - 8 or sys.byteorder == "big":
             return None
         try:
-            header = json.loads(f.read(length))
-            said = header.pop("__metadata__", {})
+            header = json.loads(f.read(length).decode())
+            said = header.pop("__metadata__", None)
+            if not all(isinstance(v, str) for v in ({} if said is None else said).values()):
+                return None
             entries = sorted(header.items(), key=lambda entry: entry[1]["data_offsets"])
             memory = torch.empty(size - 8 - length, dtype=torch.uint8)
             if f.readinto(memory.numpy()) != len(memory):
                 return None
             at, whole, tensors = 0, [], dict[str, Tensor]()
             for name, alike in itertools.groupby(entries, key=lambda entry: entry[1]["dtype"]):
-                dtype, group, start = DTYPES[name], list(alike), at
+                dtype, group, start, counts = DTYPES[name], list(alike), at, list[int]()
                 for _, entry in group:
-                    first, last = entry["data_offsets"]
-                    if first != at or last < first:
+                    (first, last), count = entry["data_offsets"], math.prod(entry["shape"])
+                    if first != at or last != first + count * dtype.itemsize:
                         return None
+                    counts.append(count)
                     at = last
                 flat = memory[start:at].view(dtype)
-                counts = [math.prod(entry["shape"]) for _, entry in group]
-                parts = flat.split(counts)  # these and no others: an error otherwise
+                parts = flat.split(counts)
                 tensors |= {k: t.view(entry["shape"]) for (k, entry), t in zip(group, parts, strict=True)}
                 whole.append(flat)
         except (ValueError, TypeError, KeyError, AttributeError, RuntimeError):
             return None
-    return Weights(tensors, said, tuple(whole)) if at == len(memory) else None
+    return Weights(tensors, said or {}, tuple(whole)) if at == len(memory) else None
 
 
 def finite(t: Tensor) -> bool:
@@ -115,13 +121,13 @@ def not_finite(weights: Weights) -> list[str]:
 
 
 def write_weights(tensors: dict[str, Tensor], path: str, header: dict[str, str]) -> None:
-    """A safetensors file as `save_file` lays it out, the dtypes by falling size. Its writer asks the system for each
-    tensor, this one for each MB."""
+    """A safetensors file, the dtypes by falling size. The library's writer asks the system for each tensor, this one for
+    each MB."""
     groups: dict[torch.dtype, dict[str, Tensor]] = {}
     for key, t in apart(tensors).items():
         groups.setdefault(t.dtype, {})[key] = t if t.is_cpu else t.cpu()
     if sys.byteorder == "big" or not groups.keys() <= _STORED.keys():
-        return save_file({k: t for group in groups.values() for k, t in group.items()}, path, metadata=header)
+        return save_file({k: alone(t) for group in groups.values() for k, t in group.items()}, path, metadata=header)
     at, parts, table = 0, [], [f'"__metadata__":{json.dumps(header)}']
     shapes: dict[torch.Size, str] = {}  # as text
     for dtype in sorted(groups, key=lambda d: -d.itemsize):
@@ -139,12 +145,18 @@ def write_weights(tensors: dict[str, Tensor], path: str, header: dict[str, str])
 
 
 def apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors contiguous, each with memory of its own."""
+    """The tensors' values, contiguous, no two at one address."""
     seen: set[int] = set()
     out = {}
     for k, t in tensors.items():
+        t = t.detach() if t.requires_grad else t
         t = t if t.is_contiguous() else t.contiguous()
         at = t.data_ptr()
         out[k] = t.clone() if at in seen else t
         seen.add(at)
     return out
+
+
+def alone(t: Tensor) -> Tensor:
+    """The tensor, not as a part of a larger memory, which it would keep."""
+    return t.clone() if not split(t) and t.untyped_storage().nbytes() > t.nbytes else t

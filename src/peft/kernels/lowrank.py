@@ -149,6 +149,17 @@ def _plain_sum(
     return formula
 
 
+def again_on_device(
+    spec: tuple[tuple[float, float, Where], ...], W: Tensor, inputs: Sequence[Tensor], needs: Sequence[bool], dy: Tensor
+) -> list[Tensor | None]:
+    """`again` for nodes whose masks exist only inside kernels."""
+    if any(p for _, p, _ in spec):
+        raise NotImplementedError(
+            "Second derivatives with dropout on a GPU: set the dropout to 0, or compute them in eval mode."
+        )
+    return again(_plain_sum(spec, [None] * len(spec), [0] * len(spec), W), inputs, needs, dy)
+
+
 def _drop(x: Tensor, p: float) -> tuple[Tensor, Tensor | None, int, float]:
     """(x where it is kept, the packed mask, its seed, the factor of what is kept)."""
     if not p:
@@ -193,12 +204,7 @@ class _OnDevice(torch.autograd.Function):
         flat, hidden = rest[: 2 * m], rest[2 * m :]
         needs = ctx.needs_input_grad
         if torch.is_grad_enabled():
-            if any(p for _, p, _ in ctx.spec):
-                raise NotImplementedError(
-                    "Second derivatives with dropout on a GPU: set the dropout to 0, or compute them in eval mode."
-                )
-            formula = _plain_sum(ctx.spec, [None] * m, [0] * m, W)
-            dx, *found = again(formula, (x, *flat), (needs[0], *needs[4:]), dy)
+            dx, *found = again_on_device(ctx.spec, W, (x, *flat), (needs[0], *needs[4:]), dy)
             return dx, None, None, None, *found
         dy2, x2 = _matrix(dy), _matrix(x)
         dx = dy2 @ W if needs[0] else None

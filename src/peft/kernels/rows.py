@@ -17,24 +17,24 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from . import triton_lowrank
-from .lowrank import Thin, Where, again
+from .lowrank import MANY, Thin, Where, again
 from .triton_rows import grouped_linear, runs_of
 
 Found = TypeVar("Found")
 
 
 class Scratch:
-    """What the layers of a call share: memory for one stack at a time, and how the rows fall into segments. `clear`
-    gives it back between calls."""
+    """What the layers of a call share: memory for one stack at a time, which `clear` gives back between calls, and how
+    the rows fall into segments."""
 
     def __init__(self) -> None:
         self.held: Tensor | None = None
-        self.found: dict[tuple[int, ...], tuple[list[Where], Any]] = {}
+        self.found: dict[tuple[Any, ...], tuple[list[Where], Any]] = {}
 
     def of(self, find: Callable[[list[Where], torch.device], Found], where: list[Where], x: Tensor) -> Found:
         """What `find` says of these rows, known by the objects that say where. They are kept, so that no other can take
         their place."""
-        key = (id(find), *map(id, where))
+        key = (id(find), str(x.device), *map(id, where))
         if key not in self.found:
             self.found[key] = where, find(where, x.device)
         return self.found[key][1]  # type: ignore[no-any-return]
@@ -53,7 +53,6 @@ class Scratch:
 
     def clear(self) -> None:
         self.held = None
-        self.found.clear()
 
 
 def rows_linear(
@@ -67,7 +66,8 @@ def rows_linear(
 ) -> Tensor | None:
     """x[..., k] -> y[..., n] with the terms' own rows. None where neither the grouped kernels nor batched products take
     it: these want an even, ascending share of the rows each, and no dropout."""
-    if terms and triton_lowrank.available(x) and len(set(drop or [0.0])) == 1:
+    many = x.shape[:-1].numel() >= MANY
+    if terms and many and triton_lowrank.available(x) and len(set(drop or [0.0])) == 1:
         runs = scratch.of(runs_of, where, x)
         if runs is not None and (y := grouped_linear(x, W, b, terms, runs, drop[0] if drop else 0.0)) is not None:
             return y

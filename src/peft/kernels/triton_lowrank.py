@@ -390,28 +390,39 @@ class Segments:
     """How the rows of a batch fall to N adapters: made once a batch, used in every layer.
 
     `offsets`: N + 1 ascending row numbers, on the host. From a tensor on the GPU they have to be fetched, which waits
-    for it. Rows before the first and after the last offset belong to nobody and are left alone.
+    for it. Rows before the first and after the last offset belong to nobody and are left alone. `terms`: which entry of
+    the tables of addresses, ranks and scales a segment has, where that is not its own number.
     """
 
-    def __init__(self, offsets: Tensor | Sequence[int], device: torch.device) -> None:
+    def __init__(
+        self, offsets: Tensor | Sequence[int], device: torch.device, terms: Sequence[int] | None = None
+    ) -> None:
         self.offsets: list[int] = offsets.tolist() if isinstance(offsets, Tensor) else list(offsets)
         self.device = device
+        self.terms = list(range(len(self.offsets) - 1)) if terms is None else list(terms)
         self._tiles: dict[int, tuple[Tensor, Tensor]] = {}
+        self._order: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
 
     def tiles(self, rows: int) -> tuple[Tensor, Tensor]:
-        """Tiles of at most `rows` rows that lie in one segment, int32 [tiles, 3], and each adapter's first, [N + 1]."""
+        """Tiles of at most `rows` rows that lie in one segment, int32 [tiles, 3], and each segment's first, [N + 1]."""
         if rows not in self._tiles:
             table: list[tuple[int, int, int]] = []
             first = [0]
-            for a, (lo, hi) in enumerate(zip(self.offsets, self.offsets[1:])):
+            for a, lo, hi in zip(self.terms, self.offsets, self.offsets[1:]):
                 table += [(a, row, min(row + rows, hi)) for row in range(lo, hi, rows)]
                 first.append(len(table))
             made = torch.tensor(table, dtype=torch.int32).view(-1, 3), torch.tensor(first, dtype=torch.int32)
             self._tiles[rows] = made[0].to(self.device), made[1].to(self.device)
         return self._tiles[rows]
+
+    def by_segment(self, table: Tensor) -> Tensor:
+        """A table's entries in the order of the segments."""
+        if self._order is None:
+            self._order = torch.tensor(self.terms).to(self.device)
+        return table[self._order]
 
     def covers(self, T: int) -> bool:
         return self.offsets[0] <= 0 and self.offsets[-1] >= T
@@ -444,6 +455,9 @@ class _Group(NamedTuple):
             return _cdiv(T, rows), None, None
         table, first = self.segments.tiles(rows)
         return len(table), table, first
+
+    def scales_of_segments(self) -> Tensor | None:
+        return None if self.scales is None or self.segments is None else self.segments.by_segment(self.scales)
 
     def fresh(self, shape: tuple[int, ...], T: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         """A result by rows: zero where no tile writes."""
@@ -558,7 +572,7 @@ def _run_both(
     if parts > 1:
         _total_of(dh_part, dh)
     dB = torch.empty((len(group.segments), n, R) if group.segments else (n, R), dtype=dtype, device=dy.device)
-    return dh, _total_of(dB_part, dB, s, first, group.scales)
+    return dh, _total_of(dB_part, dB, s, first, group.scales_of_segments())
 
 
 def _run_grad(
@@ -594,7 +608,7 @@ def _run_grad(
             W_TYPE=_type(w_type), PRECISION=_precision(x), ADD=dx is not None, BLOCK_T=b.rows, BLOCK_C=b.columns,
             BLOCK_R=width, num_warps=b.warps, num_stages=b.stages,
         )  # fmt: skip
-    return out if direct else _total_of(part, out, 1.0, first, group.scales)
+    return out if direct else _total_of(part, out, 1.0, first, group.scales_of_segments())
 
 
 # -- one adapter -------------------------------------------------------------------------------------------------------
