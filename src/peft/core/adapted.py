@@ -648,6 +648,8 @@ def over_attributes(module: nn.Module, values: dict[str, Tensor]) -> Iterator[No
 
 def first_parameter(module: nn.Module) -> str:
     """The name of the first argument of a module's forward: its input where a caller names all arguments."""
+    if "forward" not in module.__dict__:
+        return _first_argument(type(module).forward, True)
     forward = module.forward
     return _first_argument(getattr(forward, "__func__", forward), hasattr(forward, "__func__"))
 

@@ -86,8 +86,12 @@ def _tensors(adapter: Adapter) -> Iterator[tuple[str, Method, str, Tensor]]:
     root = root_of(adapter.config)
     seen: set[str] = set()
     for stem, method in adapter.methods:
+        own, plain = method._parameters, method.__dict__
         for attr, key in method.disk_keys().items():
-            if (held := _held(method, attr)) is not None:
+            held: Tensor | None = own.get(attr)
+            if held is None:  # seldom more than an attribute that says so
+                held = plain[attr] if attr in plain else _held(method, attr)
+            if held is not None:
                 yield (f"{root}{stem}.{key}" if stem else key), method, attr, held
         for attr, key in method.shared_keys.items():
             if key not in seen and (held := _held(method, attr)) is not None:

@@ -8,7 +8,6 @@ matrix, and how to read and write the weight. All matrices are `W[out, fan_in]`,
 from __future__ import annotations
 
 import functools
-import itertools
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from . import offload
-from .light import Light
+from .light import Light, Uncalled
 
 
 @dataclass(frozen=True)
@@ -81,7 +80,7 @@ class Wrapper(Light):
     base_layer: nn.Module
 
 
-class Slots(Light):
+class Slots(Uncalled):
     """The container whose children are `<adapter>`, and `%<part>`: a container of the companions of that sort."""
 
     def put(self, name: str, method: nn.Module) -> None:
@@ -262,8 +261,11 @@ class LayerKind:
 
     def dtype(self, module: nn.Module) -> torch.dtype:
         """The dtype new adapter parameters follow: the layer's compute dtype."""
-        for p in itertools.chain(module._parameters.values(), module.parameters()):
+        for p in module._parameters.values():
             if p is not None and p.is_floating_point():
+                return p.dtype
+        for p in module.parameters():
+            if p.is_floating_point():
                 return p.dtype
         return torch.get_default_dtype()
 
@@ -272,10 +274,11 @@ class LayerKind:
         found = offload.home(module)
         if found is not None:
             return found
-        for p in itertools.chain(module._parameters.values(), module.parameters()):
+        for p in module._parameters.values():
             if p is not None:
                 return p.device
-        return torch.device("cpu")
+        first = next(module.parameters(), None)
+        return torch.device("cpu") if first is None else first.device
 
     def swappable(self, module: nn.Module) -> bool:
         """Whether the module itself can run with other tensors in the place of its parameters; else `op` runs them."""

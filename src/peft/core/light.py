@@ -34,9 +34,11 @@ class Light(nn.Module):
     the containers that neither calls nor the tree of modules read come when they are asked for.
     """
 
+    _fresh = _FRESH
+
     def __init__(self) -> None:
         fields = self.__dict__
-        for name, container, value in _FRESH:
+        for name, container, value in self._fresh:
             fields[name] = value if container is None else container()
 
     def set(self, **values: Any) -> None:
@@ -60,8 +62,18 @@ class Light(nn.Module):
             object.__setattr__(self, name, value)
 
 
-for _name, _later in _LATER.items():
-    setattr(Light, _name, _later)
+class Uncalled(Light):
+    """One that nobody calls: nothing reads its hooks."""
+
+    _fresh = [f for f in _FRESH if not f[0].endswith("_hooks")]
+
+
+for _cls, _table in (
+    (Light, _LATER),
+    (Uncalled, {k: _Later(k, c) for k, c, _ in _FRESH if k.endswith("_hooks") and c}),
+):
+    for _name, _later in _table.items():
+        setattr(_cls, _name, _later)
 
 
 @contextmanager

@@ -14,6 +14,7 @@ Merging several gives what activating them gives: both go through the same compo
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -53,7 +54,15 @@ class Site:
 
     def empty(self, *shape: int) -> nn.Parameter:
         """An uninitialised trainable parameter of this site."""
+        if self.device.type == "meta":
+            return nn.Parameter(_without_values(shape, self.dtype).data)
         return nn.Parameter(torch.empty(shape, device=self.device, dtype=self.dtype))
+
+
+@functools.lru_cache(maxsize=1024)
+def _without_values(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """One for all parameters of a shape: each gets memory of its own together with its values."""
+    return torch.empty(shape, device="meta", dtype=dtype)
 
 
 class Op:

@@ -25,14 +25,18 @@ if TYPE_CHECKING:
     from .span import Span
 
 
-def entries(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, dict[str, Any], str]]:
+def entries(module: nn.Module, prefix: str = "") -> list[tuple[str, dict[str, Any], str]]:
     """(dotted name, table that holds it, its name there) of the floating parameters of a module."""
-    for leaf, p in module._parameters.items():
-        if p is not None and (p.is_floating_point() or p.is_complex()):
-            yield prefix + leaf, module._parameters, leaf
+    table = module._parameters
+    found = [
+        (prefix + leaf, table, leaf)
+        for leaf, p in table.items()
+        if p is not None and (p.is_floating_point() or p.is_complex())
+    ]
     for name, child in module._modules.items():
         if child is not None:
-            yield from entries(child, f"{prefix}{name}.")
+            found += entries(child, f"{prefix}{name}.")
+    return found
 
 
 BASE = "__base__"  # a row that uses no adapter
