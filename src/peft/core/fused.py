@@ -20,7 +20,7 @@ def run(layer: Adapted, methods: Sequence[Method], x: Any) -> Tensor | None:
     """The layer's output with these methods; None where it takes more than such products."""
     if (base := _base(layer, x)) is None:
         return None
-    terms, drop, shifts = [], [], []
+    terms, drop = [], None
     for m in methods:
         term = m.thin(layer.op) if m.always_here else None
         if term is None:
@@ -28,15 +28,15 @@ def run(layer: Adapted, methods: Sequence[Method], x: Any) -> Tensor | None:
         if term.rows is not None and len(methods) > 1:
             return None
         terms.append(term)
-        drop.append(m.dropout if m.training else 0.0)
-        if (bias := m.bias_change()) is not None:
-            shifts.append(bias)
+        if m.training and m.dropout:
+            drop = [n.dropout if n.training else 0.0 for n in methods]
     if terms[0].rows is not None:
-        y = lowrank.scaled_linear(x, *base, terms[0], drop[0])
+        y = lowrank.scaled_linear(x, *base, terms[0], drop[0] if drop else 0.0)
     else:
-        y = lowrank.lowrank_linear(x, *base, terms, drop if any(drop) else None)
-    for bias in shifts:
-        y = y + bias.to(y.dtype)
+        y = lowrank.lowrank_linear(x, *base, terms, drop)
+    for m in methods:
+        if (bias := m.bias_change()) is not None:
+            y = y + bias.to(y.dtype)
     return y
 
 
