@@ -140,7 +140,7 @@ class Adapted(Switch, Wrapper):
         slots = Slots()
         slots.__dict__["layer"] = self  # no child of it
         self._modules.update(base_layer=base_layer, adapters=slots)
-        self.__dict__.update(
+        self.set(
             kind=kind,
             hub=hub,
             path=path,
@@ -162,7 +162,7 @@ class Adapted(Switch, Wrapper):
         if part and f"%{part}" not in self.adapters._modules:
             self.adapters.put(f"%{part}", Companions(self))
         self._slots(part).put(escape(adapter), method)
-        self.__dict__["_last"] = (None, ())
+        self.set(_last=(None, ()))
         held = self.methods
         held[adapter] = (*held.get(adapter, ()), method)
 

@@ -86,12 +86,8 @@ def _tensors(adapter: Adapter) -> Iterator[tuple[str, Method, str, Tensor]]:
     root = root_of(adapter.config)
     seen: set[str] = set()
     for stem, method in adapter.methods:
-        own, plain = method._parameters, method.__dict__
         for attr, key in method.disk_keys().items():
-            held: Tensor | None = own.get(attr)
-            if held is None:  # seldom more than an attribute that says so
-                held = plain[attr] if attr in plain else _held(method, attr)
-            if held is not None:
+            if (held := _held(method, attr)) is not None:
                 yield (f"{root}{stem}.{key}" if stem else key), method, attr, held
         for attr, key in method.shared_keys.items():
             if key not in seen and (held := _held(method, attr)) is not None:
@@ -100,9 +96,11 @@ def _tensors(adapter: Adapter) -> Iterator[tuple[str, Method, str, Tensor]]:
 
 
 def _at(method: Method, attr: str) -> Tensor:
-    """What a dotted name means below a method: nearly always a parameter of its own."""
+    """What a dotted name means below a method: nearly always a parameter of its own, or an attribute that says None."""
     own = method._parameters.get(attr)
-    return attrgetter(attr)(method) if own is None else own  # type: ignore[no-any-return]
+    if own is not None:
+        return own
+    return method.__dict__[attr] if attr in method.__dict__ else attrgetter(attr)(method)  # type: ignore[no-any-return]
 
 
 def _held(method: Method, attr: str) -> Tensor | None:

@@ -17,7 +17,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -26,10 +26,6 @@ from torch.utils._pytree import tree_map_only
 from ..kernels.lowrank import Banks, Thin
 from .errors import Refusal
 from .layer import Geometry, Light
-
-if TYPE_CHECKING:
-    pass
-
 
 FORMS = ("delta", "weight", "before", "after", "replace", "prompt")
 
@@ -141,7 +137,7 @@ class Method(Light):
 
     def __init__(self, config: Any, site: Site) -> None:
         super().__init__()
-        self.__dict__.update(
+        self.set(
             config=config,
             geometry=site.geometry,
             home=site.device,  # where parameters of the meta device go when they get values

@@ -35,8 +35,6 @@ DTYPES = {
 }
 _STORED = {d: (n, torch.int16 if n == "BF16" else None) for n, d in DTYPES.items()}  # and as what numpy knows it
 _PREAD: dict[str, Any] = {"backend": "pread"} if "backend" in inspect.signature(load_file).parameters else {}
-
-
 _quoted: Callable[[str], str] = json.encoder.encode_basestring_ascii
 
 
@@ -80,31 +78,36 @@ def _views(path: str) -> Weights | None:
         size, length = os.fstat(f.fileno()).st_size, int.from_bytes(f.read(8), "little")
         if size > SMALL or not 0 < length <= size - 8 or sys.byteorder == "big":
             return None
-        try:
-            header = json.loads(f.read(length).decode())
-            said = header.pop("__metadata__", None)
-            if not all(isinstance(v, str) for v in ({} if said is None else said).values()):
-                return None
-            entries = sorted(header.items(), key=lambda entry: entry[1]["data_offsets"])
-            memory = torch.empty(size - 8 - length, dtype=torch.uint8)
-            if f.readinto(memory.numpy()) != len(memory):
-                return None
-            at, whole, tensors = 0, [], dict[str, Tensor]()
-            for name, alike in itertools.groupby(entries, key=lambda entry: entry[1]["dtype"]):
-                dtype, group, start, counts = DTYPES[name], list(alike), at, list[int]()
-                for _, entry in group:
-                    (first, last), count = entry["data_offsets"], math.prod(entry["shape"])
-                    if first != at or last != first + count * dtype.itemsize:
-                        return None
-                    counts.append(count)
-                    at = last
-                flat = memory[start:at].view(dtype)
-                parts = flat.split(counts)
-                tensors |= {k: t.view(entry["shape"]) for (k, entry), t in zip(group, parts, strict=True)}
-                whole.append(flat)
-        except (ValueError, TypeError, KeyError, AttributeError, RuntimeError):
+        header, memory = f.read(length), torch.empty(size - 8 - length, dtype=torch.uint8)
+        if f.readinto(memory.numpy()) != len(memory):
             return None
-    return Weights(tensors, said or {}, tuple(whole)) if at == len(memory) else None
+    try:
+        return _laid_out(json.loads(header.decode()), memory)
+    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError):
+        return None
+
+
+def _laid_out(header: dict[str, Any], memory: Tensor) -> Weights:
+    """The tensors that a header names in the memory that follows it, without gaps; an error where it is irregular."""
+    said = header.pop("__metadata__", None)
+    if not all(isinstance(v, str) for v in ({} if said is None else said).values()):
+        raise ValueError
+    entries = sorted(header.items(), key=lambda entry: entry[1]["data_offsets"])
+    at, whole, tensors = 0, [], dict[str, Tensor]()
+    for name, alike in itertools.groupby(entries, key=lambda entry: entry[1]["dtype"]):
+        dtype, group, start, counts = DTYPES[name], list(alike), at, list[int]()
+        for _, entry in group:
+            (first, last), count = entry["data_offsets"], math.prod(entry["shape"])
+            if first != at or last != first + count * dtype.itemsize:
+                raise ValueError
+            counts.append(count)
+            at = last
+        whole.append(memory[start:at].view(dtype))
+        parts = whole[-1].split(counts)
+        tensors |= {k: t.view(entry["shape"]) for (k, entry), t in zip(group, parts, strict=True)}
+    if at != len(memory):
+        raise ValueError
+    return Weights(tensors, said or {}, tuple(whole))
 
 
 def finite(t: Tensor) -> bool:

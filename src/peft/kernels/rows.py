@@ -34,7 +34,7 @@ class Scratch:
     def of(self, find: Callable[[list[Where], torch.device], Found], where: list[Where], x: Tensor) -> Found:
         """What `find` says of these rows, known by the objects that say where. They are kept, so that no other can take
         their place."""
-        key = (id(find), str(x.device), *map(id, where))
+        key = (find, x.device, *map(id, where))
         if key not in self.found:
             self.found[key] = where, find(where, x.device)
         return self.found[key][1]  # type: ignore[no-any-return]

@@ -166,9 +166,9 @@ class Lora(Pair):
     def factors(self) -> tuple[Tensor, Tensor]:
         """(A, B) with ΔW = s·B A."""
         A, B = self.own("lora_A"), self.own("lora_B")
-        first_A, first_B = self._buffers["first_A"], self._buffers["first_B"]
         if self.turned:
             return B.T, A.T
+        first_A, first_B = self._buffers["first_A"], self._buffers["first_B"]
         if first_A is None or first_B is None:
             return A, B
         return torch.cat([A, first_A]), torch.cat([B, -first_B], 1)
