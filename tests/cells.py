@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from peft import Refusal, dry_run, get_peft_model, registry
-from peft.core.adapted import adapted_layers
+from peft.core.adapted.layer import adapted_layers
 
 
 class Net(nn.Module):

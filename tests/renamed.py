@@ -1,6 +1,6 @@
 """Run some laws with every method, layer kind and method class under a random name: `python renamed.py SEED`.
 
-The sources of `peft/methods` and `peft/layers` are rewritten as they are imported. Code elsewhere that asks for one of
+The sources of `peft/methods`, what comes along with them, and `peft/layers` are rewritten as they are imported. Code elsewhere that asks for one of
 them by name then asks for something that does not exist. Prints how many cells passed; any error is the exit status.
 """
 
@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-FOLDERS = ("peft.methods", "peft.layers")
+FOLDERS = ("peft.methods", "peft.companions", "peft.variants", "peft.layers")
 ROOT = Path(importlib.util.find_spec("peft").origin).parent
 
 
@@ -114,11 +114,12 @@ def main(seed: int) -> None:
     import cells
     from torch import nn
 
+from peft.core.anatomy.walk import kind_of
     from peft import registry
 
     assert not (set(registry.methods()) | set(registry.kinds())) & set(table), "the names are not renamed"
     assert set(registry.methods()) <= set(table.values())
-    plain = registry.kind_of(nn.Linear(2, 2)).name
+    plain = kind_of(nn.Linear(2, 2)).name
     others = [k for k, kind in registry.kinds().items() if k != plain and kind.examples()]
     rng = random.Random(seed)
     chosen = {(m, k) for m in registry.methods() for k in (plain, rng.choice(others))}

@@ -37,9 +37,9 @@ from peft import (
     Refusal,
     get_peft_model,
 )
-from peft.core.adapted import Adapted, adapted_layers
+from peft.core.adapted.layer import Adapted, adapted_layers
+from peft.core.anatomy.walk import kind_of
 from peft.layers.opaque import Opaque
-from peft.registry import kind_of
 
 V, D = 40, 32
 IDS = torch.tensor([[5, 6, 7, 8, 9, 10, 11], [12, 13, 14, 15, 16, 17, 18], [19, 20, 21, 22, 23, 24, 25]])

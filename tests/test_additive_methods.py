@@ -17,7 +17,7 @@ from torch import nn
 
 import peft
 from peft import PeftModel, Refusal, get_peft_model
-from peft.core.adapted import adapted_layers
+from peft.core.adapted.layer import adapted_layers
 from peft.core.kron import apply_kron, factorization, kron
 
 GOLDEN = Path(__file__).parent / "golden" / "additive_methods"

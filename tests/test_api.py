@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import peft
 from peft import IA3Config, LoraConfig, PeftModel, get_peft_model, helpers, registry
-from peft.core.adapted import Adapted, adapted_layers
+from peft.core.adapted.layer import Adapted, adapted_layers
 
 TOKENS = torch.randint(0, 64, (2, 6), generator=torch.Generator().manual_seed(0))
 
@@ -307,7 +307,7 @@ def test_mixed_precision_casts_the_frozen_part_only():
 
 
 def test_fsdp_wraps_blocks_and_methods():
-    from peft.core.method import Method
+    from peft.contract.method import Method
     from peft.utils.other import fsdp_auto_wrap_policy
 
     model = get_peft_model(llama(), lora())

@@ -18,11 +18,12 @@ from pathlib import Path
 import pytest
 
 from peft import registry
-from peft.core.method import Method
+from peft.contract.method import Method
 
 ROOT = Path(registry.__file__).parent
 FILES = {p.relative_to(ROOT).as_posix(): p for p in sorted(ROOT.rglob("*.py"))}
 TREES = {name: ast.parse(p.read_text(encoding="utf-8")) for name, p in FILES.items()}
+METHOD_ROOMS = ("methods/", "companions/", "variants/")
 DOORS = ("tuners/", "utils/")  # upstream's import paths
 
 METHODS = registry.methods()
@@ -40,7 +41,7 @@ def classes_in(folder: str, base: type) -> set[str]:
     return found
 
 
-METHOD_CLASSES = classes_in("methods", Method)
+METHOD_CLASSES = {c for room in METHOD_ROOMS for c in classes_in(room.rstrip("/"), Method)}
 
 
 def code(tree: ast.AST) -> Iterator[ast.AST]:
@@ -83,7 +84,7 @@ def outside(*folders: str) -> dict[str, ast.Module]:
 # -- methods ------------------------------------------------------------------------------------------------------------------
 def test_no_code_outside_the_methods_asks_for_one():
     found = []
-    for file, tree in outside("methods/", *DOORS).items():
+    for file, tree in outside(*METHOD_ROOMS, *DOORS).items():
         found += [f"{file}:{line} says {s!r}" for s, line in strings(tree) if s in METHODS]
         found += [f"{file}:{line} uses {s}" for s, line in names(tree) if s in METHODS or s in METHOD_CLASSES]
         for module, line in imports(tree):
@@ -97,7 +98,7 @@ def test_no_code_outside_the_methods_knows_their_parameters():
     own = {a.split(".")[-1] for m in METHODS.values() for a in m.keys if m.prefix and a.startswith(m.prefix)}
     own |= {m.prefix for m in METHODS.values() if m.prefix.endswith("_")}
     found = []
-    for file, tree in outside("methods/", *DOORS).items():
+    for file, tree in outside(*METHOD_ROOMS, *DOORS).items():
         found += [f"{file}:{n} says {s!r}" for s, n in strings(tree) if s in own]
         found += [f"{file}:{n} uses .{s}" for s, n in names(tree) if s in own]
     assert len(own) > 20 and not found, "\n".join(found)
@@ -107,7 +108,7 @@ def test_a_methods_name_stands_in_its_own_file_only():
     owner = {name: m.__module__.replace("peft.", "").replace(".", "/") + ".py" for name, m in METHODS.items()}
     found = []
     for file, tree in TREES.items():
-        if file.startswith("methods/"):
+        if file.startswith(METHOD_ROOMS):
             found += [
                 f"{file}:{n} says {s!r}, which is {owner[s]}"
                 for s, n in strings(tree)
@@ -139,7 +140,7 @@ def asked_types(tree: ast.AST) -> Iterator[tuple[int, str, set[str]]]:
 def test_methods_ask_the_geometry_and_never_the_kind():
     found = []
     for file, tree in TREES.items():
-        if file.startswith("methods/"):
+        if file.startswith(METHOD_ROOMS):
             found += [f"{file}:{n} asks {what} for {t}" for n, what, types in asked_types(tree) for t in types & LAYERS]
             found += [f"{file}:{n} imports {m}" for m, n in imports(tree) if re.search(r"(^|\.)layers(\.|$)", m)]
     assert not found, "\n".join(found)
@@ -163,7 +164,7 @@ def test_no_code_outside_the_kinds_asks_for_one():
 def test_no_code_outside_the_kinds_asks_what_module_a_base_layer_is():
     """`isinstance(layer.base_layer, nn.Linear)` is the same question."""
     found = []
-    for file, tree in outside("layers/", "methods/", *DOORS).items():
+    for file, tree in outside("layers/", *METHOD_ROOMS, *DOORS).items():
         for n, what, types in asked_types(tree):
             if types & LAYERS and re.search(r"base_layer|place|\bheld\b|get_base_layer", what):
                 found.append(f"{file}:{n} asks whether {what} is {types & LAYERS}")

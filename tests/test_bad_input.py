@@ -22,7 +22,7 @@ from peft import (
     inject_adapter_in_model,
     registry,
 )
-from peft.core.inject import hub_of
+from peft.core.acting.on_model import hub_of
 
 TOKENS = torch.randint(0, 64, (3, 5), generator=torch.Generator().manual_seed(0))
 

@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from peft import LoraConfig, PeftModel, Refusal, get_peft_model
-from peft.core.adapted import adapted_layers
+from peft.core.adapted.layer import adapted_layers
 
 transformers = pytest.importorskip("transformers")
 GOLDEN = Path(__file__).parent / "golden" / "experts"

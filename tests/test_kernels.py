@@ -5,8 +5,9 @@ import torch
 from torch.nn import functional as F
 
 from peft.kernels import dropout
-from peft.kernels.lowrank import Banks, Thin, banked_linear, lowrank_linear, row_norms, scaled_linear
+from peft.kernels.lowrank import banked_linear, lowrank_linear, row_norms, scaled_linear
 from peft.kernels.rows import Scratch, rows_linear
+from peft.kernels.terms import Banks, Thin
 
 CPU = torch.device("cpu")
 

@@ -16,9 +16,9 @@ from torch import nn
 from transformers import CLIPConfig, CLIPModel, GPT2Config, GPT2LMHeadModel, ViTConfig, ViTForImageClassification
 
 from peft import LoraConfig, PeftModel, Refusal, get_peft_model
-from peft.core.errors import CheckpointError
+from peft.core.anatomy.walk import kind_of
+from peft.errors import CheckpointError
 from peft.layers.slice import Slice, WeightSlice
-from peft.registry import kind_of
 
 GOLDEN = Path(__file__).parent / "golden" / "layer_kinds"
 SAME_AS_UPSTREAM = ["embedding", "embedding_dora", "scaled", "conv1d", "conv2d", "conv2d_dora", "conv3d", "gpt2_conv1d"]

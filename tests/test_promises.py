@@ -38,8 +38,8 @@ from peft import (
     get_peft_model,
     registry,
 )
-from peft.core import hotswap
-from peft.core.adapted import Adapted, adapted_layers
+from peft.core.adapted.layer import Adapted, adapted_layers
+from peft.core.load import hotswap
 
 TOKENS = torch.randint(0, 64, (2, 6), generator=torch.Generator().manual_seed(0))
 
@@ -1027,7 +1027,7 @@ def test_promise_20_whole_embeddings_are_saved_when_asked_for_and_their_size_is_
 
 def test_26_setting_an_adapter_layer_by_layer_visits_its_parameters_once(monkeypatch):
     """transformers and diffusers call `set_adapter` on every layer; the whole model must not be walked each time."""
-    from peft.core.mix import Hub
+    from peft.core.acting.roster import Hub
 
     model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(20)))
     wrapped = get_peft_model(model, LoraConfig(r=2, target_modules=r"\d+"))

@@ -23,6 +23,7 @@ from peft import (
     prepare_model_for_kbit_training,
     registry,
 )
+from peft.core.anatomy.walk import kind_of
 
 bnb = pytest.importorskip("bitsandbytes")
 pytest.importorskip("torchao")
@@ -54,7 +55,7 @@ def expected(layer) -> torch.Tensor:
 def test_four_bit_weights_read_the_same_before_and_after_the_first_forward(nested, kind):
     layer = four_bit(nested, kind=kind)
     W = expected(layer)
-    fourbit = registry.kind_of(layer)
+    fourbit = kind_of(layer)
     assert torch.allclose(fourbit.read(layer), W, atol=1e-6)
     x = torch.randn(3, 64)
     with torch.no_grad():
@@ -74,7 +75,7 @@ def test_a_layer_that_was_packed_before_adapters_came_is_read_to_bf16_scales():
     W = expected(layer)
     with torch.no_grad():
         layer(torch.randn(3, 64))
-    assert torch.allclose(registry.kind_of(layer).read(layer), W, atol=2**-8 * float(W.abs().max()))
+    assert torch.allclose(kind_of(layer).read(layer), W, atol=2**-8 * float(W.abs().max()))
 
 
 def test_training_after_evaluation_gets_gradients_through_a_packed_layer():
@@ -95,7 +96,7 @@ def test_eight_bit_weights_are_codes_times_scales():
     layer = bnb.nn.Linear8bitLt(16, 24, has_fp16_weights=False)
     layer.load_state_dict(plain.state_dict())
     layer = layer.to("cpu")
-    kind = registry.kind_of(layer)
+    kind = kind_of(layer)
     W = plain.weight.detach().half().float()  # the library codes from fp16
     step = W.abs().amax(1, keepdim=True) / 127
     steps = kind.read(layer) / step

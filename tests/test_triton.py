@@ -493,7 +493,8 @@ class TestGPU:
 @pytest.mark.parametrize("p", [0.0, 0.3])
 @pytest.mark.parametrize("frozen", [False, True])
 def test_the_fused_node_takes_these_kernels_where_they_run(monkeypatch, p, frozen):
-    from peft.kernels.lowrank import Thin, lowrank_linear
+    from peft.kernels.lowrank import lowrank_linear
+    from peft.kernels.terms import Thin
 
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     t = draw(20, 24, 18, 5)
@@ -513,7 +514,8 @@ def test_the_fused_node_takes_these_kernels_where_they_run(monkeypatch, p, froze
 @pytest.mark.parametrize("layout", ["transposed", "expanded", "a slice"])
 def test_entries_of_a_row_need_not_lie_side_by_side(monkeypatch, layout):
     """What comes from a transpose, and the gradient that a sum sends back, which is one number for all entries."""
-    from peft.kernels.lowrank import Thin, lowrank_linear
+    from peft.kernels.lowrank import lowrank_linear
+    from peft.kernels.terms import Thin
 
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     t = draw(20, 24, 18, 5)
@@ -545,7 +547,7 @@ ROWS = {  # which rows of 24 each of three terms has: slices, or positions that 
 
 
 def terms_of(ranks=(2, 5, 3), scales=(0.5, 2.0, -1.0), k=24, n=18):
-    from peft.kernels.lowrank import Thin
+    from peft.kernels.terms import Thin
 
     g = torch.Generator().manual_seed(4)
     factors = [(torch.randn(r, k, generator=g), torch.randn(n, r, generator=g)) for r in ranks]

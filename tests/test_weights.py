@@ -22,9 +22,9 @@ from peft import (
     load_peft_weights,
     set_peft_model_state_dict,
 )
-from peft.core import weights
-from peft.core.errors import CheckpointError
-from peft.core.light import uninterrupted
+from peft.contract.cheap_modules import uninterrupted
+from peft.core.files import tensors as weights
+from peft.errors import CheckpointError
 
 DTYPES = [*weights.DTYPES.values(), torch.bool, torch.float8_e4m3fn, torch.complex64]
 tensors = st.dictionaries(

@@ -8,8 +8,6 @@ model = get_peft_model(AutoModelForCausalLM.from_pretrained(...), LoraConfig(tas
 
 from __future__ import annotations
 
-__version__ = "1.0.0"
-
 from typing import Any
 
 from . import registry
@@ -23,18 +21,15 @@ from .auto import (
     AutoPeftModelForTokenClassification,
 )
 from .config import PeftConfig, PromptLearningConfig
-from .core.compat import (
-    bloom_model_postprocess_past_key_value,
-    cast_mixed_precision_params,
-    get_base_model_state_dict,
-    set_base_model_state_dict,
-    shift_tokens_right,
+from .core.injection.plan import dry_run
+from .core.model.functions import (
+    get_peft_model,
+    get_peft_model_state_dict,
+    inject_adapter_in_model,
+    load_peft_weights,
+    set_peft_model_state_dict,
 )
-from .core.counts import Counts, counts
-from .core.errors import CheckpointError, NoMatchingPeftModuleError, PeftError, PeftWarning, Refusal
-from .core.inject import dry_run
-from .core.kbit import prepare_model_for_kbit_training
-from .core.model import (
+from .core.model.peft_model import (
     MODEL_TYPE_TO_PEFT_MODEL_MAPPING,
     PeftMixedModel,
     PeftModel,
@@ -44,13 +39,11 @@ from .core.model import (
     PeftModelForSeq2SeqLM,
     PeftModelForSequenceClassification,
     PeftModelForTokenClassification,
-    get_peft_model,
-    get_peft_model_state_dict,
-    inject_adapter_in_model,
-    load_peft_weights,
-    set_peft_model_state_dict,
 )
-from .core.status import TunerLayerStatus, TunerModelStatus, get_layer_status, get_model_status
+from .core.model.prepare_quantised import prepare_model_for_kbit_training
+from .core.report.counts import Counts, counts
+from .core.report.status import TunerLayerStatus, TunerModelStatus, get_layer_status, get_model_status
+from .errors import CheckpointError, NoMatchingPeftModuleError, PeftError, PeftWarning, Refusal
 from .mapping import (
     PEFT_TYPE_TO_CONFIG_MAPPING,
     PEFT_TYPE_TO_MIXED_MODEL_MAPPING,
@@ -59,6 +52,14 @@ from .mapping import (
     get_peft_config,
 )
 from .registry import PeftType, TaskType
+from .upstream.functions import (
+    bloom_model_postprocess_past_key_value,
+    cast_mixed_precision_params,
+    get_base_model_state_dict,
+    set_base_model_state_dict,
+    shift_tokens_right,
+)
+from .version import __version__
 
 __all__ = [
     "MODEL_TYPE_TO_PEFT_MODEL_MAPPING",

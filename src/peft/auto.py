@@ -6,8 +6,8 @@ import importlib
 import os
 from typing import Any, ClassVar
 
-from .config import HUB_KWARGS, PeftConfig, find_file
-from .core.model import (
+from .config import PeftConfig
+from .core.model.peft_model import (
     MODEL_TYPE_TO_PEFT_MODEL_MAPPING,
     PeftModel,
     PeftModelForCausalLM,
@@ -17,6 +17,7 @@ from .core.model import (
     PeftModelForSequenceClassification,
     PeftModelForTokenClassification,
 )
+from .remote import HUB_KWARGS, find_file
 
 __all__ = [
     "MODEL_TYPE_TO_PEFT_MODEL_MAPPING",

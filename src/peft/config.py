@@ -11,10 +11,10 @@ import warnings
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from huggingface_hub.utils import EntryNotFoundError
-
-from .core.errors import near
+from .errors import near
 from .registry import PeftType, TaskType, method
+from .remote import CODE_KWARGS, HUB_KWARGS, find_file, push_folder
+from .version import __version__
 
 CONFIG_NAME = "adapter_config.json"
 
@@ -201,13 +201,11 @@ class PeftConfig:
 
     @staticmethod
     def _get_peft_version() -> str:
-        from . import __version__
 
         return __version__
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:
         """Upload `adapter_config.json`."""
-        from .core.checkpoint import push_folder
 
         return push_folder(self.save_pretrained, repo_id, **kwargs)
 
@@ -286,42 +284,6 @@ def require_ranks(config: Any) -> None:
     for pattern, rank in (config.rank_pattern or {}).items():
         if not isinstance(rank, int) or rank < 1:
             raise ValueError(f"rank_pattern[{pattern!r}] should be at least 1 but the value passed is {rank}")
-
-
-CODE_KWARGS = ("trust_remote_code", "code_revision")  # of a base model; libraries pass them on to its adapters, too
-HUB_KWARGS = (
-    "cache_dir",
-    "force_download",
-    "local_files_only",
-    "proxies",
-    "repo_type",
-    "revision",
-    "token",
-    "use_auth_token",
-)
-
-
-def find_file(model_id: str, name: str, subfolder: str | None, hub: dict[str, Any]) -> str | None:
-    """A file of an adapter: in the local folder, or downloaded. A local folder never touches the network."""
-    if os.path.isdir(model_id):
-        root = os.path.join(model_id, subfolder) if subfolder else model_id
-        path = os.path.join(root, name)
-        if not os.path.realpath(root).startswith(os.path.realpath(model_id)):
-            raise ValueError(f"subfolder {subfolder!r} leads out of {model_id}")
-        return path if os.path.isfile(path) else None
-    if os.path.isabs(model_id) or model_id.startswith((".", "~")) or model_id.count("/") > 1:
-        return None  # a path that does not exist, no repository's name
-    from huggingface_hub import hf_hub_download
-
-    args = {k: v for k, v in hub.items() if k in HUB_KWARGS and k not in ("proxies", "use_auth_token")}
-    try:
-        return hf_hub_download(model_id, name, subfolder=subfolder, **args)
-    except EntryNotFoundError:
-        return None
-    except Exception as e:
-        raise ValueError(
-            f"Can't find '{name}' at '{model_id}': it is no local folder, and the hub answered: {type(e).__name__}: {e}"
-        ) from e
 
 
 def _default(f: dataclasses.Field[Any]) -> Any:

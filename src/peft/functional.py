@@ -8,9 +8,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from .core import inject
-from .core.mix import Hub
-from .core.model import PeftModel, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
+from .core.acting.on_model import hub_of
+from .core.acting.roster import Hub
+from .core.injection.remove import delete, unload
+from .core.model.functions import get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
+from .core.model.peft_model import PeftModel
 
 __all__ = [
     "cast_adapter_dtype",
@@ -24,7 +26,7 @@ __all__ = [
 
 
 def _hub(model: nn.Module) -> Hub:
-    hub = inject.hub_of(model)
+    hub = hub_of(model)
     if hub is None:
         raise ValueError("This model has no adapters.")
     return hub
@@ -36,9 +38,9 @@ def delete_adapter(model: nn.Module, adapter_name: str, prefix: str = "", layer_
     `prefix` and `layer_cls` are not needed to find it.
     """
     hub = _hub(model)
-    inject.delete(model, adapter_name)
+    delete(model, adapter_name)
     if not hub.adapters and not isinstance(model, PeftModel):
-        inject.unload(model)
+        unload(model)
         model.__dict__["peft_config"] = hub.configs  # empty; transformers takes it away
     return list(hub.chosen) or None
 

@@ -10,9 +10,10 @@ from typing import Any
 
 from torch import nn
 
-from .config import CONFIG_NAME, find_file
-from .core.adapted import adapted_layers
-from .core.inject import hub_of
+from .config import CONFIG_NAME
+from .core.acting.on_model import hub_of
+from .core.adapted.layer import adapted_layers
+from .remote import find_file
 
 
 def update_forward_signature(model: Any) -> None:

@@ -7,8 +7,8 @@ from typing import Any
 
 from . import registry
 from .config import PeftConfig
-from .core.model import inject_adapter_in_model
-from .core.tuner import Tuner
+from .core.model.functions import inject_adapter_in_model
+from .core.model.tuner import Tuner
 from .registry import PeftType
 
 __all__ = [

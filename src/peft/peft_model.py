@@ -1,6 +1,6 @@
-"""Upstream's path to the models; the code is in `peft.core.model` and `peft.core.status`."""
+"""Upstream's path to the models; the code is in `peft.core.model` and `peft.core.report`."""
 
-from .core.model import (
+from .core.model.peft_model import (
     MODEL_TYPE_TO_PEFT_MODEL_MAPPING,
     PeftModel,
     PeftModelForCausalLM,
@@ -10,7 +10,7 @@ from .core.model import (
     PeftModelForSequenceClassification,
     PeftModelForTokenClassification,
 )
-from .core.status import TunerLayerStatus, TunerModelStatus, get_layer_status, get_model_status
+from .core.report.status import TunerLayerStatus, TunerModelStatus, get_layer_status, get_model_status
 
 __all__ = [
     "MODEL_TYPE_TO_PEFT_MODEL_MAPPING",

@@ -10,14 +10,13 @@ import enum
 import functools
 import importlib
 import pkgutil
+from collections.abc import Callable
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from torch import nn
-
-    from .core.layer import LayerKind
-    from .core.method import Method
+from .contract.kind import LayerKind
+from .contract.method import Method, declared, listeners
+from .errors import near
 
 
 class PeftType(str, enum.Enum):
@@ -39,6 +38,7 @@ _METHODS: dict[str, type[Method]] = {}
 _COMPANIONS: dict[str, type[Method]] = {}
 _WRAPPERS: dict[str, type[Method]] = {}
 _EXTRA_KINDS: list[LayerKind] = []
+WHEN_KINDS_CHANGE: list[Callable[[], None]] = []  # what was remembered of the kinds is forgotten
 
 
 def _add_member(name: str) -> None:
@@ -65,6 +65,16 @@ def register_method(cls: type[Method]) -> None:
         _WRAPPERS[cls.wraps] = cls
 
 
+def _follow() -> None:
+    """Register the classes that exist, and each new one as it is made."""
+    for cls in declared:
+        register_method(cls)
+    listeners.append(register_method)
+
+
+_follow()
+
+
 def forget_method(peft_type: str) -> None:
     """Take a method out of the registry (its name stays a member of `PeftType`)."""
     _METHODS.pop(peft_type, None)
@@ -74,14 +84,17 @@ def register_kind(kind: LayerKind) -> None:
     """Add a layer kind of one's own; kinds are asked in the order of their `priority`."""
     _EXTRA_KINDS.append(kind)
     kinds.cache_clear()
-    _ASKED.clear()
-    _SPLITTERS.clear()
+    for forget in WHEN_KINDS_CHANGE:
+        forget()
 
 
 @functools.cache
 def modules() -> tuple[ModuleType, ...]:
-    """The method files, imported."""
-    return _load("methods")
+    """The method files, imported, and with them what any config can bring along or put around a delta."""
+    found = _load("methods")
+    for folder in ("companions", "variants"):
+        _load(folder)
+    return found
 
 
 def _load(folder: str) -> tuple[ModuleType, ...]:
@@ -109,7 +122,6 @@ def wrappers() -> dict[str, type[Method]]:
 
 
 def method(peft_type: str | None) -> type[Method]:
-    from .core.errors import near
 
     name = getattr(peft_type, "value", peft_type)
     known = methods()
@@ -125,44 +137,3 @@ def kinds() -> dict[str, LayerKind]:
     for module in _load("layers"):
         found += getattr(module, "kinds", [])
     return {k.name: k for k in sorted(found, key=lambda k: -k.priority)}
-
-
-_ASKED: dict[type[nn.Module], list[LayerKind]] = {}
-_SPLITTERS: dict[type[nn.Module], list[LayerKind]] = {}
-
-
-def _candidates(module: nn.Module) -> list[LayerKind]:
-    """The kinds that have to be asked about modules of this class: those that look at more than it, up to a taker."""
-    asked = []
-    for kind in kinds().values():
-        if kind.bare or (kind.by_type and not kind.claims(module)):
-            continue
-        asked.append(kind)
-        if kind.by_type:
-            break
-    return asked
-
-
-def splitter_of(module: nn.Module) -> LayerKind | None:
-    """The kind that claims a module, if it is one of those that put a stand-in of several parts in its place; else
-    None, or the kind: what comes after the last such kind is not asked."""
-    cls = type(module)
-    if cls not in _SPLITTERS:
-        asked = _ASKED.setdefault(cls, _candidates(module))
-        last = max((i for i, kind in enumerate(asked, 1) if kind.splits), default=0)
-        _SPLITTERS[cls] = asked[:last]
-    for kind in _SPLITTERS[cls]:
-        if kind.claims(module):
-            return kind
-    return None
-
-
-def kind_of(module: nn.Module) -> LayerKind:
-    """The kind that claims a module; the opaque kind claims what no other does."""
-    cls = type(module)
-    if cls not in _ASKED:
-        _ASKED[cls] = _candidates(module)
-    for kind in _ASKED[cls]:
-        if kind.claims(module):
-            return kind
-    raise TypeError(f"No layer kind claims {type(module).__name__}")

@@ -488,7 +488,7 @@ def test_weight_sync_sends_the_merged_weights_under_the_base_names(which: str, b
     before = frozen_part(model)
     try:
         sent = synced(model)
-    except peft.core.errors.Refusal:  # a bottleneck is no change of the weights: it says so instead of sending the base
+    except peft.Refusal:  # a bottleneck is no change of the weights: it says so instead of sending the base
         assert which == "bottleneck"
         return
     engine = load(bases, name)

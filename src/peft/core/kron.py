@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from .layer import Geometry
+from ..contract.geometry import Geometry
 
 
 def factorization(dimension: int, factor: int = -1) -> tuple[int, int]:

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from functools import cache
 from typing import Any
 
-from ..core.errors import near
+from ..errors import near
 
 
 @cache

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..core.method import Site
+from ..contract.site import Site
 
 
 def _weight(site: Site, r: int) -> Tensor:

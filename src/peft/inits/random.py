@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from ..core.method import Site
+from ..contract.site import Site
 
 
 def default(A: Tensor, B: Tensor, rng: torch.Generator, site: Site) -> None:

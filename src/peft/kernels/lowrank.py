@@ -9,35 +9,18 @@ dtype, never x up to theirs: master weights stay in fp32 and get fp32 gradients.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from . import dropout, triton_lowrank
-
-
-class Thin(NamedTuple):
-    """ΔW = s·B A, with A[r, k] and B[n, r] as they are kept."""
-
-    A: Tensor
-    B: Tensor
-    scale: float = 1.0
-    rows: Tensor | None = None  # c[n]: W' = c ⊙ (W + ΔW) by rows
-
-
-class Banks(NamedTuple):
-    """ΔW = s·diag(e) B diag(d) A, of which the vectors d[r] and e[n] are trained."""
-
-    A: Tensor
-    B: Tensor
-    d: Tensor
-    e: Tensor
-    scale: float = 1.0
-
+from .terms import Banks, Thin
 
 MANY = 16  # rows from which on the Triton kernels are worth their launches
+
+
 Where = slice | Tensor | None  # which rows of x a term is about; None: all
 
 

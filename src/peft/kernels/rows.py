@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from . import triton_lowrank
-from .lowrank import MANY, Thin, Where, again
+from .lowrank import MANY, Where, again
+from .terms import Thin
 from .triton_rows import grouped_linear, runs_of
 
 Found = TypeVar("Found")

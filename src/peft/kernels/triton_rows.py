@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from . import triton_lowrank
-from .lowrank import Thin, Where, _matrix, again_on_device
+from .lowrank import Where, _matrix, again_on_device
+from .terms import Thin
 from .triton_lowrank import Segments
 
 

@@ -20,8 +20,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..core.adapted import Adapted
-from ..core.layer import Composite, LayerKind, Part
+from ..contract.kind import LayerKind
+from ..contract.tree import Composite, Part
+from ..core.acting.adapted_layer import AdaptedLayer
 from .opaque import Opaque
 from .slice import WeightSlice
 
@@ -141,7 +142,7 @@ def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def acts_below(module: nn.Module) -> bool:
-    return any(m.acting for m in module.modules() if isinstance(m, Adapted))
+    return any(m.acting for m in module.modules() if isinstance(m, AdaptedLayer))
 
 
 class Unless:

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..core.quantised import Quantised
+from .coded import Quantised
 
 
 def layers() -> Any:

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..core.layer import Geometry, LayerKind
+from ..contract.geometry import Geometry
+from ..contract.kind import LayerKind
 
 
 class ScaledEmbedding(nn.Embedding):

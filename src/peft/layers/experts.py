@@ -16,10 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..core.adapted import Adapted
-from ..core.errors import Refusal
-from ..core.layer import Composite, LayerKind
-from ..core.mix import Hub
+from ..contract.kind import LayerKind
+from ..contract.tree import Composite
+from ..core.acting.adapted_layer import AdaptedLayer
+from ..core.acting.roster import Hub
+from ..errors import Refusal
 from .parameter import Stacked
 from .slice import WeightSlice
 
@@ -106,7 +107,7 @@ class SortedExperts(Experts):
 
 
 def _through(part: nn.Module, x: Tensor, row: Tensor | None) -> Tensor:
-    return part(x, rows=row) if isinstance(part, Adapted) else part(x)
+    return part(x, rows=row) if isinstance(part, AdaptedLayer) else part(x)
 
 
 class ExpertStack(LayerKind):

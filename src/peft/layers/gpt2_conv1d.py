@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..core.layer import Geometry, LayerKind, plain_geometry
+from ..contract.geometry import Geometry, plain_geometry
+from ..contract.kind import LayerKind
 
 
 class GPT2Conv1D(LayerKind):

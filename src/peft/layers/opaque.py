@@ -13,8 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..core import offload
-from ..core.layer import Geometry, LayerKind, tree
+from ..contract import offload
+from ..contract.geometry import Geometry
+from ..contract.kind import LayerKind
+from ..contract.tree import tree
 
 WIDTHS = ("hidden_size", "d_model", "n_embd", "embed_dim")  # what blocks call the size of the residual stream
 OUTPUTS = ("o_proj", "out_proj", "c_proj", "down_proj", "wo", "o", "w2", "fc2")  # last projections, by name

@@ -13,12 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..core.adapted import Adapted
-from ..core.errors import Refusal
-from ..core.layer import Composite, LayerKind, Part, on_device
-from ..core.method import Method
-from ..core.mix import BASE, Hub
-from ..registry import kind_of
+from ..contract.kind import LayerKind
+from ..contract.method import Method
+from ..contract.offload import on_device
+from ..contract.tree import Composite, Part
+from ..core.acting.adapted_layer import AdaptedLayer
+from ..core.acting.mix import BASE
+from ..core.acting.roster import Hub
+from ..core.anatomy.walk import kind_of
+from ..errors import Refusal
 from .slice import Slice, WeightSlice
 
 
@@ -52,9 +55,9 @@ class Stacked(Composite):
         }
 
     # -- which adapters act ---------------------------------------------------------------------------------------------
-    def adapted(self, name: str | None = None) -> list[Adapted]:
+    def adapted(self, name: str | None = None) -> list[AdaptedLayer]:
         held = self.of(name) if name else [m for n in self.single for m in self.of(n)]  # type: ignore[union-attr]
-        return [m for m in held if isinstance(m, Adapted)]
+        return [m for m in held if isinstance(m, AdaptedLayer)]
 
     def acting(self) -> Hub | None:
         """The hub, if any of its acting adapters has something here."""
@@ -182,10 +185,10 @@ class Swapped(Stacked):
             return None
         out: list[Tensor] = []
         for held in self.of(name):
-            part = held.base_layer if isinstance(held, Adapted) else held
+            part = held.base_layer if isinstance(held, AdaptedLayer) else held
             assert isinstance(part, RawSlice)
             W = part.weight
-            if isinstance(held, Adapted) and id(held) in acting:
+            if isinstance(held, AdaptedLayer) and id(held) in acting:
                 W, _ = held.compose(held.active_methods(names), W.dtype)
             out.append(W.T if part.transposed else W)
         return out[0] if self.single[name] else torch.stack(out)

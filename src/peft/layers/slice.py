@@ -13,9 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..core import offload
-from ..core.errors import Refusal
-from ..core.layer import Geometry, LayerKind, on_device, plain_geometry
+from ..contract import offload
+from ..contract.geometry import Geometry, plain_geometry
+from ..contract.kind import LayerKind
+from ..contract.offload import on_device
+from ..errors import Refusal
 
 
 class WeightSlice(nn.Module):

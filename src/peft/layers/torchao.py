@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..core.errors import Refusal
-from ..core.quantised import Quantised
+from ..errors import Refusal
+from .coded import Quantised
 
 
 class TorchAO(Quantised):

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from ..config import require
-from ..core.method import Method, Site
+from ..contract.method import Method
+from ..contract.site import Site
 from .lora import LoraConfig
 
 __all__ = ["AdaLoraConfig"]

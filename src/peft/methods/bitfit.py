@@ -7,17 +7,16 @@ base's biases never change: copies are trained, and saved under the names of the
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from torch import nn
 
 from ..config import TunerConfig
-from ..core.copies import Copies, is_bias
-from ..core.errors import NoMatchingPeftModuleError, Refusal
-from ..core.method import Site
-from ..core.targets import Place, find, names, walk
+from ..contract.site import Site
+from ..core.anatomy.walk import walk
+from ..core.forms.copies import Copies, is_bias
+from ..errors import NoMatchingPeftModuleError, Refusal
 
 __all__ = ["BitFitConfig"]
 
@@ -70,47 +69,3 @@ class BitFit(Copies):
     def check(cls, config: Any, site: Site) -> None:
         if not any(is_bias(n) for n in site.parameters()):
             raise Refusal(cls.peft_type, f"{site.path} ({site.layer})", "this module has no bias that could be trained")
-
-
-@dataclass
-class Along:
-    """What the companion needs to know: which of its sites another method adapts, too."""
-
-    targeted: set[str] = dataclasses.field(default_factory=set)
-
-
-class BiasAlong(BitFit):
-    companion = "bias"
-    peft_type = ""
-    examples = ()
-
-    @classmethod
-    def accompany(cls, config: Any, model: nn.Module) -> tuple[list[Place], Along]:
-        targeted = find(model, config)
-        saved = list(getattr(config, "modules_to_save", None) or [])
-        places = targeted
-        if config.bias == "all":
-            places = [p for p in walk(model) if not any(names(s, q) for s in saved for q in _above(p.path))]
-        # a composite's own raw parameters have other names on disk than `bias`, and are left alone as elsewhere
-        places = [p for p in places if "bias" in own_biases(p.module) or (_virtual_bias(p) and p.stem != p.owner.stem)]
-        return places, Along({p.path for p in targeted})
-
-    @classmethod
-    def chosen(cls, names: list[str]) -> list[str]:
-        return [n for n in names if n == "bias"]
-
-    def __init__(self, config: Along, site: Site) -> None:
-        self.targeted = site.path in config.targeted
-        super().__init__(config, site)
-
-    def key(self, name: str) -> str:
-        return f"base_layer.{name}" if self.targeted else name
-
-
-def _virtual_bias(place: Place) -> bool:
-    return place.owner is not None and getattr(place.module, "bias", None) is not None
-
-
-def _above(path: str) -> list[str]:
-    steps = path.split(".")
-    return [".".join(steps[: i + 1]) for i in range(len(steps))]

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from ..config import TunerConfig, require
-from ..core.errors import Refusal
-from ..core.method import Method, Op, Site
+from ..contract.method import Method
+from ..contract.site import Op, Site
+from ..errors import Refusal
 
 __all__ = ["BOFTConfig"]
 

@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..config import TunerConfig, require
-from ..core.errors import Refusal
-from ..core.method import Method, Site
-from ..core.roles import default_targets
+from ..contract.method import Method
+from ..contract.site import Site
+from ..core.anatomy.roles import default_targets
+from ..errors import Refusal
 
 __all__ = ["BottleneckConfig"]
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import require
-from ..core.method import Site
+from ..contract.site import Site
 from .bottleneck import Bottleneck
 from .phm import Phm, PhmConfig, kronecker_sum
 

@@ -17,8 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from ..config import TunerConfig, extra, require
-from ..core.copies import SparseCopies, originals, put, take, top_entries
-from ..core.method import Site
+from ..contract.site import Site
+from ..core.forms.copies import put, take
+from ..core.forms.sparse import SparseCopies, top_entries
+from ..measure.examples import originals
 
 __all__ = ["DiffPruningConfig", "prune_diff"]
 

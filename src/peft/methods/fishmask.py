@@ -19,9 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from ..config import TunerConfig, extra, require
-from ..core.copies import SparseCopies, examples_of, originals, top_entries
-from ..core.method import Site
-from ..core.mix import Mix
+from ..contract.site import Site
+from ..core.acting.mix import Mix
+from ..core.forms.sparse import SparseCopies, top_entries
+from ..measure.examples import examples_of, originals
 
 __all__ = ["FishMaskConfig", "compute_fish_mask"]
 

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from ..config import TunerConfig, require
-from ..core.errors import Refusal
-from ..core.method import Method, Site
+from ..contract.method import Method
+from ..contract.site import Site
+from ..errors import Refusal
 
 __all__ = ["HRAConfig"]
 

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from ..config import TunerConfig, extra
-from ..core.errors import NoMatchingPeftModuleError, Refusal
-from ..core.method import Method, Site
-from ..core.roles import default_targets
+from ..contract.method import Method
+from ..contract.site import Site
+from ..core.anatomy.roles import default_targets
+from ..errors import NoMatchingPeftModuleError, Refusal
 
 __all__ = ["IA3Config"]
 

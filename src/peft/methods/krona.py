@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from ..config import DeltaConfig, require
+from ..contract.method import Method
+from ..contract.site import Op, Site
 from ..core.kron import apply_kron, factorization, kron, plain
-from ..core.method import Method, Op, Site
 
 __all__ = ["KronAConfig"]
 

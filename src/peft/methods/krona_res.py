@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from ..config import TunerConfig
-from ..core.errors import Refusal
+from ..contract.method import Method
+from ..contract.site import Site
 from ..core.kron import apply_kron, kron, plain
-from ..core.method import Method, Site
+from ..errors import Refusal
 from .krona import check_shape, sizes, start
 
 __all__ = ["KronAResConfig"]

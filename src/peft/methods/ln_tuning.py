@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..config import TunerConfig, extra
-from ..core.copies import Copies
+from ..core.forms.copies import Copies
 
 __all__ = ["LNTuningConfig"]
 

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..core.method import Site
-from .lycoris import Lycoris, LycorisConfig, kaiming, tucker
+from ..contract.site import Site
+from ..core.forms.lycoris import Lycoris, LycorisConfig, kaiming, tucker
 
 __all__ = ["LoHaConfig"]
 

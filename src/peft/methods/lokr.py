@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from ..config import require
+from ..contract.site import Op, Site
+from ..core.forms.lycoris import Lycoris, LycorisConfig, kaiming, tucker
 from ..core.kron import apply_kron, factorization, kron, plain
-from ..core.method import Op, Site
-from .lycoris import Lycoris, LycorisConfig, kaiming, tucker
 
 __all__ = ["LoKrConfig", "factorization"]
 

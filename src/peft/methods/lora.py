@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from ..config import DeltaConfig, require, require_ranks, unbuilt
-from ..core.errors import Refusal
-from ..core.method import Site
-from ..core.targets import for_path, to_patterns, with_value
-from ..core.tying import Pair
+from ..contract.site import Site
+from ..core.anatomy.patterns import for_path, to_patterns, with_value
+from ..core.forms.low_rank import Pair
+from ..errors import Refusal
 from ..inits import find as find_init
 
 __all__ = ["LoraConfig", "LoraRuntimeConfig"]

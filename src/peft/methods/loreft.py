@@ -8,7 +8,7 @@ R is the orthonormalised form of a free matrix V (its thin QR, with positive dia
 under any optimiser, and V is what is saved. Training starts at W = R, b = 0, where nothing is changed yet.
 
 Positions. An edit acts on the first p and the last s tokens of a sequence, padding not counted, each token once. In a
-model that takes token ids the core tells which tokens a call holds (`core/span.py`):
+model that takes token ids the core tells which tokens a call holds (`core/acting/span.py`):
 - the first p tokens are counted from the start of the sequence, whatever a key/value cache already holds;
 - the last s tokens are those of the call that starts a sequence. A decoding step continues it: nothing is edited at its
   end. A call that continues a sequence with several tokens might end the prompt or not, so it is refused;
@@ -28,9 +28,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..config import TunerConfig, require
-from ..core.errors import Refusal
-from ..core.method import Method, Site
-from ..core.span import Span
+from ..contract.method import Method
+from ..contract.site import Site
+from ..core.acting.span import Span
+from ..errors import Refusal
 
 __all__ = ["LoReftConfig"]
 

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from ..config import require
-from ..core.errors import CheckpointError
-from ..core.method import Site
-from ..core.weights import read_weights
+from ..contract.site import Site
+from ..core.files.tensors import read_weights
+from ..errors import CheckpointError
 from .prompt_tuning import PromptTuning, PromptTuningConfig, chosen
 
 __all__ = ["MultitaskPromptTuningConfig", "MultitaskPromptTuningInit"]

@@ -1,7 +1,7 @@
 """P-tuning: the vectors before the input are the output of a small network, P = g(E) with E[n, d] (arXiv 2103.10385).
 
 g is an MLP of three layers, d → h → h → d with ReLU, or a bidirectional LSTM followed by an MLP, 2h → 2h → d. The file
-holds the result P; how training goes on after a reload, see `core/prompt.py`, `Encoded`.
+holds the result P; how training goes on after a reload, see `core/forms/prompt.py`, `Encoded`.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.nn.utils import skip_init
 
 from ..config import PromptLearningConfig, extra, require
-from ..core.method import Site
-from ..core.prompt import Encoded, Table
+from ..contract.site import Site
+from ..core.forms.prompt import Encoded, Table
 from .prompt_tuning import chosen
 
 __all__ = ["PromptEncoderConfig", "PromptEncoderReparameterizationType"]

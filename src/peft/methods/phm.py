@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from ..config import require
-from ..core.errors import Refusal
-from ..core.method import Site
+from ..contract.site import Site
+from ..errors import Refusal
 from .bottleneck import Bottleneck, BottleneckConfig
 
 __all__ = ["PhmConfig"]

@@ -16,9 +16,10 @@ from torch.nn import functional as F
 from torch.nn.utils import skip_init
 
 from ..config import PromptLearningConfig, extra
-from ..core.errors import Refusal
-from ..core.method import Site
-from ..core.prompt import Encoded, Table, number, takes_prefix, text_config
+from ..contract.site import Site
+from ..core.anatomy.language import number, takes_prefix, text_config
+from ..core.forms.prompt import Encoded, Table
+from ..errors import Refusal
 
 __all__ = ["PrefixTuningConfig"]
 

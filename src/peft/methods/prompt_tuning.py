@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from ..config import PromptLearningConfig
-from ..core.method import Site
-from ..core.prompt import PromptMethod, Table
+from ..contract.site import Site
+from ..core.forms.prompt import PromptMethod, Table
 
 __all__ = ["PromptTuningConfig", "PromptTuningInit"]
 

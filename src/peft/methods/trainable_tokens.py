@@ -17,8 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from ..config import TunerConfig, extra
-from ..core.method import Method, Op, Site
-from ..core.targets import Place, find_whole, input_embedding, names, other_ends
+from ..contract.method import Method
+from ..contract.site import Op, Site
+from ..core.anatomy.language import input_embedding
+from ..core.anatomy.ties import other_ends
+from ..core.anatomy.walk import Place
 
 __all__ = ["TrainableTokensConfig"]
 
@@ -150,55 +153,6 @@ class TrainableTokens(Method):
 
     def rank(self) -> int:
         return min(len(self.token_indices), self.geometry.out, self.geometry.fan_in)
-
-
-@dataclass
-class Along:
-    """`trainable_token_indices` as this method reads it."""
-
-    by_name: dict[str, list[int]]
-    init_weights: bool = True
-
-    def indices_at(self, path: str) -> list[int]:
-        default = next(iter(self.by_name.values()))  # the other end of a tied weight
-        return next((v for k, v in self.by_name.items() if names(k, path)), default)
-
-
-class TokensAlong(TrainableTokens):
-    companion = "trainable_token_indices"
-    peft_type = ""
-    keys = {"trainable_tokens_delta": "token_adapter.trainable_tokens_delta"}
-    examples = ()
-
-    @classmethod
-    def tokens_needed(cls, config: Any) -> int:
-        asked = config.trainable_token_indices
-        return (
-            max((i for some in (asked.values() if isinstance(asked, dict) else [asked]) for i in some), default=-1) + 1
-        )
-
-    @classmethod
-    def accompany(cls, config: Any, model: nn.Module) -> tuple[list[Place], Along]:
-        asked = config.trainable_token_indices
-        by_name = asked if isinstance(asked, dict) else {input_embedding(model): asked}
-        for name, indices in by_name.items():
-            check_indices(indices, f"trainable_token_indices[{name!r}]")
-            if any(names(name, m) or names(m, name) for m in getattr(config, "modules_to_save", None) or ()):
-                raise ValueError(
-                    f"{name} is in both modules_to_save, which trains it whole, and trainable_token_indices: choose one."
-                )
-        places = find_whole(model, list(by_name), "trainable_token_indices")
-        places += cls.followers(config, model, places)
-        along = Along(by_name)
-        if getattr(config, "ensure_weight_tying", False):
-            for weight in {id(p.module._parameters.get("weight")) for p in places}:
-                ends = [p.path for p in places if id(p.module._parameters.get("weight")) == weight]
-                if len({tuple(along.indices_at(path)) for path in ends}) > 1:
-                    raise ValueError(
-                        f"ensure_weight_tying=True, but trainable_token_indices differ for {', '.join(ends)}, which hold one "
-                        "tied weight: give them the same indices."
-                    )
-        return places, along
 
 
 def _width(site: Site) -> int:

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from ..config import DeltaConfig, extra, require
-from ..core.method import Method, Op, Site
-from ..kernels.lowrank import Banks
+from ..contract.method import Method
+from ..contract.site import Op, Site
+from ..kernels.terms import Banks
 
 __all__ = ["VeraConfig"]
 

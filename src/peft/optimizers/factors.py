@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..core.inject import hub_of
-from ..core.method import Method
-from ..core.mix import Hub
+from ..contract.method import Method
+from ..core.acting.on_model import hub_of
+from ..core.acting.roster import Hub
 
 
 def adapters_of(model: nn.Module) -> Hub:

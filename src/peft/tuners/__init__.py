@@ -7,9 +7,9 @@ from typing import Any
 from torch import nn
 
 from .. import registry
-from ..core.doors import door, layer_view
-from ..core.errors import PeftError, PeftWarning
-from ..core.tuner import Tuner
+from ..core.model.tuner import Tuner
+from ..errors import PeftError, PeftWarning
+from ..upstream.classes import door, layer_view
 from . import tuners_utils
 
 

@@ -1,6 +1,6 @@
 """Every model holds adapters of different methods."""
 
-from ..core.tuner import Tuner as MixedModel
+from ..core.model.tuner import Tuner as MixedModel
 from ..registry import PeftType
 
 COMPATIBLE_TUNER_TYPES = PeftType  # all of them

@@ -8,13 +8,15 @@ from typing import Any
 
 from torch import nn
 
-from ..core.doors import BaseTunerLayer
-from ..core.layer import on_device
-from ..core.targets import ALL_LINEAR as INCLUDE_LINEAR_LAYERS_SHORTHAND
-from ..core.targets import in_layers, matches, walk
-from ..core.tuner import Tuner as BaseTuner
+from ..contract.offload import on_device
+from ..core.anatomy.patterns import matches
+from ..core.anatomy.targets import ALL_LINEAR as INCLUDE_LINEAR_LAYERS_SHORTHAND
+from ..core.anatomy.targets import in_layers
+from ..core.anatomy.walk import walk
+from ..core.model.tuner import Tuner as BaseTuner
 from ..functional import cast_adapter_dtype, delete_adapter, set_adapter, set_requires_grad
 from ..mapping import PEFT_TYPE_TO_PREFIX_MAPPING
+from ..upstream.classes import BaseTunerLayer
 
 __all__ = [
     "INCLUDE_LINEAR_LAYERS_SHORTHAND",

@@ -1,11 +1,11 @@
 """Upstream's import paths for helpers; the code is in `peft.core`."""
 
 from ..auto import TOKENIZER_CONFIG_NAME
-from ..core.compat import get_base_model_state_dict, set_base_model_state_dict
-from ..core.kbit import prepare_model_for_kbit_training
-from ..core.model import get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
+from ..core.model.functions import get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
+from ..core.model.prepare_quantised import prepare_model_for_kbit_training
 from ..mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from ..registry import PeftType, TaskType
+from ..upstream.functions import get_base_model_state_dict, set_base_model_state_dict
 from .constants import (
     DUMMY_MODEL_CONFIG,
     DUMMY_TARGET_MODULES,

@@ -6,11 +6,11 @@ from typing import Any
 
 from ..auto import TOKENIZER_CONFIG_NAME
 from ..config import CONFIG_NAME
-from ..core.checkpoint import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
-from ..core.compat import bloom_model_postprocess_past_key_value, starcoder_model_postprocess_past_key_value
-from ..core.roles import ROLES
-from ..core.targets import ALL_LINEAR as INCLUDE_LINEAR_LAYERS_SHORTHAND
+from ..core.anatomy.roles import ROLES
+from ..core.anatomy.targets import ALL_LINEAR as INCLUDE_LINEAR_LAYERS_SHORTHAND
+from ..core.files.adapter_files import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from ..registry import methods
+from ..upstream.functions import bloom_model_postprocess_past_key_value, starcoder_model_postprocess_past_key_value
 
 __all__ = [
     "CONFIG_NAME",
@@ -35,7 +35,7 @@ TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING: dict[str, Any] = {}
 
 
 def __getattr__(name: str) -> dict[str, list[str]]:
-    """`TRANSFORMERS_MODELS_TO_<METHOD>_TARGET_MODULES_MAPPING`: model type -> default targets, from `core/roles.py`."""
+    """`TRANSFORMERS_MODELS_TO_<METHOD>_TARGET_MODULES_MAPPING`: model type -> default targets, from `core/anatomy/roles.py`."""
     if name == "TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING":
         return {t: list(targets) for targets, types in reversed(ROLES["ffn"]) for t in types}
     asked = name.removeprefix("TRANSFORMERS_MODELS_TO_").removesuffix("_TARGET_MODULES_MAPPING")

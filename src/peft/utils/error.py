@@ -1,5 +1,5 @@
 """The errors, under upstream's path."""
 
-from ..core.errors import NoMatchingPeftModuleError, PeftError
+from ..errors import NoMatchingPeftModuleError, PeftError
 
 __all__ = ["NoMatchingPeftModuleError", "PeftError"]

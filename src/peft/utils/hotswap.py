@@ -1,6 +1,6 @@
 """What other libraries import from here."""
 
-from ..core.hotswap import (
+from ..core.load.hotswap import (
     check_hotswap_configs_compatible,
     hotswap_adapter,
     hotswap_adapter_from_state_dict,

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..registry import kind_of
+from ..core.anatomy.walk import kind_of
 
 
 def check_deepspeed_zero3_enabled() -> bool:

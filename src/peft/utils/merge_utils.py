@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..core.combine import MERGERS
-from ..core.merging import (
+from ..core.load.combine import MERGERS
+from ..core.load.combine_steps import (
     calculate_majority_sign_mask,
     disjoint_merge,
     magnitude_based_pruning,

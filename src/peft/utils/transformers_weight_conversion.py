@@ -1,5 +1,5 @@
 """What transformers imports from here."""
 
-from ..core.inflow import build_peft_weight_mapping
+from ..core.load.transformers_loader import build_peft_weight_mapping
 
 __all__ = ["build_peft_weight_mapping"]

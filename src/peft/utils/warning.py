@@ -1,5 +1,5 @@
 """The warning, under upstream's path."""
 
-from ..core.errors import PeftWarning
+from ..errors import PeftWarning
 
 __all__ = ["PeftWarning"]

@@ -1,0 +1,1 @@
+"""What any method's config can bring along, one file each."""

@@ -1,0 +1,92 @@
+"""Objects of which a model may have a hundred thousand: cheap modules, and making many without garbage collections."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+
+class _Later:
+    """A container that nearly no module ever uses: made when it is first asked for."""
+
+    def __init__(self, name: str, container: type) -> None:
+        self.name, self.container = name, container
+
+    def __get__(self, module: Any, owner: type) -> Any:
+        return self if module is None else module.__dict__.setdefault(self.name, self.container())
+
+
+_FIELDS = nn.Module().__dict__
+
+
+_LATER = {
+    k: _Later(k, type(v)) for k, v in _FIELDS.items() if "_dict_" in k or k.endswith(("_kwargs", "_called", "_set"))
+}
+
+
+_FRESH = [(k, type(v) if isinstance(v, dict) else None, v) for k, v in _FIELDS.items() if k not in _LATER]
+
+
+class Light(nn.Module):
+    """A module of which a model may have a hundred thousand.
+
+    The same fields as any nn.Module, whatever this torch gives it, set without the checks that cost most of the time;
+    the containers that neither calls nor the tree of modules read come when they are asked for.
+    """
+
+    _fresh = _FRESH
+
+    def __init__(self) -> None:
+        fields = self.__dict__
+        for name, container, value in self._fresh:
+            fields[name] = value if container is None else container()
+
+    def set(self, **values: Any) -> None:
+        """Attributes that are neither parameters, buffers nor modules, all at once."""
+        self.__dict__.update(values)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        fields = self.__dict__
+        if (
+            "_parameters" not in fields
+            or name in fields["_parameters"]
+            or name in fields["_buffers"]
+            or name in fields["_modules"]
+        ):  # before __init__
+            super().__setattr__(name, value)
+        elif type(value) is nn.Parameter and name not in fields:
+            fields["_parameters"][name] = value
+        elif isinstance(value, (Tensor, nn.Module)):
+            super().__setattr__(name, value)
+        else:
+            object.__setattr__(self, name, value)
+
+
+class Uncalled(Light):
+    """One that nobody calls: nothing reads its hooks."""
+
+    _fresh = [f for f in _FRESH if not f[0].endswith("_hooks")]
+
+
+for _cls, _table in (
+    (Light, _LATER),
+    (Uncalled, {k: _Later(k, c) for k, c, _ in _FRESH if k.endswith("_hooks") and c}),
+):
+    for _name, _later in _table.items():
+        setattr(_cls, _name, _later)
+
+
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """No garbage collection while some 100,000 long-lived objects are made: each would be walked many times over."""
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()

@@ -1,0 +1,210 @@
+"""The contract a base-layer kind fulfils, so that every method works on it.
+
+A kind describes one sort of module: where its weight matrix is, how to run the layer's own geometry with another
+matrix, and how to read and write the weight. All matrices are `W[out, fan_in]`, whatever the native layout:
+`fan_in` is inputs x kernel size / groups for convolutions and the vocabulary for embeddings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from . import offload
+from .geometry import Geometry
+from .offload import on_device
+from .tree import Composite, _bare, named
+
+
+class LayerKind:
+    """One sort of base layer. Instances hold no state and are shared by all layers of the kind."""
+
+    name: ClassVar[str]
+    summary: ClassVar[str] = ""
+    priority: ClassVar[int] = 0  # asked in descending order: the most specific kind claims first
+    linear: ClassVar[bool] = False  # what `all-linear` means
+    composes: ClassVar[bool] = False  # `split` gives a stand-in
+    by_type: ClassVar[bool] = False  # `claims` asks for the module's class and nothing else
+    bare: ClassVar[bool] = False  # asked for `target_parameters` only
+    fresh_output: ClassVar[bool] = True  # the base call's result may be added into, in place
+    factored: ClassVar[bool] = True  # False where only whole matrices can be run (raw parameters)
+
+    tolerance: ClassVar[float] = 2e-5  # forward against merged, relative to the output
+    castable: ClassVar[bool] = True  # the layer can be cast to bf16
+    compiles: ClassVar[bool] = True  # the plain layer compiles in one graph
+
+    def examples(self) -> dict[str, Callable[[], tuple[Any, ...]]]:
+        """`name -> maker of (layer, inputs)` or `(layer, inputs, targeting fields)`: small layers that the laws test."""
+        return {}
+
+    def claims(self, module: nn.Module) -> bool:
+        raise NotImplementedError(f"{type(self).__name__}.claims")
+
+    def split(self, module: nn.Module) -> Composite | None:
+        """For modules made of several weights: a stand-in whose `parts()` are single-weight layers."""
+        return None
+
+    @property
+    def splits(self) -> bool:
+        """Whether `split` may give a stand-in."""
+        return type(self).split is not LayerKind.split
+
+    def geometry(self, module: nn.Module) -> Geometry:
+        raise NotImplementedError(f"{type(self).__name__}.geometry")
+
+    def installed(self, modules: Iterable[nn.Module]) -> None:
+        """Called with a model's modules when some were wrapped: for those that read raw weights below them, past a wrapper."""
+
+    def removed(self, modules: Iterable[nn.Module]) -> None:
+        """The inverse, when all wrappers were taken out."""
+
+    def merge_refusal(self, module: nn.Module) -> str:
+        """Why the base's format has no way to hold a changed weight; "" where it has."""
+        return ""
+
+    def admit(self, module: nn.Module, method: Any, path: str) -> None:
+        """Raise `Refusal` where this kind cannot run what a planned method does; called before anything changes."""
+
+    def adopted(self, module: nn.Module, dtype: torch.dtype) -> None:
+        """Called when a layer was wrapped, with the model's floating dtype, for formats that do not record theirs."""
+
+    # -- running ----------------------------------------------------------------------------------------------------
+    def run(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """The base layer's own forward."""
+        return module(*args, **kwargs)
+
+    def trainable(self, module: nn.Module) -> None:
+        """Make the layer ready for a backward through it, where its format has a form that is for inference only."""
+
+    def op(self, module: nn.Module, x: Tensor, matrix: Tensor) -> Tensor:
+        """This layer's geometry with `matrix[k, fan_in]` as its weight, without bias."""
+        raise NotImplementedError(f"{type(self).__name__}.op")
+
+    def plain(self, module: nn.Module) -> tuple[Tensor, Tensor | None] | None:
+        """(W, b) where calling the module is `F.linear(x, W, b)` and nothing else: what fused kernels take over."""
+        return None
+
+    def pointwise(self, h: Tensor, matrix: Tensor) -> Tensor:
+        """`matrix[k, c]` applied over the channel axis of an output of this layer."""
+        return F.linear(h, matrix)
+
+    def last(self, t: Tensor) -> Tensor:
+        """The tensor with its channel axis last."""
+        return t
+
+    def unlast(self, t: Tensor) -> Tensor:
+        return t
+
+    # -- weights ----------------------------------------------------------------------------------------------------
+    def matrix(self, native: Tensor, module: nn.Module) -> Tensor:
+        """The native weight tensor as `[out, fan_in]`."""
+        return native
+
+    def native(self, matrix: Tensor, module: nn.Module) -> Tensor:
+        """The inverse of `matrix`."""
+        return matrix
+
+    def absorb(self, module: nn.Module, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """A composed (W, b) as this layer can hold it: layers that have no bias may move it into W."""
+        return W, b
+
+    def parameters(self, module: nn.Module) -> dict[str, Tensor]:
+        """The layer's parameters in native layout and floating point, by name."""
+        with on_device(module):
+            return {n: p.clone() if p.is_meta else p for n, _, p in named(module, "_parameters")}
+
+    def buffers(self, module: nn.Module) -> dict[str, Tensor]:
+        """The buffers that belong to the layer's state (BatchNorm's running statistics), by name."""
+        return {n: b for n, _, b in named(module, "_buffers")}
+
+    def read(self, module: nn.Module) -> Tensor:
+        """`W[out, fan_in]`, in floating point, brought from wherever it is kept."""
+        with on_device(module):
+            return self.matrix(module.weight, module)  # type: ignore[arg-type]
+
+    def bias(self, module: nn.Module) -> Tensor | None:
+        with on_device(module):
+            return getattr(module, "bias", None)
+
+    def dtype(self, module: nn.Module) -> torch.dtype:
+        """The dtype new adapter parameters follow: the layer's compute dtype."""
+        for p in module._parameters.values():
+            if p is not None and p.is_floating_point():
+                return p.dtype
+        for p in module.parameters():
+            if p.is_floating_point():
+                return p.dtype
+        return torch.get_default_dtype()
+
+    def device(self, module: nn.Module) -> torch.device:
+        """Where adapter parameters live: where the layer computes."""
+        found = offload.home(module)
+        if found is not None:
+            return found
+        for p in module._parameters.values():
+            if p is not None:
+                return p.device
+        first = next(module.parameters(), None)
+        return torch.device("cpu") if first is None else first.device
+
+    def swappable(self, module: nn.Module) -> bool:
+        """Whether the module itself can run with other tensors in the place of its parameters; else `op` runs them."""
+        return True
+
+    def write(self, module: nn.Module, values: dict[str, Tensor]) -> nn.Module:
+        """Put new parameter values into the layer; returns the module that now computes with them."""
+        with on_device(module):
+            for name, value in values.items():
+                owner, leaf = _owner(module, name)
+                if leaf in owner._buffers:
+                    owner._buffers[leaf] = value
+                elif (param := owner._parameters[leaf]) is None:
+                    owner._parameters[leaf] = nn.Parameter(value, requires_grad=False)
+                else:
+                    param.data = value.to(param.dtype)
+                offload.store(owner, [leaf])
+        return module
+
+    def untie(self, module: nn.Module, names: list[str], tied: frozenset[int] | set[int]) -> bool:
+        """Give the layer its own Parameter where the present one is in `tied`; returns whether it did."""
+        found = False
+        for name in names:
+            owner, leaf = _owner(module, name)
+            param = owner._parameters.get(leaf)
+            if param is not None and id(param) in tied:
+                owner._parameters[leaf] = nn.Parameter(param.data, requires_grad=param.requires_grad)
+                found = True
+        return found
+
+    def requantize(self, original: nn.Module, merged: nn.Module) -> tuple[nn.Module, float]:
+        """The merged weight in the original's quantised format, and the largest error that made; floats stay."""
+        return merged, 0.0
+
+    def keep(self, module: nn.Module, names: list[str]) -> Any:
+        """What `restore` needs to bring back the very bits: references, no copies."""
+        owners = [(*_owner(module, n), n) for n in names]
+        tensors = [(n, o._parameters[leaf] if leaf in o._parameters else o._buffers[leaf]) for o, leaf, n in owners]
+        held = [(n, t, None if t is None else t.data) for n, t in tensors]
+        return held, [source for o in {id(o): o for o, *_ in owners}.values() for source in offload.sources(o)]
+
+    def restore(self, module: nn.Module, kept: Any) -> nn.Module:
+        held, sources = kept
+        offload.put_back(sources)
+        for name, param, data in held:
+            owner, leaf = _owner(module, name)
+            if param is not None:
+                param.data = data
+            (owner._buffers if leaf in owner._buffers else owner._parameters)[leaf] = param
+        return module
+
+
+def _owner(module: nn.Module, name: str) -> tuple[nn.Module, str]:
+    """The module that holds a tensor of `module`, and its name there; through the wrappers of other adapters."""
+    *path, leaf = name.split(".")
+    for step in path:
+        module = _bare(getattr(_bare(module), step))
+    return _bare(module), leaf

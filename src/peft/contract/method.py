@@ -1,0 +1,361 @@
+"""The contract a method fulfils. A method is one file in `methods/`: a config, the maths, the checkpoint keys.
+
+A method states ONE form, by defining the function of that name; the core does the rest on every kind of layer:
+
+    delta()            ΔW as factors, the one next to x first        LoRA (A, s·B)      active ones add up
+    weight(W)          W' = f(W)                                     DoRA, masks        f(W) − W add up
+    before(x)          acts on the input's channels                  OFT, HRA           composed in activation order
+    after(y, x)        acts on the output's channels                 IA3, bottleneck    composed in activation order
+    replace(name, P)   P' for each parameter of any module           LayerNorm, BitFit  P' − P add up
+    prompt methods     have the whole model as their site: `core/prompts`
+
+Merging several gives what activating them gives: both go through the same composition (`core/adapted`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+from ..errors import Refusal
+from ..kernels.terms import Banks, Thin
+from .cheap_modules import Light
+from .geometry import Geometry
+from .site import Op, Site
+
+declared: list[type[Method]] = []  # every class of this process, in the order of their creation
+listeners: list[Callable[[type[Method]], None]] = []  # told of each new one
+
+FORMS = ("delta", "weight", "before", "after", "replace", "prompt")
+
+
+class Method(Light):
+    """One adapter at one site. Parameters live here and are read only inside a call of this module."""
+
+    peft_type: ClassVar[str] = ""  # the name on disk and in the registry
+    config_class: ClassVar[type]
+    summary: ClassVar[str] = ""  # one sentence
+    formula: ClassVar[str] = ""
+    paper: ClassVar[str] = ""
+    prefix: ClassVar[str] = ""  # the stem of upstream's parameter names
+    keys: ClassVar[dict[str, str]] = {}  # attribute -> key below the site's path; "" extends with the attribute's own
+    shared_keys: ClassVar[dict[str, str]] = {}  # attribute -> key below the model: one tensor for all sites
+    located: ClassVar[bool] = False  # `after(y, x, span)` is told which tokens the call holds: core/acting/span.py
+    identity: ClassVar[bool] = True  # a fresh adapter leaves the model's output as it is
+    optional: ClassVar[tuple[str, ...]] = ()  # attributes that a file may lack
+    unwritten: tuple[str, ...] = ()  # attributes that a file may hold, but that are not saved: another site's tensors
+    repeats: ClassVar[tuple[str, ...]] = ()  # starts of keys under which a file may hold a site's tensors once more
+    # Of a stack of matrices (experts), a file holds one tensor per key. key -> (axis of the matrix's number, axis that
+    # is then joined with the next); keys not named have that number first. `transposed`: the key that holds this
+    # key's transpose in a file about ΔWᵀ.
+    stacking: ClassVar[dict[str, tuple[int, int]]] = {}
+    transposed: ClassVar[dict[str, str]] = {}
+    # How tensors of several matrices become those of one that has them one above the other: key -> "rows" (one below
+    # the other) or "blocks" (along a diagonal). {}: that is not among what this method can hold.
+    joins: ClassVar[dict[str, str]] = {}
+    as_modules: tuple[str, ...] = ()  # parameters whose views have a `.weight` though their keys lack it
+    view_names: ClassVar[tuple[str, ...]] = ()  # further tensors that upstream's layer has, empty where none is held
+    view_attributes: ClassVar[tuple[str, ...]] = ()  # settings that upstream's layer shows, by adapter
+    assignable: ClassVar[tuple[str, ...]] = ()  # those of them that are read in every forward
+    dropout_name: ClassVar[str] = ""  # what upstream calls the module that is `dropout` here
+    form: str = ""
+    usual: ClassVar[bool] = False  # a delta that is added as this class does it
+    replaced_names: tuple[str, ...] = ()  # for the form `replace`
+    dropout: float = 0.0  # on the input of the added term, in training
+    role: ClassVar[str] = "attention"  # what it targets when the config names nothing: see core/anatomy/roles.py
+    examples: ClassVar[tuple[dict[str, Any], ...]] = ()  # config fields of the variants that the laws test
+    noise: ClassVar[float] = 0.3  # how far tests move parameters from their start
+    config: Any
+    geometry: Geometry
+    home: torch.device
+    multiplier: float
+    companion: ClassVar[str] = ""  # the config field by which any other method brings this one along
+    wraps: ClassVar[str] = (
+        ""  # the config field that puts this method around any delta: made as cls(config, site, delta)
+    )
+
+    def __init__(self, config: Any, site: Site) -> None:
+        super().__init__()
+        self.set(
+            config=config,
+            geometry=site.geometry,
+            home=site.device,  # where parameters of the meta device go when they get values
+            multiplier=1.0,  # set_scale/scale_layer: a factor on the adapter's effect where it has one
+        )
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        stated = [f for f in FORMS if f in cls.__dict__]
+        if stated and "form" not in cls.__dict__:
+            cls.form = stated[0]
+        cls.usual = (
+            cls.form == "delta" and cls.add is Method.add and cls.term is Method.term and cls.drop is Method.drop
+        )
+
+        declared.append(cls)
+        for told in listeners:
+            told(cls)
+
+    # -- life ---------------------------------------------------------------------------------------------------------
+    def nested(self) -> tuple[Method, ...]:
+        """This method and, for a wrapper, what it wraps; the config's own method comes last."""
+        return (self,)
+
+    @classmethod
+    def prepare(cls, config: Any, model: nn.Module) -> None:
+        """Fill what the config leaves open from the base model (targets, sizes). May change `config`."""
+
+    @classmethod
+    def followers(cls, config: Any, model: nn.Module, places: list[Any]) -> list[Any]:
+        """Further places that must change along with the targeted ones (the other ends of tied weights)."""
+        return []
+
+    @classmethod
+    def tokens_needed(cls, config: Any) -> int:
+        """How many word embeddings the base must have for what `config` asks, as far as the config says."""
+        return 0
+
+    @classmethod
+    def accompany(cls, config: Any, model: nn.Module) -> tuple[list[Any], Any]:
+        """For companions: (places, config of this method) for what `config` asks by the field `companion`."""
+        raise NotImplementedError(f"{cls.__name__}.accompany")
+
+    @classmethod
+    def check(cls, config: Any, site: Site) -> None:
+        """Raise `Refusal` when mathematics or the format rules this site out."""
+        if cls.needs_weight() and site.geometry.weightless:
+            raise Refusal(
+                cls.peft_type, f"{site.path} ({site.layer})", "this module has no single weight matrix to change"
+            )
+
+    @classmethod
+    def needs_weight(cls) -> bool:
+        return cls.form in ("delta", "weight", "before")
+
+    @classmethod
+    def shared(cls, config: Any, sites: list[Site], rng: torch.Generator) -> dict[str, nn.Parameter]:
+        """Parameters that several sites share (VeRA's banks): created once per adapter, given as `site.shared`."""
+        return {}
+
+    def reset(self, rng: torch.Generator, site: Site) -> None:
+        """Draw the initial values from `rng`, which is keyed by the site's name. Skipped when weights are loaded."""
+
+    def derive(self, rng: torch.Generator, site: Site) -> None:
+        """Compute frozen state that depends on W and is not saved (PiSSA's initial factors). Called wherever `derives`."""
+
+    @property
+    def derives(self) -> bool:
+        """Whether there is such state."""
+        return type(self).derive is not Method.derive
+
+    def loaded(self) -> None:
+        """Called after weights were read into this method (shapes may have changed through `resize`)."""
+
+    def resize(self, state: dict[str, Tensor]) -> None:
+        """Adjust parameter shapes to a checkpoint's, where a method allows that (AdaLoRA's pruned ranks)."""
+
+    # -- the one door ---------------------------------------------------------------------------------------------------
+    def forward(self, stage: str, *args: Any) -> Any:
+        """All reads of parameters happen inside this call, so that FSDP and ZeRO-3 gather here and release after."""
+        result = getattr(self, stage)(*args)
+        return result if self.always_here else own_copies(result, self)
+
+    @property
+    def always_here(self) -> bool:
+        """Whether the tensors are there outside calls, too: hooks (FSDP, ZeRO-3) may gather them for each call."""
+        return not (self._forward_hooks or self._forward_pre_hooks or self.__dict__.get("gathered"))
+
+    def own(self, name: str) -> Tensor:
+        """The tensor of this name, found sooner than by attribute; FSDP 1 keeps it elsewhere than in the parameters."""
+        found = self._parameters.get(name)
+        return getattr(self, name) if found is None else found  # type: ignore[no-any-return]
+
+    def drop(self, x: Tensor, op: Op) -> Tensor:
+        """The input of the added term: with dropout in training. Indices have none."""
+        if self.dropout and self.training and not op.geometry.indexed:
+            return torch.nn.functional.dropout(x, self.dropout)
+        return x
+
+    def term(self, x: Tensor, op: Op, dtype: torch.dtype) -> Tensor:
+        """op(x, ΔW) of the form `delta`, factor by factor."""
+        factors = [f.to(dtype) for f in self.delta()]
+        if not op.geometry.factored:
+            return op(x, product(factors))
+        h = op(x, factors[0])
+        for f in factors[1:]:
+            h = op.pointwise(h, f)
+        return h
+
+    def thin(self, op: Op) -> Thin | None:
+        """ΔW as the two thin matrices that fused kernels run, where the term is just their product with the input.
+
+        None where it is more than that: another chain of factors, a term or a dropout of the method's own.
+        """
+        if not self.usual:
+            return None
+        if (pair := self.pair()) is not None:
+            return Thin(*pair)
+        factors = self.delta()
+        return Thin(*factors) if len(factors) == 2 else None
+
+    def banks(self, op: Op) -> Banks | None:
+        """ΔW as two frozen matrices with trained vectors between and after them, for the form `delta`."""
+        return None
+
+    def bias_change(self) -> Tensor | None:
+        """What the forms `delta` and `weight` add to the bias, [out]."""
+        return None
+
+    def add(self, x: Tensor, y: Tensor, op: Op) -> Tensor:
+        """y plus this method's term, for the forms `delta` and `weight`."""
+        if self.form == "delta":
+            y = y + self.term(self.drop(x, op), op, y.dtype)
+        else:
+            W = op.read()
+            y = y + op(self.drop(x, op), (self.weight(W) - W).to(y.dtype))
+        bias = self.bias_change()
+        return y if bias is None else op.shift(y, bias.to(y.dtype))
+
+    def fold(self, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """The merged (W', b') of this method alone; the forms `before` and `after` override or inherit this.
+
+        `before` is linear in its input, so its matrix M (row form: x M) is what it makes of the identity.
+        """
+        if self.form in ("delta", "weight"):
+            change = self.bias_change()
+            if change is not None:
+                b = change.to(W.dtype) if b is None else b + change.to(W.dtype)
+            return (W + self.dense().to(W.dtype) if self.form == "delta" else self.weight(W)), b
+        if self.form == "before":
+            eye = torch.eye(W.shape[1], device=W.device, dtype=W.dtype)
+            return W @ self.before(eye).to(W.dtype).T, b
+        raise Refusal(self.peft_type, "a merge", "its effect on the output is no change of the weights")
+
+    def dense(self) -> Tensor:
+        """ΔW[out, fan_in] of the form `delta`."""
+        return product(self.delta())
+
+    def replacements(self, parameters: dict[str, Tensor]) -> dict[str, Tensor]:
+        """For the form `replace`: the new value of each parameter this method changes."""
+        return {name: self.replace(name, parameters[name]) for name in self.replaced_names}
+
+    def frozen(self) -> tuple[str, ...]:
+        """Names of parameters that never train (banks, indices)."""
+        return ()
+
+    @property
+    def shifts(self) -> bool:
+        """Whether a part of its effect is a constant vector, which merges into a bias only."""
+        return self.form in ("delta", "weight") and self.bias_change() is not None
+
+    @property
+    def mergeable(self) -> bool:
+        """Whether the effect is a change of weights: an `after` needs a `fold`, and a single matrix to fold into."""
+        if self.form == "after":
+            return type(self).fold is not Method.fold and not self.geometry.weightless
+        return self.form != "prompt"
+
+    @property
+    def channelwise(self) -> bool:
+        """A `before` that only scales channels commutes with any kernel, so needs no detour through W."""
+        return False
+
+    def penalty(self) -> Tensor | None:
+        """A term this method adds to the loss in training (AdaLoRA's orthogonality, an L0 penalty)."""
+        return None
+
+    @classmethod
+    def combine(cls, terms: list[Tensor], config: Any) -> Tensor:
+        """The sites' penalties as one number added to the loss."""
+        return torch.stack([t.to(terms[0].device) for t in terms]).sum()
+
+    @classmethod
+    def step(cls, methods: dict[str, Method], config: Any, global_step: int) -> None:
+        """Called once per optimiser step, after backward, with the adapter's methods by path (budget schedules)."""
+
+    # -- combining adapters into a new one: core/load/combine.py ---------------------------------------------------------------
+    def pair(self) -> tuple[Tensor, Tensor, float] | None:
+        """(A[r, fan_in], B[out, r], s) with ΔW = s·B A, for methods whose ΔW is any product of two thin matrices."""
+        return None
+
+    @classmethod
+    def pair_config(cls, config: Any, ranks: dict[str, int]) -> Any:
+        """A copy of `config` for adapters that hold any pair of the given ranks (path -> r) with ΔW = B A; or None."""
+        return None
+
+    @classmethod
+    def join(cls, config: Any, path: str, former: list[str]) -> None:
+        """Let `config` give the matrix at `path` what it gives the matrices `former` that lie in it: for `joins`."""
+
+    def set_pair(self, A: Tensor, B: Tensor, bias: Tensor | None) -> None:
+        """Become ΔW = B A, and `bias` added to the layer's; for the configs that `pair_config` returns."""
+        raise Refusal(self.peft_type, "a combination", "its ΔW is not any product of two matrices")
+
+    @classmethod
+    def blend(cls, methods: list[Method], weights: list[float]) -> dict[str, Tensor] | None:
+        """Parameters of the adapter whose effect is the weighted sum of these, where the effect is linear in them."""
+        return None
+
+    # -- as upstream's layers show it: core/adapted/views.py ------------------------------------------------------------------------
+    @property
+    def adapter_layer_names(self) -> tuple[str, ...]:
+        """Upstream's names of the tensors."""
+        heads = (k.partition(".")[0] for k in self.keys.values())
+        return tuple(dict.fromkeys((*heads, *self.as_modules, *self.view_names)))
+
+    @property
+    def other_param_names(self) -> tuple[str, ...]:
+        """Upstream's names of the settings."""
+        return (*self.view_attributes, *([self.dropout_name] if self.dropout_name else []))
+
+    def setting(self, name: str) -> Any:
+        """What upstream shows of a setting."""
+        return getattr(self, name)
+
+    def rescale(self, scaling: float) -> None:
+        """Make `scaling` this number, by the multiplier."""
+        self.multiplier = 1.0
+        own = getattr(self, "scaling", 0.0)
+        if not own and scaling:
+            raise ValueError(f"{self.peft_type}: a strength of 0 cannot be rescaled to {scaling}.")
+        self.multiplier = scaling / own if own else 1.0
+
+    # -- on disk ---------------------------------------------------------------------------------------------------------
+    def disk_keys(self) -> dict[str, str]:
+        """attribute path -> key below the site's path."""
+        return self.keys
+
+    def stored(self, attr: str, tensor: Tensor) -> Tensor:
+        """What the file holds of a tensor: all of it, unless the method leaves some out (pruned ranks)."""
+        return tensor
+
+    def disk_shape(self, attr: str) -> tuple[int, ...] | None:
+        """The shape a tensor has in the file where it differs (one -1 allowed); None keeps it."""
+        return None
+
+    # -- counts -----------------------------------------------------------------------------------------------------------
+    def rank(self) -> int | None:
+        """The largest rank of the update of W, None when it is not a change of W."""
+        return None
+
+    def extra_repr(self) -> str:
+        return f"{self.peft_type}, form={self.form}"
+
+
+def product(factors: list[Tensor] | tuple[Tensor, ...]) -> Tensor:
+    """The matrix of a chain of factors, the one next to x first: `(A, B) -> B @ A`."""
+    matrix = factors[0]
+    for f in factors[1:]:
+        matrix = f @ matrix
+    return matrix
+
+
+def own_copies(result: Any, method: nn.Module) -> Any:
+    """What a call gives, without the method's own tensors in it: those are gone after a call for which they were
+    gathered."""
+    mine = {t.untyped_storage().data_ptr() for t in (*method.parameters(), *method.buffers())}
+    return tree_map_only(Tensor, lambda t: t.clone() if t.untyped_storage().data_ptr() in mine else t, result)

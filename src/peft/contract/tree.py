@@ -1,0 +1,125 @@
+"""The base model's tree with adapters in it: wrappers, containers, composites, and walks that see through them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from .cheap_modules import Light, Uncalled
+
+
+@dataclass
+class Part:
+    """One weight of a composite: the module that computes with it hangs at `parent.attr`."""
+
+    parent: nn.Module
+    attr: str
+    stem: str  # the part's path below the composite, as upstream writes it to disk; "" is the composite's own
+
+
+class Wrapper(Light):
+    """What this library hangs in the place of a module of the base model."""
+
+    base_layer: nn.Module
+
+
+class Slots(Uncalled):
+    """The container whose children are `<adapter>`, and `%<part>`: a container of the companions of that sort."""
+
+    def put(self, name: str, method: nn.Module) -> None:
+        self._modules[name] = method
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Something puts a stand-in around what hangs here (FSDP's units): from now on it is what is called."""
+        held = self.__dict__.get("_modules", {}).get(name)
+        super().__setattr__(name, value)
+        if held is not None and isinstance(value, nn.Module) and value is not held:
+            held.__dict__["gathered"] = True
+            self.replaced(held, value)
+
+    def replaced(self, held: nn.Module, value: nn.Module) -> None:
+        """Tell who calls what hangs here."""
+        layer = self.__dict__.get("layer")
+        if layer is not None:
+            table = layer.methods
+            table.update({n: tuple(value if m is held else m for m in ms) for n, ms in table.items()})
+
+    def drop(self, name: str) -> None:
+        del self._modules[name]
+
+
+def tree(module: nn.Module, wrappers: bool = False) -> Iterator[nn.Module]:
+    """The base model's modules at and below `module`, in order: past what adapters hold, so that none makes it longer.
+
+    wrappers: yield them, too, instead of looking through them.
+    """
+    seen: set[int] = set()
+    left = [module]
+    while left:
+        m = left.pop()
+        if id(m) in seen:
+            continue
+        seen.add(id(m))
+        if wrappers or not isinstance(m, Wrapper):
+            yield m
+        if m._modules:
+            left += [c for c in reversed(m._modules.values()) if c is not None and not isinstance(c, Slots)]
+
+
+class Composite(Wrapper):
+    """A stand-in for a module made of several weights (attention's projections, experts), each a layer of its own."""
+
+    def parts(self) -> dict[str, Part]:
+        """Path below the composite -> where the part hangs."""
+        raise NotImplementedError(f"{type(self).__name__}.parts")
+
+    def to_disk(self, state: dict[str, Tensor], methods: dict[str, Any]) -> dict[str, Tensor]:
+        """The parts' tensors (keys below the composite's stem) in upstream's layout; and back.
+
+        methods: the adapter's method at each part, by the part's stem.
+        """
+        return state
+
+    def from_disk(self, state: dict[str, Tensor], methods: dict[str, Any]) -> dict[str, Tensor]:
+        return state
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base_layer":
+                raise
+            return getattr(self.base_layer, name)
+
+
+def _bare(module: nn.Module) -> nn.Module:
+    """What a wrapper of this library stands for."""
+    while isinstance(module, Wrapper):
+        module = module.base_layer
+    return module
+
+
+def named(
+    module: nn.Module, table: str, name: str = "", held: str = "", seen: set[int] | None = None
+) -> Iterator[tuple[str, str, Any]]:
+    """(name in the base model, name as it hangs now, tensor) of all parameters or persistent buffers.
+
+    The two names differ where adapters wrapped something inside `module`; their own tensors do not appear.
+    """
+    seen = set() if seen is None else seen
+    while isinstance(module, Wrapper):
+        module, held = module.base_layer, f"{held}base_layer."
+    for leaf, t in getattr(module, table).items():
+        if (
+            t is not None
+            and id(t) not in seen
+            and not (table == "_buffers" and leaf in module._non_persistent_buffers_set)
+        ):
+            seen.add(id(t))
+            yield name + leaf, held + leaf, t
+    for step, child in module._modules.items():
+        if child is not None:
+            yield from named(child, table, f"{name}{step}.", f"{held}{step}.", seen)

@@ -1,0 +1,1 @@
+"""Who acts on which rows and tokens."""

@@ -1,0 +1,58 @@
+"""Where a model keeps its adapters: found from anything that wraps it, and forgotten with the last of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from ...contract.tree import tree
+from .adapted_layer import AdaptedLayer, has_adapted_layers
+from .roster import Hub
+from .watch import unwatch
+
+
+def hub_of(model: nn.Module) -> Hub | None:
+    """The adapters of a model (the base model, or anything that wraps it)."""
+    hub = model.__dict__.get("_peft_hub")
+    if hub is not None and hub.placed and not has_adapted_layers(model):
+        _clear(model)  # a library took the wrappers out by itself: the base layers stand bare
+        hub = None
+    if hub is None:
+        held = (
+            (m.hub if isinstance(m, AdaptedLayer) else m.__dict__.get("_peft_hub")) for m in tree(model, wrappers=True)
+        )
+        hub = next((h for h in held if h is not None), None)
+    return hub
+
+
+def _rebind_later(model: nn.Module, hub: Hub) -> None:
+    """Checkpointing that is switched on later must remember the adapters, too."""
+    enable = getattr(model, "_set_gradient_checkpointing", None)
+    if enable is None or "_set_gradient_checkpointing" in model.__dict__:
+        return
+    model.__dict__["_set_gradient_checkpointing"] = _Rebind(model)
+
+
+class _Rebind:
+    """Picklable stand-in for `model._set_gradient_checkpointing` that binds the blocks it switched on."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        result = type(self.model)._set_gradient_checkpointing(self.model, *args, **kwargs)  # type: ignore[attr-defined]
+        hub = hub_of(self.model)
+        if hub is not None:
+            hub.bind_checkpointing(tree(self.model))
+        return result
+
+
+def _clear(model: nn.Module) -> None:
+    """Forget the adapters where the model keeps them."""
+    for module in (model, getattr(model, "model", None)):
+        if isinstance(module, nn.Module):
+            module.__dict__.pop("_set_gradient_checkpointing", None)
+    unwatch(model)
+    model.__dict__.pop("_peft_hub", None)
+    model.__dict__.pop("peft_config", None)

@@ -1,0 +1,249 @@
+"""Which adapters act, and how: one object shared by all adapted layers of a model.
+
+Switching replaces one immutable `Mix`; no module is visited. A forward reads the mix once per layer; a checkpointed
+recompute runs under the mix of its forward, because `Hub.bound` wraps the checkpointing function.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import repeat
+from operator import getitem
+from typing import Any
+
+import torch
+from torch import nn
+
+from ...contract.method import Method
+from ...errors import near
+from .mix import BASE, Mix
+
+
+def entries(module: nn.Module, prefix: str = "") -> list[tuple[str, dict[str, Any], str]]:
+    """(dotted name, table that holds it, its name there) of the floating parameters of a module."""
+    table = module._parameters
+    found = [
+        (prefix + leaf, table, leaf)
+        for leaf, p in table.items()
+        if p is not None and (p.is_floating_point() or p.is_complex())
+    ]
+    for name, child in module._modules.items():
+        if child is not None:
+            found += entries(child, f"{prefix}{name}.")
+    return found
+
+
+@dataclass
+class Adapter:
+    """What one adapter name stands for: its config and the methods it put into the model, by path."""
+
+    config: Any
+    methods: list[tuple[str, Method]] = field(default_factory=list)  # (key stem below the base model, method)
+    parts: list[str] = field(default_factory=list)  # "" for the config's own method, else the field that brought it
+    shared: dict[str, nn.Parameter] = field(default_factory=dict)
+    targeted: list[str] = field(default_factory=list)
+    padded: bool = False  # slots for swaps that recompile nothing: core/load/hotswap.py
+    _leaves: tuple[list[dict[str, Any]], list[str]] = field(default_factory=lambda: ([], []))
+    walked: int = 0  # how many methods `_leaves` knows
+
+    def leaves(self) -> tuple[list[dict[str, Any]], list[str]]:
+        """Table and name of each parameter that trains when the adapter does; walked once, so that switching need not.
+
+        The table and not the parameter: loading and moving a model may put another parameter there.
+        """
+        if self.walked != len(self.methods):
+            found: list[tuple[dict[str, Any], str]] = []
+            for _, method in self.methods:
+                frozen = method.frozen()
+                found += [(table, leaf) for attr, table, leaf in entries(method) if attr not in frozen]
+            self._leaves = [table for table, _ in found], [leaf for _, leaf in found]
+            self.walked = len(self.methods)
+        return self._leaves
+
+    def train(self, on: bool) -> None:
+        tables, leaves = self.leaves()
+        parameters = map(getitem, tables, leaves)
+        deque(map(setattr, parameters, repeat("requires_grad"), repeat(on)), maxlen=0)  # the whole loop in C
+
+    def own(self) -> Iterator[tuple[str, Method]]:
+        """The methods that the config is about, without companions (heads, biases, token rows trained along)."""
+        return (entry for entry, part in zip(self.methods, self.parts, strict=True) if not part)
+
+    def brought(self) -> Iterator[tuple[str, Method]]:
+        """The companions."""
+        return (entry for entry, part in zip(self.methods, self.parts, strict=True) if part)
+
+    def drop(self, methods: Sequence[Method]) -> int:
+        """Strike methods off the record; returns how many are left."""
+        gone = {id(m) for m in methods}
+        kept = [(e, p) for e, p in zip(self.methods, self.parts, strict=True) if id(e[1]) not in gone]
+        own = [id(m) not in gone for _, m in self.own()]
+        self.targeted = [path for path, stays in zip(self.targeted, own, strict=True) if stays]
+        self.methods, self.parts = [e for e, _ in kept], [p for _, p in kept]
+        return len(kept)
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        seen: set[int] = set()
+        for _, method in self.methods:
+            for p in method.parameters():
+                if id(p) not in seen:
+                    seen.add(id(p))
+                    yield p
+
+
+class Configs(dict[str, Any]):
+    """The configs by adapter, as `peft_config` shows them.
+
+    Libraries end by popping a name here when they took an adapter out of each layer, or when loading it failed halfway:
+    the name is free then, and one that never came to be is no error, which would hide why.
+    """
+
+    def __init__(self, hub: Hub) -> None:
+        super().__init__()
+        self.hub = hub
+
+    def pop(self, name: str, default: Any = None) -> Any:  # type: ignore[override]
+        config = super().pop(name, default)
+        self.hub.forget(name)
+        return config
+
+
+class Hub:
+    """The adapters of one model: the mix that acts and the record of each name."""
+
+    def __init__(self) -> None:
+        self.mix = Mix()
+        self.chosen: tuple[str, ...] = ()  # what acts when nothing is disabled
+        self.asked: tuple[str, ...] = ()  # what was asked for: layer by layer, that may name adapters of other models
+        self.enabled = True
+        self.adapters: dict[str, Adapter] = {}
+        self.training: set[str] = set()  # the names of those that train
+        self.forgotten: set[str] = set()  # names that are free, though layers may still hold something under them
+        self.configs: dict[str, Any] = Configs(self)  # the same configs, as `peft_config` shows them
+        self.composites: dict[str, Any] = {}  # stem -> stand-in that translates its parts' keys
+        self.exact = False  # adapters compute in their parameters' dtype, not in the layer's
+        self.untied = False  # a merge had to untie the word embeddings
+        self._bound = False  # inside a block whose recompute remembers its mix
+        self._seen: Mix | None = None  # the mix of the last forward outside a backward
+
+    @property
+    def placed(self) -> bool:
+        """Whether an adapter hangs in layers, not only at the whole model."""
+        return any(m.form != "prompt" for a in self.adapters.values() for _, m in a.methods[:1])
+
+    # -- choosing -----------------------------------------------------------------------------------------------------
+    def known(self, names: Sequence[str]) -> None:
+        for name in names:
+            if name not in self.adapters and name != BASE:
+                raise ValueError(
+                    f"Adapter {name!r} is not loaded. Loaded: {sorted(self.adapters) or 'none'}.{near(name, self.adapters)}"
+                )
+
+    def activate(self, names: Sequence[str]) -> None:
+        """Make these adapters act, in this order. O(1) in the number of layers."""
+        self.known(names)
+        self.activate_present(names)
+
+    def activate_present(self, names: Sequence[str]) -> None:
+        """The same for names of which some may be adapters of another part of a pipeline."""
+        self.asked = tuple(dict.fromkeys(names))
+        self.chosen = tuple(n for n in self.asked if n in self.adapters or n == BASE)
+        if self.enabled:
+            self.mix = Mix(self.chosen)
+
+    def enable(self, enabled: bool) -> None:
+        self.enabled = enabled
+        self.mix = Mix(self.chosen) if enabled else Mix()
+
+    def trains_only(self, names: Sequence[str], inference_mode: bool = False) -> bool:
+        """Whether exactly these are chosen, and train (or, with inference_mode, none does)."""
+        wanted = set() if inference_mode else {n for n in names if n in self.adapters}
+        return self.asked == tuple(dict.fromkeys(names)) and self.training == wanted
+
+    def forget(self, name: str) -> None:
+        """The name is free, and where the adapter acted alone, the first of the others acts."""
+        self.forgotten.add(name)
+        if name not in self.adapters:
+            return
+        del self.adapters[name]
+        self.training.discard(name)
+        dict.pop(self.configs, name, None)
+        if name in self.asked:
+            self.activate_present([n for n in self.asked if n != name] or list(self.adapters)[:1])
+
+    def released(self, name: str, methods: Sequence[Method]) -> None:
+        """A layer let go of an adapter's methods; with the last of them the name is free."""
+        if name in self.adapters and not self.adapters[name].drop(methods):
+            self.forget(name)
+
+    def train_only(self, names: Sequence[str], inference_mode: bool = False) -> None:
+        """Let the named adapters train and freeze the others."""
+        self.known(names)
+        wanted = set() if inference_mode else set(names)
+        for name in (*self.training.difference(wanted), *wanted):
+            if name != BASE:
+                self.set_trainable(name, name in wanted)
+
+    def set_trainable(self, name: str, trainable: bool) -> None:
+        adapter = self.adapters[name]
+        (self.training.add if trainable else self.training.discard)(name)
+        try:
+            adapter.train(trainable)
+        except (KeyError, TypeError):  # something took parameters out of their modules (FSDP's flat ones): look again
+            adapter.walked = 0
+            adapter.train(trainable)
+
+    @contextmanager
+    def using(self, mix: Mix) -> Iterator[None]:
+        before, self.mix = self.mix, mix
+        try:
+            yield
+        finally:
+            self.mix = before
+            if mix.rows is not None:
+                mix.rows.scratch.clear()
+
+    # -- gradient checkpointing -----------------------------------------------------------------------------------------
+    def bound(self, checkpoint: Callable[..., Any]) -> Callable[..., Any]:
+        """A checkpointing function whose recompute runs under the mix that its forward saw."""
+        if getattr(checkpoint, "_peft_bound", None) is self:
+            return checkpoint
+
+        @functools.wraps(checkpoint)
+        def run(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            mix = self.mix
+
+            def under(*a: Any, **k: Any) -> Any:
+                was, self._bound = self._bound, True
+                try:
+                    with self.using(mix):
+                        return function(*a, **k)
+                finally:
+                    self._bound = was
+
+            return checkpoint(under, *args, **kwargs)
+
+        run._peft_bound = self  # type: ignore[attr-defined]
+        return run
+
+    def bind_checkpointing(self, modules: Iterable[nn.Module]) -> None:
+        """Wrap the checkpointing functions that transformers left on the model's blocks, now and when set later."""
+        for module in modules:
+            checkpoint = module.__dict__.get("_gradient_checkpointing_func")
+            if checkpoint is not None:
+                module._gradient_checkpointing_func = self.bound(checkpoint)  # type: ignore[assignment]
+
+    def check_recompute(self) -> None:
+        """A recompute that nothing bound, under another mix than the last forward's, would be silently wrong."""
+        if torch._C._current_graph_task_id() == -1:
+            self._seen = self.mix
+        elif not self._bound and self._seen is not None and self.mix != self._seen:
+            raise RuntimeError(
+                f"A checkpointed block is recomputed in backward with adapters {list(self.mix.active)}, but its forward "
+                f"ran with {list(self._seen.active)}. Call backward() before switching adapters, or enable checkpointing "
+                "through model.gradient_checkpointing_enable(), whose blocks remember their adapters."
+            )

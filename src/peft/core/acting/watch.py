@@ -1,0 +1,78 @@
+"""Every module of the base model whose forward takes `input_ids` is watched: during its call the mix carries a `Span`,
+which a checkpointed recompute finds again, as it finds the adapters.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from ...contract.tree import tree
+from ...signatures import arguments_of
+from .roster import Hub
+from .span import Span
+
+
+def read(arguments: dict[str, Any], outer: Span | None) -> Span:
+    """The span of a call of a model, from its arguments; without tokens it fits nothing."""
+    tokens = arguments.get("input_ids")
+    tokens = arguments.get("inputs_embeds") if tokens is None else tokens
+    if not torch.is_tensor(tokens) or tokens.dim() < 2:
+        return Span(0, 0, outer=outer)
+    rows, length = tokens.shape[:2]
+    cache = arguments.get("past_key_values")
+    offset = int(cache.get_seq_length()) if hasattr(cache, "get_seq_length") else 0
+    mask, labels = arguments.get("attention_mask"), arguments.get("labels")
+    number = None
+    if (
+        torch.is_tensor(mask)
+        and mask.dim() == 2
+        and mask.shape[0] == rows
+        and mask.shape[1] in (length, offset + length)
+    ):
+        before = offset if mask.shape[1] == length else 0  # a mask of this call alone: what the cache holds is real
+        number = torch.where(mask != 0, (mask != 0).long().cumsum(1) - 1 + before, -1)[:, mask.shape[1] - length :]
+    prompt = None
+    if torch.is_tensor(labels) and labels.shape == (rows, length):
+        prompt = (labels != -100).long().cumsum(1) == 0
+    elif outer is not None and (outer.rows, outer.length) == (rows, length):
+        prompt = outer.prompt
+    return Span(rows, length, offset, number, prompt, outer)
+
+
+class Watch:
+    """Hooks that put the span of a call into the mix and take it out again; picklable, unlike closures."""
+
+    def __init__(self, hub: Hub, names: tuple[str, ...]) -> None:
+        self.hub, self.names = hub, names
+
+    def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        mix = self.hub.mix
+        self.hub.mix = replace(mix, span=read({**dict(zip(self.names, args, strict=False)), **kwargs}, mix.span))
+
+    def leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        mix = self.hub.mix
+        if mix.span is not None:
+            self.hub.mix = replace(mix, span=mix.span.outer)
+
+
+def watch(model: nn.Module, hub: Hub) -> None:
+    """Watch `model` and every module below it that takes token ids; once."""
+    if "_peft_watch" in model.__dict__:
+        return
+    handles = []
+    for module in tree(model):
+        names = arguments_of(type(module))
+        if "input_ids" in names and "attention_mask" in names:
+            eyes = Watch(hub, names)
+            handles.append(module.register_forward_pre_hook(eyes.enter, with_kwargs=True))
+            handles.append(module.register_forward_hook(eyes.leave, always_call=True))
+    model.__dict__["_peft_watch"] = handles
+
+
+def unwatch(model: nn.Module) -> None:
+    for handle in model.__dict__.pop("_peft_watch", ()):
+        handle.remove()

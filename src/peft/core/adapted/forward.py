@@ -1,0 +1,224 @@
+"""The forward of one base layer with adapters.
+
+    y = after( op( before(x), W + Σ ΔW_i + Σ (f_j(W) − W) ) + b )
+
+Two ways lead there, with one meaning. The factored way adds each term to the base layer's output; the dense way
+composes W' and runs the layer's geometry on it, and is also what merging writes. The dense way is taken where the
+factored one does not exist: an input transform on a kernel larger than 1, a raw parameter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...contract.method import Method
+from ...contract.offload import on_device
+from ...contract.tree import named
+from ...errors import Refusal
+from ..acting.adapted_layer import AdaptedLayer
+from ..acting.rows import Rows
+from . import fused
+from .calls import _first, over_attributes
+
+
+class Forward(AdaptedLayer):
+    """How a layer runs with the adapters that act, and what they compose."""
+
+    _last: tuple[Any, Sequence[Method]]
+    _input_name: str
+
+    def forward(self, *args: Any, rows: Tensor | None = None, **kwargs: Any) -> Any:
+        """The base layer's forward with the acting adapters. `rows`: the batch row of each input, where x lost it."""
+        mix = self.hub.mix
+        if mix.rows is not None and not self.merged_adapters:
+            return self._mixed(mix.rows, rows, args, kwargs)
+        methods = () if self.merged_adapters else self._acting(mix.active)
+        if not methods:
+            return self.kind.run(self.base_layer, *args, **kwargs)
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            self.hub.check_recompute()
+        if len(args) == 1 and not kwargs and (y := fused.run(self, methods, args[0])) is not None:
+            return y
+        return self._run(methods, args, kwargs)
+
+    def _acting(self, names: tuple[str, ...]) -> Sequence[Method]:
+        """`active_methods`, remembered for as long as the same names act and nothing is attached or detached."""
+        if torch.compiler.is_compiling():
+            return self.active_methods(names)
+        known, methods = self._last
+        if known is not names:
+            methods = self.active_methods(names)
+            self.__dict__["_last"] = (names, methods)
+        return methods
+
+    def _input(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Callable[[Any], Any]]:
+        """The layer's input, and the arguments of a call that has another one in its place."""
+        if args:
+            return args[0], lambda x: ((x, *args[1:]), kwargs)
+        name = self._input_name if self._input_name in kwargs else next(iter(kwargs))
+        return kwargs[name], lambda x: ((), {**kwargs, name: x})
+
+    def _run(self, methods: Sequence[Method], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        x, call = self._input(args, kwargs)
+        given = x  # what `after` sees: the layer's own input, so that the parallel branch merges as it stands
+        indexed = self.geometry.indexed  # an embedding's rows are what an input transform acts on
+        late = [m for m in methods if m.form == "after"]
+        if self._dense(methods):
+            whole = [m for m in methods if m.form != "after"]
+            while not self.kind.factored and late and late[0].mergeable:  # what the layer does to W' comes after it
+                whole.append(late.pop(0))
+            W, b = self.compose(whole, self.kind.dtype(self.base_layer))
+            out: Any = self.op(x, W)
+            if b is not None:
+                out = self.kind.unlast(self.kind.last(out) + b)
+        else:
+            for m in methods:
+                if m.form == "before" and not indexed:
+                    x = self._wide(m, lambda v, m=m: self._channels(m, v), x)  # type: ignore[misc]
+            replaced = [m for m in methods if m.form == "replace"]
+            out = self._base(replaced, *call(x))
+            for m in methods:
+                if m.form in ("delta", "weight"):
+                    out = self._wide(m, lambda v, y, m=m: m("add", v, y, self.op), x, out)  # type: ignore[misc]
+            for m in methods:
+                if m.form == "before" and indexed:
+                    out = self._wide(m, lambda v, m=m: self._channels(m, v), out)  # type: ignore[misc]
+        for m in late:
+            out = _first(out, lambda y, m=m: self._wide(m, lambda v: self._after(m, v, given), y))  # type: ignore[misc]
+        return out
+
+    def _wide(self, m: Method, fn: Callable[..., Any], *tensors: Any) -> Any:
+        """`fn` of the tensors; in the exact mode cast up to the method's parameters first, and its result back."""
+        last = tensors[-1]
+        if not self.hub.exact or not torch.is_tensor(last):
+            return fn(*tensors)
+        dtype = next((p.dtype for p in m.parameters() if p.is_floating_point()), last.dtype)
+        dtype = torch.promote_types(dtype, last.dtype)
+        return fn(*(t.to(dtype) if torch.is_tensor(t) and t.is_floating_point() else t for t in tensors)).to(last.dtype)
+
+    def _base(self, replaced: Sequence[Method], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if not replaced:
+            return self.kind.run(self.base_layer, *args, **kwargs)
+        if self.kind.factored and not self.geometry.weightless and all(m.replaced_names == ("bias",) for m in replaced):
+            out = self.kind.run(self.base_layer, *args, **kwargs)  # a shift of the output, which reads no weight
+            return self.op.shift(out, self._bias_change(replaced).to(out.dtype))
+        if not self.kind.swappable(self.base_layer):
+            W, b = self.compose(replaced, self.kind.dtype(self.base_layer))
+            out = self.op(self._input(args, kwargs)[0], W)
+            return out if b is None else self.op.shift(out, b)
+        held = {n: h for table in ("_parameters", "_buffers") for n, h, _ in named(self.base_layer, table)}
+        with on_device(self.base_layer):
+            values = {held[n]: v for n, v in self.replaced(replaced).items()}
+            with over_attributes(self.base_layer, values):
+                return torch.func.functional_call(self.base_layer, values, args, kwargs)
+
+    def _bias_change(self, methods: Sequence[Method]) -> Tensor:
+        b = self.kind.bias(self.base_layer)
+        assert b is not None
+        return torch.stack([m("replace", "bias", b).to(b.dtype) - b for m in methods]).sum(0)
+
+    def replaced(self, methods: Sequence[Method]) -> dict[str, Tensor]:
+        """P + Σ (P'_i − P) for every parameter that a `replace` method changes, and the others as they are."""
+        base = self.kind.parameters(self.base_layer)
+        state = {**base, **self.kind.buffers(self.base_layer)}
+        out = dict(base)
+        seen: set[str] = set()
+        for m in methods:
+            for name, value in m("replacements", state).items():
+                P, value = state[name], value.to(state[name].dtype)
+                out[name] = out[name] + (value - P) if name in seen else value
+                seen.add(name)
+        return out
+
+    def _channels(self, m: Method, x: Tensor) -> Tensor:
+        return self.kind.unlast(m("before", self.kind.last(x)))
+
+    def _after(self, m: Method, y: Tensor, x: Any, index: Tensor | None = None, axis: int = 0) -> Tensor:
+        """`index`: y holds only these of the `axis` rows that the call has. Contiguous, because torch chooses between
+        two matrix products by layout and `requires_grad`: the same bits, whether the adapter is trained or loaded."""
+        if torch.is_tensor(x) and x.is_floating_point():
+            x = self.kind.last(x).contiguous()
+        y = self.kind.last(y).contiguous()
+        if not m.located:
+            return self.kind.unlast(m("after", y, x))
+        span = self.hub.mix.span
+        if span is not None and index is not None:
+            span = span.take(index, axis)
+        return self.kind.unlast(m("after", y, x, span))
+
+    def _dense(self, methods: Sequence[Method]) -> bool:
+        if not self.kind.factored:
+            return any(m.mergeable for m in methods)
+        if self.geometry.pointwise or self.geometry.indexed:
+            return False
+        return any(m.form == "before" and not m.channelwise for m in methods)
+
+    def _mixed(self, rows: Rows, row: Tensor | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Per-row adapters: the base call once where no adapter changes what goes into it."""
+        x, _ = self._input(args, kwargs)
+        if self.methods.keys().isdisjoint(rows.distinct):
+            return self.kind.run(self.base_layer, *args, **kwargs)
+        if (y := fused.run_rows(self, rows, row, x)) is not None:
+            return y
+        table = {n: list(self.methods.get(n, ())) for n in rows.distinct}
+        groups, undo = rows.of(row) if row is not None else rows.groups(x.shape[0], self.path, x.device)
+
+        def joined(fn: Callable[[list[Method], Tensor], Any]) -> Any:
+            parts = [fn(table[name], index) for name, index in groups]
+            first = parts[0]
+            if isinstance(first, (tuple, list)):
+                return type(first)([torch.cat([p[0] for p in parts])[undo], *first[1:]])
+            return torch.cat(parts)[undo]
+
+        forms = {m.form for ms in table.values() for m in ms}
+        if forms <= {"delta", "weight", "after"} and not any(self._dense(ms) for ms in table.values()):
+            out = self.kind.run(self.base_layer, *args, **kwargs)
+            y = out[0] if isinstance(out, (tuple, list)) else out
+
+            def late(methods: list[Method], index: Tensor) -> Tensor:
+                xi, yi = x[index], y[index]
+                for m in methods:
+                    if m.form != "after":
+                        yi = m("add", xi, yi, self.op)
+                for m in methods:
+                    if m.form == "after":
+                        yi = self._after(m, yi, xi, index, len(y))
+                return yi
+
+            return _first(out, lambda _: joined(late))
+        if sum(torch.is_tensor(a) for a in (*args, *kwargs.values())) > 1:
+            raise Refusal(
+                "adapter_names",
+                self.path,
+                "this block takes further tensors besides its input, which have no rows to split",
+            )
+        return joined(
+            lambda methods, index: (
+                self._run(methods, (x[index],), {}) if methods else self.kind.run(self.base_layer, x[index])
+            )
+        )
+
+    def compose(self, methods: Sequence[Method], dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+        """(W', b') of these methods together: what the dense way runs and what a merge writes."""
+        replaced = [m for m in methods if m.form == "replace"]
+        W0, b0 = self.kind.read(self.base_layer).to(dtype), self.kind.bias(self.base_layer)
+        W, b = W0, b0 if b0 is None else b0.to(dtype)
+        if replaced:
+            values = self.replaced(replaced)
+            W = self.kind.matrix(values["weight"], self.base_layer).to(dtype) if "weight" in values else W
+            b = values["bias"].to(dtype) if b is not None and "bias" in values else b
+        for m in methods:
+            if m.form in ("delta", "weight"):
+                change, b = m("fold", W0, b)
+                W = W + (change - W0)
+        before = [m for m in methods if m.form == "before"]
+        for m in before if self.geometry.indexed else reversed(before):
+            W, b = (m("before", W.T).T, b) if self.geometry.indexed else m("fold", W, b)
+        for m in methods:
+            if m.form == "after":
+                W, b = m("fold", W, b)
+        return self.kind.absorb(self.base_layer, W, b)

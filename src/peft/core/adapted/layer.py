@@ -1,0 +1,122 @@
+"""The one layer wrapper: a base layer, its kind, and any number of adapters of any methods."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from torch import nn
+
+from ...contract.geometry import Geometry
+from ...contract.kind import LayerKind
+from ...contract.method import Method
+from ...contract.site import Op
+from ...contract.tree import Slots, tree
+from ...signatures import first_parameter
+from ..acting.roster import Hub
+from .calls import move_recorders
+from .switch import Switch, escape
+from .upstream_layer import UpstreamLayer
+
+
+class Companions(Slots, Switch):
+    """The companions of one sort at a layer: what libraries switch where only companions hang. The layer does the work."""
+
+    def __init__(self, layer: Adapted) -> None:
+        super().__init__()
+        self.hub, self.merged_adapters = layer.hub, []
+        self.__dict__["layer"] = layer  # no child of this
+
+    def merge(self, safe_merge: bool = False, adapter_names: Sequence[str] | None = None) -> None:
+        self.layer.merge(safe_merge, adapter_names)
+
+    def unmerge(self) -> None:
+        self.layer.unmerge()
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        self.layer.delete_adapter(adapter_name)
+
+    def set_scale(self, adapter: str, scale: float) -> None:
+        """Strengths are the targeted layers' alone."""
+
+    def scale_layer(self, scale: float) -> None:
+        """See `set_scale`."""
+
+    def unscale_layer(self, scale: float | None = None) -> None:
+        """See `set_scale`."""
+
+
+class Adapted(Switch, UpstreamLayer):
+    """A base layer with adapters. Reads which of them act from the model's shared `Hub`."""
+
+    def __init__(self, base_layer: nn.Module, kind: LayerKind, hub: Hub, path: str, geometry: Geometry) -> None:
+        super().__init__()
+        slots = Slots()
+        slots.__dict__["layer"] = self  # no child of it
+        self._modules.update(base_layer=base_layer, adapters=slots)
+        self.set(
+            kind=kind,
+            hub=hub,
+            path=path,
+            geometry=geometry,
+            op=Op(kind, base_layer, geometry),
+            former=set(),
+            methods={},
+            merged_adapters=[],
+            record={},
+            _kept=None,
+            _last=(None, ()),
+            _input_name=first_parameter(base_layer),
+            training=base_layer.training,
+        )
+
+    # -- adapters -------------------------------------------------------------------------------------------------------
+    def attach(self, adapter: str, part: str, method: Method) -> None:
+        """Hang a method at `adapters.<adapter>`, a companion at `adapters.%<part>.<adapter>`."""
+        if part and f"%{part}" not in self.adapters._modules:
+            self.adapters.put(f"%{part}", Companions(self))
+        self._slots(part).put(escape(adapter), method)
+        self.set(_last=(None, ()))
+        held = self.methods
+        held[adapter] = (*held.get(adapter, ()), method)
+
+    def detach(self, adapter: str) -> None:
+        self._last = (None, ())
+        for m in (inner for outer in self.methods.pop(adapter, ()) for inner in outer.nested()):
+            self.former.update((*m.adapter_layer_names, *m.other_param_names))
+        for part in ("", *self.parts):
+            slots = self._slots(part)
+            if escape(adapter) in slots._modules:
+                slots.drop(escape(adapter))
+            if part and not slots._modules:
+                self.adapters.drop(f"%{part}")
+
+    def held(self) -> Iterator[tuple[str, Method]]:
+        own = {id(m) for methods in self.methods.values() for m in methods}
+        return ((f"adapters.{n}", m) for n, m in self.adapters.named_modules() if id(m) in own)  # type: ignore[misc]
+
+    def _slots(self, part: str) -> Slots:
+        slots: Any = self._modules["adapters"]
+        return slots._modules[f"%{part}"] if part else slots  # type: ignore[no-any-return]
+
+    @property
+    def parts(self) -> list[str]:
+        """The config fields that brought companions here."""
+        return [n[1:] for n, m in self.adapters._modules.items() if isinstance(m, Companions)]
+
+    @property
+    def targeted(self) -> bool:
+        """Whether an adapter's own method hangs here, not only companions; also when nothing hangs here any more."""
+        return len(self.parts) < len(self.adapters._modules) or not self.adapters._modules
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self._modules["base_layer"]._forward_hooks:  # type: ignore[union-attr]
+            move_recorders(self.base_layer, self)
+        return nn.Module.__call__(self, *args, **kwargs)  # looked up anew: tracers put their own there
+
+    def extra_repr(self) -> str:
+        return f"kind={self.kind.name}, adapters={list(self.methods)}"
+
+
+def adapted_layers(model: nn.Module) -> Iterator[Adapted]:
+    return (m for m in tree(model, wrappers=True) if isinstance(m, Adapted))

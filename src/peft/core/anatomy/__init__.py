@@ -1,0 +1,1 @@
+"""What a base model is made of: said here once."""

@@ -1,0 +1,172 @@
+"""What a model of language looks like: embeddings, stacks, attentions, caches, positions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...contract import offload
+from ...contract.offload import on_device
+from ...signatures import arguments_of
+from .patterns import names
+from .walk import walk
+
+
+def vocab_size(model: nn.Module) -> int | None:
+    get = getattr(model, "get_input_embeddings", None)
+    try:
+        embedding = get() if callable(get) else None
+    except (NotImplementedError, AttributeError):
+        return None
+    return getattr(embedding, "num_embeddings", None)
+
+
+def enable_input_grads(model: nn.Module) -> None:
+    if hasattr(model, "enable_input_require_grads"):
+        model.enable_input_require_grads()  # type: ignore[operator]
+        return
+    get = getattr(model, "get_input_embeddings", None)
+    if callable(get):
+        get().register_forward_hook(lambda module, args, output: output.requires_grad_(True))
+
+
+CACHE = "past_key_values"
+
+
+LAYER_CACHE = {CACHE, "past_key_value", "layer_past"}  # what attention modules call it
+
+
+# -- what a model looks like -------------------------------------------------------------------------------------------------
+def text_config(model: nn.Module) -> Any:
+    config = getattr(model, "config", None)
+    return getattr(config, "text_config", None) or config
+
+
+def number(config: Any, *names: str) -> int:
+    for name in names:
+        value = getattr(config, name, None)
+        if isinstance(value, int):
+            return value
+    raise ValueError(f"This model's config has no {names[0]}: state it in the adapter's config.")
+
+
+def token_embeddings(model: nn.Module) -> nn.Module | None:
+    get = getattr(model, "get_input_embeddings", None)
+    try:
+        return get() if callable(get) else None
+    except (NotImplementedError, AttributeError):
+        return None
+
+
+def embed(model: nn.Module, ids: Tensor) -> Tensor:
+    """The base model's own embeddings of token ids, as floats: what prompts can start from."""
+    table = token_embeddings(model)
+    assert table is not None
+    with torch.no_grad(), on_device(table):
+        device = next((p.device for p in table.parameters()), torch.device("cpu"))
+        return table(ids.to(device)).detach().float().cpu()
+
+
+def is_pair(model: nn.Module) -> bool:
+    """Whether this is an encoder and a decoder."""
+    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+
+
+def stacks(model: nn.Module) -> tuple[nn.Module, nn.Module]:
+    """(where input tokens enter, where a cache enters): one module, or an encoder and a decoder."""
+    if is_pair(model):
+        return model.get_encoder(), model.get_decoder()  # type: ignore[operator]
+    stack: nn.Module | None = model
+    inner: nn.Module | None = model
+    while inner is not None:
+        stack, names = inner, ("language_model", "decoder", getattr(inner, "base_model_prefix", ""))
+        children = [getattr(inner, n, None) for n in names if n]
+        children = [c for c in children if isinstance(c, nn.Module) and c is not stack]
+        inner = next((c for c in children if "inputs_embeds" in arguments_of(type(c))), None)
+    assert stack is not None
+    return stack, stack
+
+
+def attentions(stack: nn.Module) -> Iterator[nn.Module]:
+    """The modules that read and write the cache: they know their layer and hold no other that does."""
+    found = [
+        m
+        for m in stack.modules()
+        if isinstance(getattr(m, "layer_idx", None), int) and LAYER_CACHE & set(arguments_of(type(m)))
+    ]
+    inner = {id(d) for m in found for d in m.modules() if d is not m}
+    holders = {id(m) for m in found if any(id(d) in inner and d in found for d in m.modules() if d is not m)}
+    return (m for m in found if id(m) not in holders)
+
+
+def takes_prefix(model: nn.Module) -> str:
+    """Why no keys and values can be put before this model's attention; "" where they can."""
+    _, stack = stacks(model)
+    if CACHE not in arguments_of(type(stack)) or next(attentions(stack), None) is None:
+        return "its attention takes no keys and values from outside (no past_key_values), so a prefix has no way in"
+    return ""
+
+
+def bidirectional(stack: nn.Module) -> bool:
+    """Whether every token sees all others: an encoder."""
+    causal = {bool(m.is_causal) for m in stack.modules() if isinstance(getattr(m, "is_causal", None), bool)}
+    return causal == {False}
+
+
+def floating(stack: nn.Module) -> torch.dtype:
+    return next((p.dtype for p in stack.parameters() if p.is_floating_point()), torch.get_default_dtype())
+
+
+def where(module: nn.Module) -> torch.device:
+    """Where a layer computes: its keys and values must be there."""
+    for m in module.modules():
+        found = offload.home(m)
+        if found is not None:
+            return found
+    return next((p.device for p in module.parameters()), torch.device("cpu"))
+
+
+def counting(stack: nn.Module) -> str:
+    """What tells a stack its positions: "given" (position_ids), the "mask", only distances, or an own count."""
+    tables = [(n, m) for n, m in stack.named_modules() if "position" in n.rsplit(".", 1)[-1] and "relative" not in n]
+    if any("attention_mask" in arguments_of(type(m)) for _, m in tables):
+        return "mask"
+    if "position_ids" in arguments_of(type(stack)):
+        return "given"
+    return "own" if any(isinstance(m, nn.Embedding) for _, m in tables) else "distance"
+
+
+def first_position(stack: nn.Module) -> int:
+    """RoBERTa and its like number positions from behind the padding index."""
+    for m in stack.modules():
+        if hasattr(m, "create_position_ids_from_inputs_embeds"):
+            return int(m.padding_idx) + 1  # type: ignore[arg-type]
+    return 0
+
+
+def placeholder(model: nn.Module) -> int:
+    """A token id that stands in for virtual tokens where a model looks at ids: none of its special ones."""
+    special = set()
+    for config in (getattr(model, "config", None), text_config(model)):
+        for name, value in vars(config).items() if config is not None else ():
+            if name.endswith(("token_id", "token_index")):
+                special |= set(value) if isinstance(value, (list, tuple)) else {value}
+    return next(i for i in range(len(special) + 1) if i not in special)
+
+
+def input_embedding(model: nn.Module) -> str:
+    """The name of the model's input embedding: short where it is the only module of that name."""
+    get = getattr(model, "get_input_embeddings", None)
+    try:
+        embedding = get() if callable(get) else None
+    except (NotImplementedError, AttributeError):
+        embedding = None
+    paths = {p.path: p for p in walk(model)}
+    path = next((n for n, p in paths.items() if embedding is not None and embedding in (p.held, p.module)), None)
+    if path is None:
+        return "embed_tokens"
+    leaf = path.rpartition(".")[2]
+    return leaf if sum(names(leaf, p) for p in paths) == 1 else path

@@ -1,0 +1,59 @@
+"""Names of targets against paths: whole paths, their last components, regular expressions; values by pattern."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Collection
+from typing import Any
+
+
+# -- matching -----------------------------------------------------------------------------------------------------------
+def names(pattern: str, path: str) -> bool:
+    """Whether a target name means this path: the whole path or its last components."""
+    return path == pattern or path.endswith("." + pattern)
+
+
+def matcher(patterns: Collection[str] | str | None) -> Callable[[str], bool]:
+    """Whether a path is among the target names, or the regular expression fits all of it."""
+    if not patterns:
+        return lambda path: False
+    if isinstance(patterns, str):
+        fits = re.compile(patterns).fullmatch
+        return lambda path: fits(path) is not None
+    whole, ends = frozenset(patterns), tuple(f".{p}" for p in patterns)
+    return lambda path: path in whole or path.endswith(ends)
+
+
+def matches(patterns: Collection[str] | str | None, path: str) -> bool:
+    return matcher(patterns)(path)
+
+
+def for_path(patterns: dict[str, Any] | None, path: str, default: Any) -> Any:
+    """The value of the first pattern (a name, path or regex) that matches a path, else the default.
+
+    One matrix of a stack, `experts.down_proj[3]`, goes by the name of its stack.
+    """
+    if not patterns:
+        return default
+    path = path.partition("[")[0] if path.endswith("]") else path
+    for pattern, value in patterns.items():
+        if names(pattern, path) or re.fullmatch(rf"(.*\.)?(?:{pattern})", path):
+            return value
+    return default
+
+
+def with_value(patterns: dict[str, Any] | None, path: str, default: Any, value: Any) -> dict[str, Any]:
+    """`patterns` that give this path `value`: by its last name for all paths alike, by the path where that is taken."""
+    patterns, leaf = dict(patterns or {}), rf".*\.{path.rpartition('.')[2]}"
+    if for_path(patterns, path, default) == value:
+        return patterns
+    return {path: value, **patterns} if leaf in patterns else {**patterns, leaf: value}
+
+
+def to_patterns(values: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """(default, patterns) from which `for_path` gives each of these paths its value."""
+    found = list(values.values())
+    default = max(set(found), key=found.count)
+    other = {p for p, v in values.items() if v != default}
+    clash = {p for p in values if any(p.endswith(f".{o}") for o in other)}  # patterns match the ends of paths
+    return default, {p: values[p] for p in sorted(other | clash, key=lambda p: -len(p))}

@@ -1,0 +1,147 @@
+"""Which modules an adapter goes to: names, regex, `all-linear`, bare parameters; and the dry run that shows it.
+
+Paths are the names of the *base* model: the wrappers of adapters that are already there do not appear in them.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Collection, Iterator
+from typing import Any
+
+from torch import nn
+
+from ...contract.tree import Composite
+from ...errors import NoMatchingPeftModuleError, near
+from .heads import output_heads
+from .patterns import matcher, names
+from .walk import Place, splitter_of, walk
+
+ALL_LINEAR = "all-linear"
+
+
+def in_layers(config: Any, path: str) -> bool:
+    """`layers_to_transform`: the number that follows a layer list's name in the path."""
+    wanted = getattr(config, "layers_to_transform", None)
+    if wanted is None or wanted == []:
+        return True
+    pattern = getattr(config, "layers_pattern", None)
+    lists = [pattern] if isinstance(pattern, str) else list(pattern or [])
+    if lists:
+        found = next((m for p in lists if (m := re.match(rf".*\.?{re.escape(p)}\.(\d+)\.", path + "."))), None)
+    else:
+        found = re.match(r".*?[^.]*\.(\d+)\.", path + ".")  # a block is in its own layer
+    return found is not None and int(found.group(1)) in ([wanted] if isinstance(wanted, int) else wanted)
+
+
+def exactly(model: nn.Module, paths: Collection[str]) -> list[Place]:
+    """The places of just these paths, in model order; paths that this model does not have are passed over."""
+
+    def meant(p: Place | None) -> bool:
+        return p is not None and (p.path in paths or p.stem in paths)
+
+    places = list(walk(model))
+    found = [p for p in places if not _composed(p) and (meant(p) or meant(p.owner))]
+    if not found:
+        _fail("target_modules", sorted(paths), places)
+    return found
+
+
+def find(model: nn.Module, config: Any, strict: bool = True) -> list[Place]:
+    """The places that `config` targets, in model order. Raises before anything changes, naming what did not match.
+
+    strict=False: names of which some match nothing give a warning.
+    """
+    places = list(walk(model))
+    whole = list(getattr(config, "modules_to_save", None) or [])
+
+    def inside_saved(path: str) -> bool:
+        return bool(whole) and any(names(w, p) for w in whole for p in _prefixes(path))
+
+    targets = config.target_modules
+    excluded = getattr(config, "exclude_modules", None)
+    if targets == ALL_LINEAR:
+        heads = output_heads(model)
+        chosen = [
+            p
+            for p in places
+            if p.owner is None and p.kind.linear and not _matches_any(heads, p.path) and not inside_saved(p.path)
+        ]
+        if not chosen:
+            raise NoMatchingPeftModuleError("target_modules='all-linear' found no linear layer in this model.")
+    else:
+        meant = matcher(targets)
+        chosen = [
+            p for p in places if (meant(p.path) or (p.owner is not None and meant(p.owner.path))) and not _composed(p)
+        ]
+        if not isinstance(targets, str):
+            ends = {p.path.rpartition(".")[2] for p in chosen}  # nearly all names are last components
+            unmatched = [t for t in targets or [] if t not in ends and not any(names(t, p.path) for p in places)]
+            if unmatched and (strict or not chosen):
+                _fail("target_modules", unmatched, places)
+            elif unmatched:
+                warnings.warn(
+                    f"Target modules {', '.join(map(repr, unmatched))} not found in the base model.", stacklevel=4
+                )
+        if isinstance(targets, str) and not chosen and any(names(targets, p.path) for p in places):
+            raise NoMatchingPeftModuleError(
+                f"Target modules {targets!r} not found in the base model: a string is a regular expression for whole paths. "
+                f"To target the modules of this name, write target_modules=[{targets!r}]."
+            )
+        if not chosen and targets:
+            _fail("target_modules", [str(targets)], places)
+    barred = matcher(excluded)
+    kept = [p for p in chosen if not barred(p.path) and in_layers(config, p.path) and not inside_saved(p.path)]
+    if chosen and not kept:
+        why = "exclude_modules, layers_to_transform and modules_to_save leave none of them"
+        raise NoMatchingPeftModuleError(f"target_modules={targets!r} matches {len(chosen)} modules, but {why}.")
+    if excluded and not isinstance(excluded, str):
+        unused = [e for e in excluded if not any(names(e, p.path) for p in places)]
+        if unused:
+            _fail("exclude_modules", unused, places)
+    return kept
+
+
+def _composed(place: Place) -> bool:
+    """Whether the place stands for parts that follow it in the walk."""
+    if isinstance(place.held, Composite) or place.owner is not None:
+        return isinstance(place.held, Composite)
+    kind = splitter_of(place.module)
+    return kind is not None and kind.composes
+
+
+def _matches_any(paths: set[str], path: str) -> bool:
+    return any(path == h or path.startswith(h + ".") for h in paths)
+
+
+def _prefixes(path: str) -> Iterator[str]:
+    steps = path.split(".")
+    return (".".join(steps[: i + 1]) for i in range(len(steps)))
+
+
+def _fail(what: str, missing: list[str], places: list[Place]) -> None:
+    leaves = list(dict.fromkeys(p.path.rsplit(".", 1)[-1] for p in places if not p.path.rsplit(".", 1)[-1].isdigit()))
+    paths = [p.path for p in places]
+    hints = "".join(near(m, leaves) or near(m, paths) for m in missing)
+    raise NoMatchingPeftModuleError(
+        f"Target modules {', '.join(map(repr, missing))} not found in the base model: {what} must name modules of it."
+        f"{hints} Its modules are called: {', '.join(leaves[:40])}{' …' if len(leaves) > 40 else ''}."
+    )
+
+
+def short_names(model: nn.Module, chosen: list[Place]) -> list[str]:
+    """Names that match just these places: the last component where all modules called so are among them."""
+    paths = {p.path for p in chosen}
+    other = {p.path.rpartition(".")[2] for p in walk(model) if p.path not in paths}
+    leaves = {path: path.rpartition(".")[2] for path in paths}
+    return sorted({p if leaf in other or leaf.isdigit() else leaf for p, leaf in leaves.items()})
+
+
+def find_whole(model: nn.Module, wanted: list[str], what: str) -> list[Place]:
+    """Places of modules named for a special purpose (modules_to_save), each of which must exist."""
+    places = [p for p in walk(model) if p.owner is None]
+    missing = [w for w in wanted if not any(names(w, p.path) for p in places)]
+    if missing:
+        _fail(what, missing, places)
+    return [p for p in places if any(names(w, p.path) for w in wanted)]

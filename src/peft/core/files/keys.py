@@ -1,0 +1,246 @@
+"""An adapter's tensors under their keys in the file, and back: every key lands, every tensor is filled."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterable, Iterator
+from operator import attrgetter
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...contract.method import Method
+from ...errors import CheckpointError, near
+from ...registry import method as method_of
+from ..acting.roster import Adapter, Hub
+from . import sharded
+from .tensors import alone
+
+ROOT = "base_model.model."
+
+
+@dataclasses.dataclass
+class Slot:
+    """Where one tensor of the file lives in memory."""
+
+    method: Method
+    attr: str
+
+    @property
+    def tensor(self) -> Tensor:
+        return _at(self.method, self.attr)
+
+    @property
+    def disk_shape(self) -> tuple[int, ...]:
+        shape = self.method.disk_shape(self.attr)
+        return tuple((self.tensor if shape is None else self.tensor.reshape(shape)).shape)
+
+    def assign(self, value: Tensor, adopt: bool = False) -> None:
+        """adopt: nobody holds the storage yet, and the value is ours to keep: no copy."""
+        old = self.tensor
+        if value.shape != old.shape:
+            value = value.reshape(old.shape)
+        device = self.method.home if old.is_meta else old.device
+        if value.dtype != old.dtype or value.device != device:
+            value = value.to(device, old.dtype)
+        value = sharded.like(value, old)
+        if adopt and type(old) is nn.Parameter and not old.is_meta:
+            old.data = value
+        elif isinstance(old, nn.Parameter):
+            if old.device.type == "meta":
+                owner, _, leaf = self.attr.rpartition(".")
+                holder = attrgetter(owner)(self.method) if owner else self.method
+                holder._parameters[leaf] = nn.Parameter(alone(value), requires_grad=old.requires_grad)
+            else:
+                old.data.copy_(value)  # in place: optimisers, compiled graphs and flat parameters hold the storage
+        else:
+            old.copy_(value)
+
+
+def root_of(config: Any) -> str:
+    """What stands before a module's path: methods whose site is the whole model have no tuner wrapper on disk."""
+    return "base_model." if config.is_prompt_learning else ROOT
+
+
+def slots(adapter: Adapter) -> Iterator[tuple[str, Slot]]:
+    """(key in the file, place in memory) of every tensor of an adapter."""
+    return ((key, Slot(method, attr)) for key, method, attr, _ in _tensors(adapter))
+
+
+def _tensors(adapter: Adapter) -> Iterator[tuple[str, Method, str, Tensor]]:
+    root = root_of(adapter.config)
+    seen: set[str] = set()
+    for stem, method in adapter.methods:
+        for attr, key in method.disk_keys().items():
+            if (held := _held(method, attr)) is not None:
+                yield (f"{root}{stem}.{key}" if stem else key), method, attr, held
+        for attr, key in method.shared_keys.items():
+            if key not in seen and (held := _held(method, attr)) is not None:
+                seen.add(key)
+                yield f"base_model.{key}", method, attr, held
+
+
+def _at(method: Method, attr: str) -> Tensor:
+    """What a dotted name means below a method: nearly always a parameter of its own, or an attribute that says None."""
+    own = method._parameters.get(attr)
+    if own is not None:
+        return own
+    return method.__dict__[attr] if attr in method.__dict__ else attrgetter(attr)(method)  # type: ignore[no-any-return]
+
+
+def _held(method: Method, attr: str) -> Tensor | None:
+    try:
+        return _at(method, attr)
+    except AttributeError:
+        return None
+
+
+def file_tensors(hub: Hub, name: str, gathered: sharded.Gathered | None = None) -> dict[str, Tensor]:
+    """The adapter's tensors under their keys in the file. gathered: values of tensors that are not whole here."""
+    hub.known([name])
+    adapter = hub.adapters[name]
+    out: dict[str, Tensor] = {}
+    for key, method, attr, value in _tensors(adapter):
+        if attr in method.unwritten:
+            continue
+        if gathered is not None and (found := gathered(method, attr)) is not None:
+            value = found
+        why = sharded.unreadable(value)
+        if why:
+            raise CheckpointError(
+                f"Adapter {name!r}: {key} holds no values ({why}). Load weights first; with ZeRO-3 or FSDP save through "
+                "the trainer, which gathers them, or pass state_dict=accelerator.get_state_dict(model)."
+            )
+        value = method.stored(attr, value.detach())
+        shape = method.disk_shape(attr)
+        out[key] = value if shape is None else value.reshape(shape)
+    return _translate(hub, out, adapter, "to_disk")
+
+
+def _translate(hub: Hub, state: dict[str, Tensor], adapter: Adapter, how: str) -> dict[str, Tensor]:
+    """Let composites (experts) turn their parts' tensors into upstream's layout, or back."""
+    for stem, composite in hub.composites.items():
+        methods = {s.removeprefix(f"{stem}."): m for s, m in adapter.methods if s.startswith(f"{stem}.")}
+        prefix = f"{root_of(adapter.config)}{stem}."
+        mine = {k.removeprefix(prefix): state.pop(k) for k in list(state) if k.startswith(prefix)}
+        state.update({prefix + k: v for k, v in getattr(composite, how)(mine, methods).items()})
+    return state
+
+
+def targets(tensors: Iterable[str], config: Any) -> set[str] | None:
+    """The paths of the modules that a file's tensors belong to; None where it holds raw parameters' adapters, too."""
+    if getattr(config, "target_parameters", None):
+        return None
+    bodies = (k.removeprefix(ROOT) for k in tensors)
+    mark = f".{method_of(config.peft_type).prefix}"
+    return {b.rpartition(mark)[0] for b in bodies if mark in b}
+
+
+def fit(
+    hub: Hub, adapter: Adapter, tensors: dict[str, Tensor]
+) -> tuple[dict[str, tuple[Slot, Tensor]], list[str], list[str]]:
+    """Match a file's tensors to an adapter's slots: (pairs, keys missing in the file, keys nobody takes)."""
+    root = root_of(adapter.config)
+    tensors = {_with_root(k, root): v for k, v in tensors.items()}
+    tensors = _translate(hub, tensors, adapter, "from_disk")
+    for stem, method in adapter.methods:
+        prefix = f"{root}{stem}." if stem else ""
+        if type(method).resize is Method.resize:
+            continue
+        keys = {a: prefix + k for a, k in method.disk_keys().items()}
+        keys |= {a: f"base_model.{k}" for a, k in method.shared_keys.items()}
+        method.resize({a: tensors[k] for a, k in keys.items() if k in tensors})
+    wanted = dict(slots(adapter))
+    pairs = {k: (s, tensors[k]) for k, s in wanted.items() if k in tensors}
+    optional = {k for k, s in wanted.items() if s.attr in (*s.method.optional, *s.method.unwritten)}
+    missing = [k for k in wanted if k not in tensors and k not in optional]
+    again = tuple(f"{root}{stem}.{start}" for stem, method in adapter.methods for start in method.repeats)
+    return pairs, missing, [k for k in tensors if k not in wanted and not k.startswith(again)]
+
+
+def _with_root(key: str, root: str) -> str:
+    """Files of injected models and of diffusers lack the prefix of the PeftModel wrapper."""
+    if key.startswith("base_model.") or "." not in key:
+        return key
+    return root + key
+
+
+def check_fit(
+    adapter: Adapter, pairs: dict[str, tuple[Slot, Tensor]], missing: list[str], extra: list[str], source: str
+) -> None:
+    """Raise unless every key lands and every tensor is filled with its shape."""
+    if missing or extra:
+        file_keys = [*pairs, *extra]
+        hint = "".join(near(m, extra, 1) for m in missing[:1]) or "".join(near(e, missing, 1) for e in extra[:1])
+        raise CheckpointError(
+            f"{source or 'The state dict'} does not fit this model.{hint}"
+            f"\n  {len(missing)} tensors of the adapter are not in the file: {_few(missing)}"
+            f"\n  {len(extra)} keys of the file have no place in the model: {_few(extra)}"
+            f"\n  {len(pairs)} of {len(file_keys)} keys fit. Check the base model and the adapter's target_modules."
+        )
+    wrong = [
+        f"{k}: file {tuple(t.shape)}, model {s.disk_shape}"
+        for k, (s, t) in pairs.items()
+        if t.shape != s.tensor.shape and tuple(t.shape) != s.disk_shape
+    ]
+    if wrong:
+        raise CheckpointError(
+            f"{source or 'The state dict'}: size mismatch, is this the right base model? {_few(wrong)}"
+        )
+
+
+def _few(items: list[str], n: int = 6) -> str:
+    return ", ".join(items[:n]) + (f", … ({len(items)} in all)" if len(items) > n else "") if items else "none"
+
+
+def assign(pairs: dict[str, tuple[Slot, Tensor]], adapter: Adapter, adopt: bool = False) -> None:
+    taken: set[int] = set()
+    copies: tuple[list[Tensor], list[Tensor]] = [], []
+    with torch.no_grad():
+        for slot, tensor in pairs.values():
+            if not adopt and type(old := slot.tensor) is nn.Parameter and _alike(old, tensor):
+                copies[0].append(old.data)
+                copies[1].append(tensor)
+                continue
+            at = tensor.data_ptr()
+            slot.assign(tensor, adopt and tensor.is_contiguous() and at not in taken)
+            taken.add(at)
+        if copies[0]:
+            torch._foreach_copy_(*copies)
+    for _, method in adapter.methods:
+        method.loaded()
+
+
+def _alike(old: Tensor, value: Tensor) -> bool:
+    return old.shape == value.shape and old.device == value.device and not old.is_meta and type(value) is Tensor
+
+
+def load_map(adapter: Adapter, held: Iterator[tuple[str, nn.Module]]) -> dict[str, str]:
+    """Pattern of keys in a file -> the tensor that they lead to, for the module that holds it; {} for all others.
+
+    held: (name below the module, method) of the methods there. The loader casts values to the dtype of the tensor
+    they lead to, so keys of another dtype than the first floating tensor's (indices, masks) lead to one of their own.
+    It writes the module's name and a dot before each pattern: the first alternative, which matches nothing, takes them.
+    """
+    names = {id(m): n for n, m in held}
+    firsts = {id(m) for m in {type(m): m for _, m in reversed(adapter.methods)}.values()}
+    if not firsts & set(names):
+        return {}
+    stored = [(k, s) for k, s in slots(adapter) if id(s.method) in firsts]
+    known = [(k.rpartition(".")[2], s) for k, s in stored if s.attr in s.method.state_dict()]
+    if not known:
+        return {}
+    floats = [s for _, s in known if s.tensor.is_floating_point()]
+    first = max(floats, key=lambda s: s.tensor.dtype.itemsize, default=known[0][1])
+    others = {s.tensor.dtype: s for _, s in reversed(known) if s is not first and not s.tensor.is_floating_point()}
+    keys = {d: "|".join(re.escape(k) for k, s in known if s.tensor.dtype == d) for d in others}
+    out = {}
+    for dtype, slot in others.items():
+        if id(slot.method) in names:
+            out[rf"(?!)|^(?:.*\.)?(?:{keys[dtype]})$"] = f"{names[id(slot.method)]}.{slot.attr}"
+    if id(first.method) in names:
+        apart = "".join(rf"(?!(?:.*\.)?(?:{keys[d]}|{re.escape(s.attr)})$)" for d, s in others.items())
+        out[f"(?!)|^{apart}.*$"] = f"{names[id(first.method)]}.{first.attr}"
+    return out

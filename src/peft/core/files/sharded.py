@@ -1,0 +1,95 @@
+"""Adapters whose tensors are split over processes, or were gathered into a state dict of the whole model.
+
+FSDP 1 keeps flat parameters, whose pieces are whole only inside its own functions; FSDP 2 and tensor parallelism keep
+DTensors; ZeRO-3 leaves placeholders. What such tensors hold is taken from, and put back through, a state dict.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from ...contract.method import Method
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    model = bare(model)
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+WRAPPERS = ("_fsdp_wrapped_module", "_orig_mod", "_checkpoint_wrapped_module")  # in the names of what they wrap
+
+
+Gathered = Callable[[Method, str], Tensor | None]
+
+
+def plain(name: str) -> str:
+    """A name in a state dict without the steps that wrappers add."""
+    steps = [s for s in name.split(".") if s not in WRAPPERS]
+    return ".".join(steps[1:] if steps[:1] == ["module"] else steps)
+
+
+def bare(model: nn.Module) -> nn.Module:
+    """What wrappers for several processes or compilation hold."""
+    while True:
+        held = model.__dict__.get("_modules", {})
+        inner = next(
+            (held[n] for n in (*WRAPPERS, "module") if len(held) == 1 and isinstance(held.get(n), nn.Module)), None
+        )
+        if inner is None:
+            return model
+        model = inner
+
+
+def names(model: nn.Module) -> dict[int, str]:
+    """id(method) -> its name in the model's state dict."""
+    return {id(m): plain(n) for n, m in model.named_modules() if isinstance(m, Method)}
+
+
+def gathered(model: nn.Module, state_dict: Mapping[str, Tensor] | None) -> Gathered | None:
+    """How to find a method's tensor among values gathered for the whole model."""
+    if state_dict is None:
+        return None
+    where, values = names(model), {plain(k): v for k, v in state_dict.items()}
+
+    def find(method: Method, attr: str) -> Tensor | None:
+        return values.get(f"{where[id(method)]}.{attr}") if id(method) in where else None
+
+    return find
+
+
+def flat(model: nn.Module) -> bool:
+    """Whether FSDP 1 holds parameters of this model."""
+    return any(hasattr(type(m), "summon_full_params") for m in model.modules())
+
+
+def unreadable(t: Tensor) -> str:
+    """Why a tensor holds no values that could be written here; "" where it does."""
+    if t.is_meta:
+        return "meta device"
+    if split(t):
+        return ""
+    if hollow(t):
+        return "zero elements"
+    return "" if t.untyped_storage().size() or t.numel() == 0 else "freed until the next forward"
+
+
+def hollow(t: Tensor) -> bool:
+    """An emptied placeholder of a sharded parameter, which is flat; a matrix of rank 0 is no such thing."""
+    return t.numel() == 0 and t.dim() < 2
+
+
+def split(t: Tensor) -> bool:
+    """Whether each process has a piece of this tensor (a DTensor)."""
+    return type(t) is not Tensor and type(t) is not nn.Parameter and hasattr(t, "full_tensor")
+
+
+def like(value: Tensor, old: Any) -> Tensor:
+    """`value` split as `old` is."""
+    if not split(old) or split(value):
+        return value
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(value, old.device_mesh, old.placements)

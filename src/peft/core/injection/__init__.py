@@ -1,0 +1,1 @@
+"""Putting adapters into a model, and taking them out."""

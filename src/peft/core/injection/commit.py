@@ -1,0 +1,98 @@
+"""Hanging a plan's methods into the model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from ...contract.cheap_modules import uninterrupted
+from ...contract.tree import Composite, tree
+from ...registry import kinds
+from ..acting.on_model import _rebind_later
+from ..acting.roster import Hub
+from ..acting.watch import watch
+from ..adapted.layer import Adapted, adapted_layers
+from ..anatomy.walk import Place
+from ..prompts.attach import attach
+from .plan import Plan, plan
+
+
+def commit(model: nn.Module, plan: Plan) -> Hub:
+    """Hang the planned methods into the model."""
+    hub = plan.hub or Hub()
+    modules = list(tree(model))
+    if not hub.adapters:
+        for module in modules:
+            for p in module._parameters.values():
+                if p is not None:
+                    p.requires_grad = False
+    model.__dict__["_peft_hub"] = hub
+    if plan.name in hub.forgotten:
+        for wrapped in adapted_layers(model):
+            if plan.name in wrapped.methods:
+                wrapped.detach(plan.name)  # left behind where loading an adapter of this name had failed
+        hub.forgotten.discard(plan.name)
+    dtype = _floating(model)
+    for item in plan.items:
+        assert item.method is not None
+        if item.place is None:
+            attach(model, hub, plan.name, item.method)
+            continue
+        place, owner = item.place, item.place.owner
+        if owner is not None:
+            assert place.composite is not None
+            _stand_in(owner, place.composite)
+        layer = place.held
+        if not isinstance(layer, Adapted):
+            assert item.kind is not None
+            held = layer if isinstance(layer, Composite) else place.module
+            layer = Adapted(held, item.kind, hub, place.path, item.site.geometry)
+            place.parent._modules[place.attr] = layer
+            item.kind.adopted(place.module, dtype)
+        layer.attach(plan.name, item.part, item.method)
+        if item.method.training != layer.training:
+            item.method.train(layer.training)
+    first = not hub.adapters
+    hub.adapters[plan.name] = plan.adapter()
+    hub.configs[plan.name] = plan.config
+    hub.composites.update(plan.composites())
+    if first:
+        hub.activate([plan.name])
+    hub.set_trainable(plan.name, plan.name in hub.chosen and not plan.config.inference_mode)
+    if any(item.cls.located for item in plan.items):
+        watch(model, hub)
+    if any(item.place is not None and item.place.composite is not None for item in plan.items):
+        modules = list(tree(model))  # stand-ins stand where modules stood
+    for kind in kinds().values():
+        kind.installed(modules)
+    hub.bind_checkpointing(modules)
+    _rebind_later(model, hub)
+    return hub
+
+
+def _stand_in(owner: Place, composite: Composite) -> None:
+    """Put a composite where its module stands: in the tree, or inside the wrapper that adapts the module as a whole."""
+    outer = owner.adapted
+    if isinstance(owner.held if outer is None else outer.base_layer, Composite):
+        return
+    composite.train(owner.held.training)
+    if outer is None:
+        owner.parent._modules[owner.attr] = composite
+    else:
+        outer.base_layer = outer.op.base = composite
+
+
+def _floating(model: nn.Module) -> torch.dtype:
+    """The dtype that the model computes in, by its config or its first floating parameter."""
+    stated = getattr(getattr(model, "config", None), "dtype", None)
+    if isinstance(stated, torch.dtype):
+        return stated
+    return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.get_default_dtype())
+
+
+def inject(model: nn.Module, config: Any, name: str = "default", **options: Any) -> Hub:
+    """Plan and commit."""
+    with uninterrupted():
+        return commit(model, plan(model, config, name, **options))

@@ -1,0 +1,77 @@
+"""Adapters written into the base weights, and the weights brought back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import nn
+
+from ...errors import Refusal
+from ..acting.on_model import hub_of
+from ..acting.roster import Hub
+from ..adapted.layer import Adapted, adapted_layers
+from ..adapted.merge import Record
+from ..anatomy.ties import shared_parameters, shared_storages
+from ..files.tensors import finite
+
+
+# -- merging --------------------------------------------------------------------------------------------------------------
+def merge(model: nn.Module, names: list[str] | None = None, safe: bool = False, keep: bool = True) -> Iterator[str]:
+    """Write adapters into the base weights, layer by layer, yielding paths. All refusals come before any write."""
+    hub = hub_of(model)
+    if hub is None:
+        raise ValueError("This model has no adapters to merge.")
+    wanted = list(names) if names is not None else list(hub.chosen)
+    hub.known(wanted)
+
+    for name in wanted:
+        for stem, m in hub.adapters[name].methods:
+            if not m.mergeable:
+                raise Refusal(
+                    m.peft_type, f"{stem or 'the model'} (merge)", "its effect is no change of the base weights"
+                )
+            for attr, p in m.named_parameters():
+                if p.is_floating_point() and not finite(p):
+                    raise ValueError(f"Adapter {name!r}: {stem}.{attr} holds NaN or inf; nothing was merged.")
+    layers = [x for x in adapted_layers(model) if any(n in x.methods and n not in x.merged_adapters for n in wanted)]
+    for layer in layers:
+        if layer.kind.merge_refusal(layer.base_layer):
+            raise Refusal("merge", layer.path, layer.kind.merge_refusal(layer.base_layer))
+    if safe:
+        for layer in layers:
+            layer.merged_values(layer.active_methods(_also(layer, wanted)))
+    tied = shared_parameters(model)
+    taken = None if keep else shared_storages(model)
+    done: list[tuple[Adapted, Record]] = []
+    try:
+        for layer in layers:
+            before = layer.record
+            if not (taken is not None and layer.merge_in_place(wanted, taken)) and layer.merge_also(wanted, keep, tied):
+                _untie_config(model, hub)
+            done.append((layer, before))
+            yield layer.path
+    except ValueError:
+        for layer, before in done:
+            layer.merge_as(before)
+        raise
+
+
+def _also(layer: Adapted, wanted: list[str]) -> list[str]:
+    return [*layer.merged_adapters, *(n for n in wanted if n in layer.methods and n not in layer.merged_adapters)]
+
+
+def _untie_config(model: nn.Module, hub: Hub) -> None:
+    config = getattr(model, "config", None)
+    if config is not None and getattr(config, "tie_word_embeddings", False):
+        config.tie_word_embeddings = False
+        hub.untied = True
+
+
+def unmerge(model: nn.Module) -> None:
+    """Restore the kept weights of every merged layer, and tied weights with them."""
+    for layer in adapted_layers(model):
+        layer.unmerge()
+    hub = hub_of(model)
+    if hub is not None and hub.untied:
+        model.config.tie_word_embeddings = True  # type: ignore[union-attr]
+        hub.untied = False

@@ -1,0 +1,285 @@
+"""Putting adapters into a model, and taking them out.
+
+Planning finds the places, checks every refusal and builds the methods without touching the model; committing hangs
+them in. What is found wrong while planning leaves the model as it was.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import hashlib
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from ...contract.geometry import Geometry
+from ...contract.kind import LayerKind
+from ...contract.method import Method
+from ...contract.site import Site
+from ...contract.tree import Composite
+from ...errors import NoMatchingPeftModuleError, Refusal
+from ...registry import companions, method, wrappers
+from ..acting.on_model import hub_of
+from ..acting.roster import Adapter, Hub
+from ..anatomy.bare_parameters import find_parameters
+from ..anatomy.language import embed, vocab_size, where
+from ..anatomy.older_layouts import retarget
+from ..anatomy.roles import default_targets
+from ..anatomy.targets import ALL_LINEAR, exactly, find, short_names
+from ..anatomy.ties import other_ends
+from ..anatomy.ties import wanted as tying_wanted
+from ..anatomy.walk import Place
+
+
+@dataclass
+class Item:
+    """One method at one place, planned."""
+
+    place: Place | None  # None: the whole model
+    part: str  # "" for the adapter's own method, else the config field that brought it
+    cls: type[Method]
+    kind: LayerKind | None
+    config: Any
+    site: Site
+    method: Method | None = None
+
+    @property
+    def path(self) -> str:
+        return self.place.path if self.place else ""
+
+    @property
+    def shape(self) -> tuple[int, int] | None:
+        g = self.site.geometry
+        return None if g.weightless else (g.out, g.fan_in)
+
+    @property
+    def parameters(self) -> int:
+        assert self.method is not None
+        return sum(p.numel() for n, p in self.method.named_parameters() if n not in self.method.frozen())
+
+
+@dataclass
+class Plan:
+    """All that an adapter will put into a model."""
+
+    name: str
+    config: Any
+    items: list[Item]
+    shared: dict[str, nn.Parameter] = field(default_factory=dict)
+    hub: Hub | None = None  # that of the model, where it has adapters already
+
+    def adapter(self) -> Adapter:
+        methods = [(i.place.stem if i.place else "", i.method) for i in self.items]
+        targeted = [i.path for i in self.items if not i.part]
+        parts = [i.part for i in self.items]
+        return Adapter(self.config, methods, parts, self.shared, targeted=targeted)  # type: ignore[arg-type]
+
+    def composites(self) -> dict[str, Composite]:
+        return {p.owner.stem: p.composite for i in self.items if (p := i.place) and p.owner and p.composite}
+
+
+def check_name(hub: Hub | None, name: str) -> None:
+    if not isinstance(name, str) or not name or name in (".", "..") or "/" in name or "\\" in name or "\0" in name:
+        raise ValueError(f"Adapter name {name!r}: expected a name that a folder may have.")
+    if hub is not None and name in hub.adapters:
+        raise ValueError(
+            f"Adapter with name {name} already exists. Loaded: {sorted(hub.adapters)}. Use another name, or delete it first."
+        )
+
+
+def seed_for(seed: int, path: str) -> int:
+    """The seed of one site: a function of the adapter's seed and the site's name alone."""
+    return int.from_bytes(hashlib.blake2b(f"{seed}:{path}".encode(), digest_size=7).digest(), "big")
+
+
+def plan(
+    model: nn.Module,
+    config: Any,
+    name: str = "default",
+    *,
+    init: bool = True,
+    meta: bool = False,
+    autocast_adapter_dtype: bool = True,
+    strict: bool = True,
+    only: Collection[str] | None = None,
+) -> Plan:
+    """Everything `config` would put into `model`; the model is not changed.
+
+    init: draw initial values (not needed when weights are loaded next). meta: parameters on the meta device.
+    autocast_adapter_dtype: keep fp32 master weights on half-precision bases. strict: refuse target names that match
+    nothing, else warn. only: the paths to target, whatever the config says.
+    """
+    hub = hub_of(model)
+    check_name(hub, name)
+    cls = method(config.peft_type)
+    cls.prepare(config, model)
+    _default_targets(cls, config, model)
+    items: list[Item] = []
+    model_config = getattr(model, "config", None)
+    holders: dict[tuple[type[Method], int], str] = {}  # weight -> the path of the first site that has it
+
+    def add(place: Place | None, part: str, cls: type[Method], cfg: Any) -> None:
+        kind = place.kind if place else None
+        site = _site(model, place, kind, model_config, autocast_adapter_dtype)
+        weight = place.module._parameters.get("weight") if place else None
+        if weight is not None and place is not None:
+            first = holders.setdefault((cls, id(weight)), place.path)
+            site.tied = first if first != place.path else ""
+        items.append(Item(place, part, cls, kind, cfg, site))
+
+    if cls.form == "prompt":
+        add(None, "", cls, config)
+    else:
+        retarget(model, config, cls)
+        wanted: list[Place] = []
+        if only is not None:
+            wanted += exactly(model, only)
+        elif config.target_modules or not getattr(config, "target_parameters", None):
+            wanted += find(model, config, strict)
+            if config.target_modules == ALL_LINEAR:
+                config.target_modules = short_names(model, wanted)  # files name the modules, so that all read the same
+        if getattr(config, "target_parameters", None):
+            wanted += find_parameters(model, config)
+        for place in [*wanted, *_followers(cls, config, model, wanted)]:
+            add(place, "", cls, config)
+    for field_name, companion in companions().items():
+        if getattr(config, field_name, None) and getattr(config, field_name) != "none":
+            places, sub = companion.accompany(config, model)
+            for place in places:
+                add(place, field_name, companion, sub)
+    for item in items:
+        item.cls.check(item.config, item.site)
+    _build(items, plan_ := Plan(name, config, items, hub=hub), init, meta)
+    for item in items:
+        if item.kind is not None and item.place is not None:
+            item.kind.admit(item.place.module, item.method, item.path)
+    return plan_
+
+
+def _default_targets(cls: type[Method], config: Any, model: nn.Module) -> None:
+    """What the method's role targets in a model of this type, where the config names nothing."""
+    if (
+        cls.form != "prompt"
+        and getattr(config, "target_modules", None) is None
+        and not getattr(config, "target_parameters", None)
+    ):
+        model_type = getattr(getattr(model, "config", None), "model_type", None)
+        config.target_modules = default_targets(cls.role, model_type, cls.peft_type)
+
+
+def _followers(cls: type[Method], config: Any, model: nn.Module, places: list[Place]) -> list[Place]:
+    """The other ends of tied weights that must change along; refused where the method has no counterpart for them."""
+    if cls.followers.__func__ is Method.followers.__func__ and tying_wanted(config):  # type: ignore[attr-defined]
+        weights = [id(w) for p in places if (w := p.module._parameters.get("weight")) is not None]
+        if len(set(weights)) < len(weights) or other_ends(model, places):
+            raise Refusal(
+                cls.peft_type,
+                "a tied weight",
+                "ensure_weight_tying asks that all of its ends change alike, and only factors that can be transposed, or "
+                "rows, have a counterpart at the other end",
+            )
+    return cls.followers(config, model, places)
+
+
+def _made(cls: type[Method], config: Any, site: Site) -> Method:
+    """The method object for one site, inside the wrappers that the config asks for (DoRA over any delta)."""
+    made = cls(config, site)
+    for field_name, wrapper in wrappers().items():
+        if made.form == "delta" and getattr(config, field_name, False):
+            made = wrapper(config, site, made)  # type: ignore[call-arg]
+    return made
+
+
+def _site(model: nn.Module, place: Place | None, kind: LayerKind | None, config: Any, autocast: bool) -> Site:
+    if place is None or kind is None:
+        first = next((p for p in model.parameters() if p.is_floating_point()), None)
+        dtype = first.dtype if first is not None else torch.float32
+
+        device = where(model)
+
+        return Site(
+            "",
+            Geometry(0, 0, 0),
+            _nothing,
+            dict,
+            dict,
+            device,
+            _master(dtype, autocast),
+            type(model).__name__,
+            config=config,
+            embed=functools.partial(embed, model),
+            vocabulary=vocab_size(model) or 0,
+        )
+    module = place.module
+    adapted = place.adapted
+    if adapted is not None and adapted.merged:
+        raise ValueError(
+            f"{place.path} is merged with {adapted.merged_adapters}: call unmerge_adapter() before adding adapters."
+        )
+    return Site(
+        place.path,
+        kind.geometry(module),
+        lambda: kind.read(module),
+        lambda: kind.parameters(module),
+        lambda: kind.buffers(module),
+        kind.device(module),
+        _master(kind.dtype(module), autocast),
+        kind.name,
+        config=config,
+    )
+
+
+def _nothing() -> torch.Tensor:
+    raise ValueError("the whole model has no single weight matrix")
+
+
+def _master(dtype: torch.dtype, autocast: bool) -> torch.dtype:
+    """fp32 master weights on half-precision bases, as mixed-precision training needs."""
+    low = dtype in (torch.float16, torch.bfloat16)
+    return torch.float32 if (low and autocast) or dtype.itemsize == 1 else dtype
+
+
+def _build(items: list[Item], plan: Plan, init: bool, meta: bool) -> None:
+    seed = getattr(plan.config, "seed", None)
+    if seed is None:
+        seed = int(torch.randint(2**31, (1,)).item()) if init else 0
+    by_class: dict[type[Method], list[Item]] = {}
+    for item in items:
+        by_class.setdefault(item.cls, []).append(item)
+    for cls, group in by_class.items():
+        rng = torch.Generator().manual_seed(seed_for(seed, "shared"))
+        build_on = torch.device("meta") if meta else torch.device("cpu")
+        sites = [i.site for i in group]
+        real = [s.device for s in sites]
+        for s in sites:
+            s.device = build_on if s.device.type != "meta" else s.device
+        shared = cls.shared(group[0].config, sites, rng)
+        plan.shared.update(shared)
+        for item, site, device in zip(group, sites, real, strict=True):
+            site.shared = shared
+            item.method = m = _made(item.cls, item.config, site)
+            m.set(home=device)
+            path = f"{item.part}:{site.path}" if item.part else site.path
+            if site.device.type != "meta":
+                if m.derives:
+                    m.derive(rng.manual_seed(seed_for(0, path)), site)
+                if init:
+                    with torch.no_grad():
+                        m.reset(rng.manual_seed(seed_for(seed, path)), site)
+                if device != site.device:
+                    m.to(device)
+            site.device = device
+
+
+def dry_run(model: nn.Module, config: Any) -> list[Item]:
+    """What `config` would adapt, as rows with .path, .kind, .shape, .parameters; raises what get_peft_model would."""
+    base = getattr(model, "base_model", model)
+    base = getattr(base, "model", base) if hub_of(model) is not None and hasattr(base, "model") else model
+    rows = plan(base, copy.deepcopy(config), name="%dry", init=False, meta=True).items
+    if not rows:
+        raise NoMatchingPeftModuleError("the config targets nothing")
+    return rows

@@ -1,0 +1,1 @@
+"""Values come in: from files, from other adapters."""

@@ -1,0 +1,285 @@
+"""A new adapter out of existing ones: `add_weighted_adapter`.
+
+`cat` stacks the factors, A = [w₁s₁A₁; w₂s₂A₂; …], B = [B₁ B₂ …], so that B A = Σ wᵢ ΔWᵢ exactly; it is the default.
+`svd` keeps the r largest singular directions of that sum. `linear` and the pruning types work on the factors
+themselves, weighted by √|wᵢsᵢ| each, which brings cross terms BᵢAⱼ with it; with the ending `_svd` they work on
+the dense ΔWᵢ instead. TIES: arXiv 2306.01708; DARE: arXiv 2311.03099.
+
+Methods meet this file by `Method.pair`, `pair_config` and `set_pair` (two thin factors), or `blend` (effects linear in the
+parameters).
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...contract.method import Method
+from ...errors import Refusal, near
+from ...registry import method
+from ..acting.on_model import hub_of
+from ..acting.roster import Adapter, Hub
+from ..anatomy.targets import find
+from ..anatomy.walk import walk
+from ..injection.commit import commit
+from ..injection.plan import check_name, plan
+
+Pairs = list[tuple[Tensor, Tensor, float, float]]  # (A, B, s, w) of each adapter at one site
+
+
+def add_weighted_adapter(
+    model: nn.Module,
+    adapters: Sequence[str],
+    weights: Sequence[float],
+    adapter_name: str,
+    combination_type: str | None = None,
+    svd_rank: int | None = None,
+    svd_clamp: float | None = None,
+    svd_full_matrices: bool = True,
+    svd_driver: str | None = None,
+    density: float | None = None,
+    majority_sign_method: str = "total",
+) -> None:
+    """Put a new, frozen adapter into the model that combines others; it does not act until it is activated.
+
+    combination_type: None is `cat` for factored deltas (the exact sum; upstream's default is `svd`) and `linear` for
+    methods that scale. svd_rank: rank of the result (the largest source rank). svd_clamp: quantile to clamp at.
+    density: share of entries that the pruning types keep. majority_sign_method: `total` or `frequency`, for TIES.
+
+    Raises Refusal where the sum is no adapter of the sources' method; the model is then as it was.
+    """
+    hub = hub_of(model)
+    if hub is None:
+        raise ValueError("This model has no adapters to combine.")
+    if not adapters or len(adapters) != len(weights):
+        raise ValueError(f"Expected one weight per adapter, got {len(adapters)} adapters and {len(weights)} weights.")
+    hub.known(adapters)
+    check_name(hub, adapter_name)
+    kind, svd = _kind(combination_type, density, majority_sign_method)
+    classes = {hub.configs[n].own_type for n in adapters}
+    if len(classes) > 1:
+        raise Refusal(
+            " and ".join(sorted(classes)),
+            "a combination",
+            "the sum of deltas of different methods is an adapter of neither; activate them together instead",
+        )
+    sources = [(hub.adapters[n], float(w)) for n, w in zip(adapters, weights)]
+    sites = _by_stem(sources)
+    config = copy.deepcopy(hub.configs[adapters[0]])
+    paths = {p.stem: p.path for p in walk(model)}
+    mix = _merger(kind, density, majority_sign_method)
+    fill: dict[str, Callable[[Method], None]] = {}
+    ranks: dict[str, int] = {}
+    every = {id(m): m.pair() for found in sites.values() for m, _ in found}
+    largest_rank = max((p[0].shape[0] for p in every.values() if p is not None), default=0)
+    for stem, found in sites.items():
+        pairs = [every[id(m)] for m, _ in found]
+        if all(p is not None for p in pairs):
+            group: Pairs = [(*p, w) for p, (_, w) in zip(pairs, found)]  # type: ignore[misc]
+            with torch.no_grad():
+                A, B = (
+                    _svd(group, mix, svd_rank or largest_rank, svd_clamp, svd_full_matrices, svd_driver)
+                    if svd
+                    else mix(group, stem)
+                )
+            ranks[paths[stem]] = A.shape[0]
+            fill[stem] = _holder(A, B, _bias(found))
+        elif combination_type in (None, "linear") and (state := _blend(found)) is not None:
+            fill[stem] = _writer(state)
+        else:
+            m = found[[p is None for p in pairs].index(True)][0]
+            raise Refusal(
+                str(m.peft_type),
+                f"{stem} (a combination)",
+                "a weighted sum of its effects is not an adapter of this form; activate the adapters together, or merge them",
+            )
+    if ranks:
+        config = method(config.peft_type).pair_config(config, ranks)
+        if config is None:
+            raise Refusal(
+                str(next(iter(classes))), "a combination", "its adapters cannot hold any two factors of any rank"
+            )
+    _target(model, config, [hub.configs[n] for n in adapters], {paths[s] for s in sites})
+    config.inference_mode = True
+    dtypes = {p.dtype for a, _ in sources for p in a.parameters()}
+    planned = plan(
+        model, config, adapter_name, init=False, autocast_adapter_dtype=torch.float32 in dtypes or len(dtypes) > 1
+    )
+    others = _companions(hub, adapters)
+    for item in planned.items:
+        assert item.place is not None and item.method is not None
+        if not item.part:
+            fill.pop(item.place.stem)(item.method)
+        else:
+            _carry(
+                item.method, item.place.stem, item.part, others.get((item.place.stem, type(item.method)), []), sources
+            )
+        item.method.loaded()
+    if fill:
+        raise ValueError(f"The combined config does not reach {', '.join(list(fill)[:5])}.")
+    commit(model, planned)
+
+
+def _kind(combination_type: str | None, density: float | None, sign: str) -> tuple[str, bool]:
+    """(what is done, whether on dense deltas)."""
+    name = combination_type or "cat"
+    known = ("cat", "svd", *(k + e for k in MERGERS for e in ("", "_svd") if k + e != "linear_svd"))
+    if name not in known:
+        raise ValueError(f"Invalid combination_type: {name!r}. Expected one of: {', '.join(known)}.{near(name, known)}")
+    kind = "linear" if name == "svd" else name.removesuffix("_svd")
+    if kind not in ("cat", "linear") and (density is None or not 0 <= density <= 1):
+        raise ValueError(f"combination_type={name!r} needs a density between 0 and 1, got {density!r}.")
+    if sign not in ("total", "frequency"):
+        raise ValueError(f"majority_sign_method should be 'total' or 'frequency', got {sign!r}.")
+    return kind, name.endswith("svd")
+
+
+def _by_stem(sources: list[tuple[Adapter, float]]) -> dict[str, list[tuple[Method, float]]]:
+    """The adapters' own methods at each place, in the order of the first that is there."""
+    sites: dict[str, list[tuple[Method, float]]] = {}
+    for adapter, w in sources:
+        for stem, m in adapter.own():
+            sites.setdefault(stem, []).append((m, w))
+    return sites
+
+
+def _target(model: nn.Module, config: Any, configs: list[Any], wanted: set[str]) -> None:
+    """Let `config` reach what any of the sources reaches: their names joined where that suffices, else full paths."""
+    for f in dataclasses.fields(config):
+        if f.name.endswith(("_modules", "_parameters")) and f.name != "exclude_modules":
+            values = [getattr(c, f.name) for c in configs]
+            if all(isinstance(v, (list, tuple, set)) for v in values):
+                setattr(config, f.name, list(dict.fromkeys(x for v in values for x in v)))
+    if getattr(config, "target_parameters", None) or {p.path for p in find(model, config)} == wanted:
+        return
+    config.target_modules = sorted(wanted)
+    config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
+
+
+# -- the arithmetic -------------------------------------------------------------------------------------------------------
+def linear(tensors: list[Tensor], weights: list[float]) -> Tensor:
+    return torch.stack([w * t for t, w in zip(tensors, weights)]).sum(0)
+
+
+def largest(t: Tensor, density: float) -> Tensor:
+    """The entries of largest magnitude, a share `density` of them; the others 0."""
+    k = int(density * t.numel())
+    flat = t.reshape(-1)
+    keep = flat.abs().topk(k).indices
+    return torch.zeros_like(flat).scatter(0, keep, flat[keep]).reshape(t.shape)
+
+
+def dropped(t: Tensor, density: float) -> Tensor:
+    """Each entry kept with probability `density` and divided by it."""
+    return t * torch.bernoulli(torch.full_like(t, density)) / density if density else torch.zeros_like(t)
+
+
+def elected(tensors: list[Tensor], weights: list[float], sign: str) -> Tensor:
+    """TIES: each entry's mean over the adapters that agree with its elected sign."""
+    stack = torch.stack(tensors)
+    votes = (stack if sign == "total" else stack.sign()).sum(0)
+    agree = stack.sign() == torch.where(votes >= 0, 1.0, -1.0)
+    scaled = stack * torch.tensor(weights, dtype=stack.dtype, device=stack.device).view(-1, *[1] * tensors[0].dim())
+    return (scaled * agree).sum(0) / agree.sum(0).clamp(min=1)
+
+
+MERGERS: dict[str, Callable[..., Tensor]] = {
+    "linear": lambda t, w, d, s: linear(t, w),
+    "magnitude_prune": lambda t, w, d, s: linear([largest(x, d) for x in t], w),
+    "ties": lambda t, w, d, s: elected([largest(x, d) for x in t], w, s),
+    "dare_linear": lambda t, w, d, s: linear([dropped(x, d) for x in t], w),
+    "dare_ties": lambda t, w, d, s: elected([dropped(x, d) for x in t], w, s),
+}
+
+
+def _merger(kind: str, density: float | None, sign: str) -> Any:
+    """How the factors at one site become (A, B), or with dense=True their deltas one ΔW."""
+
+    def run(group: Pairs, where: str, dense: bool = False) -> Any:
+        if kind == "cat":
+            return torch.cat([w * s * A for A, _, s, w in group]), torch.cat([B for _, B, _, _ in group], 1)
+        if dense:
+            return MERGERS[kind]([s * B @ A for A, B, s, _ in group], [w for *_, w in group], density, sign)
+        if len({A.shape[0] for A, *_ in group}) > 1:
+            raise Refusal(
+                kind,
+                where,
+                f"factors of ranks {[A.shape[0] for A, *_ in group]} do not add; use 'cat' (exact) or a type ending in 'svd'",
+            )
+        root = [math.sqrt(abs(w * s)) for _, _, s, w in group]
+        signed = [math.copysign(r, w * s) for r, (_, _, s, w) in zip(root, group)]
+        return (
+            MERGERS[kind]([A for A, *_ in group], signed, density, sign),
+            MERGERS[kind]([B for _, B, *_ in group], root, density, sign),
+        )
+
+    return run
+
+
+def _svd(
+    group: Pairs, mix: Any, rank: int, clamp: float | None, full: bool, driver: str | None
+) -> tuple[Tensor, Tensor]:
+    """The `rank` largest singular directions of the combined ΔW: A = Vᵀ, B = U Σ."""
+    delta = mix(group, "", dense=True)
+    r = min(rank, *delta.shape)
+    wide = delta if delta.dtype == torch.float64 else delta.float()
+    U, S, Vh = torch.linalg.svd(wide, full_matrices=full, driver=driver)
+    A, B = Vh[:r], U[:, :r] * S[:r]
+    if clamp is not None:
+        high = torch.quantile(torch.cat([B.reshape(-1), A.reshape(-1)]), clamp)
+        A, B = A.clamp(-high, high), B.clamp(-high, high)
+    return A, B
+
+
+def _bias(found: list[tuple[Method, float]]) -> Tensor | None:
+    changes = [(c, w) for m, w in found if (c := m.bias_change()) is not None]
+    return linear([c.detach() for c, _ in changes], [w for _, w in changes]) if changes else None
+
+
+def _blend(found: list[tuple[Method, float]]) -> dict[str, Tensor] | None:
+    with torch.no_grad():
+        return type(found[0][0]).blend([m for m, _ in found], [w for _, w in found])
+
+
+# -- filling the new adapter ------------------------------------------------------------------------------------------------
+def _holder(A: Tensor, B: Tensor, bias: Tensor | None) -> Callable[[Method], None]:
+    return lambda m: m.set_pair(A, B, bias)
+
+
+def _writer(state: dict[str, Tensor]) -> Callable[[Method], None]:
+    def write(m: Method) -> None:
+        with torch.no_grad():
+            for attr, value in state.items():
+                m.get_parameter(attr).copy_(value)
+
+    return write
+
+
+def _companions(hub: Hub, names: Sequence[str]) -> dict[tuple[str, type[Method]], list[int]]:
+    """(place, class) -> which of the adapters bring a companion (a head trained whole, …) there."""
+    found: dict[tuple[str, type[Method]], list[int]] = {}
+    for i, name in enumerate(names):
+        for stem, m in hub.adapters[name].brought():
+            found.setdefault((stem, type(m)), []).append(i)
+    return found
+
+
+def _carry(m: Method, stem: str, part: str, which: list[int], sources: list[tuple[Adapter, float]]) -> None:
+    """A companion's weights, from the one adapter that has it; several are mixed where their effect is linear."""
+    found = [(x, sources[i][1]) for i in which for s, x in sources[i][0].methods if s == stem and type(x) is type(m)]
+    state = _blend(found) if found else None
+    if state is None:
+        if len(found) != 1:
+            raise Refusal(
+                part,
+                f"{stem} (a combination)",
+                f"{len(found)} of the adapters bring it, and copies trained whole have no sum",
+            )
+        state = dict(found[0][0].named_parameters())
+    _writer(state)(m)

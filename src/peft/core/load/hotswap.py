@@ -1,0 +1,297 @@
+"""Putting a saved adapter in the place of a loaded one: the result equals a fresh load, or nothing is touched.
+
+Where the new adapter has the same shapes and settings, its values are copied into the old tensors and a compiled model
+runs on. Where not, the old adapter's methods give way to new ones, and a compiled model compiles again, unless its
+slots were padded before: `prepare_model_for_compiled_hotswap` gives every factored delta one rank and the scale 1, and
+swaps then only copy s·B and A, padded with zeros.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...contract.method import Method
+from ...errors import CheckpointError, Refusal
+from ...registry import method
+from ..acting.on_model import hub_of
+from ..acting.roster import Hub
+from ..adapted.layer import adapted_layers
+from ..files.header import Loaded, check_base
+from ..files.keys import assign, check_fit, targets
+from ..files.sharded import _unwrapped
+from ..injection.commit import commit
+from ..injection.plan import Plan, plan
+from ..injection.remove import delete
+from .load import fit_any_layout, read_adapter
+
+FREE = ("base_model_name_or_path", "revision", "inference_mode", "peft_version", "auto_mapping", "task_type", "seed")
+
+
+def check_hotswap_configs_compatible(config0: Any, config1: Any) -> None:
+    """Raise ValueError where one adapter cannot stand in the other's place: only within one method."""
+    first, second = (getattr(c.peft_type, "value", c.peft_type) for c in (config0, config1))
+    if first != second:
+        raise ValueError(f"Incompatible PEFT types found: {first} and {second}")
+
+
+def hotswap_adapter(
+    model: nn.Module, model_name_or_path: str, adapter_name: str, torch_device: str | None = None, **kwargs: Any
+) -> None:
+    """Replace the loaded adapter `adapter_name` by a saved one, under the same name."""
+
+    loaded = read_adapter(model_name_or_path, None, kwargs.pop("key_mapping", None), True, kwargs)
+    swap(model, loaded, adapter_name)
+
+
+def hotswap_adapter_from_state_dict(
+    model: nn.Module,
+    state_dict: dict[str, Tensor],
+    adapter_name: str,
+    config: Any,
+    parameter_prefix: str = "",
+) -> None:
+    """The same from tensors, named as in a file or with the adapter's name inside (`…lora_A.default.weight`)."""
+    tensors = {_without(k.removeprefix("_orig_mod."), adapter_name): v for k, v in state_dict.items()}
+    loaded = Loaded(copy.deepcopy(config), tensors, source="The state dict")
+    swap(model, loaded, adapter_name, targets(tensors, config))
+
+
+def reload(model: nn.Module, loaded: Loaded, name: str) -> None:
+    """New weights for a loaded adapter, as when training resumes; other settings make it a swap."""
+    base, hub = _parts(model)
+    adapter = hub.adapters[name]
+    before, after = ({k: v for k, v in c.to_dict().items() if k not in FREE} for c in (adapter.config, loaded.config))
+    if before != after or adapter.padded:
+        swap(model, loaded, name)
+        return
+    pairs, missing, extra, _ = fit_any_layout(base, hub, adapter, loaded.tensors)
+    check_fit(adapter, pairs, missing, extra, loaded.source)
+    assign(pairs, adapter)
+
+
+def _without(key: str, adapter: str) -> str:
+    head, found, tail = key.rpartition(f".{adapter}")
+    return head + tail if found and tail in ("", ".weight", ".bias") else key
+
+
+def swap(model: nn.Module, loaded: Loaded, name: str, only: set[str] | None = None) -> None:
+    """Plan the new adapter beside the old, fill it, check everything, and only then change the model.
+
+    only: the paths it goes to, where they are known better than by the config's target names. What set_scale had asked
+    of the old adapter is not asked of the new one.
+    """
+    model, hub = _parts(model)
+    hub.known([name])
+    old = hub.adapters[name]
+    check_hotswap_configs_compatible(old.config, loaded.config)
+    for layer in adapted_layers(model):
+        if name in layer.merged_adapters:
+            raise ValueError(f"Adapter {name!r} is merged into {layer.path}: call unmerge_adapter() before swapping.")
+    loaded.config.inference_mode = old.config.inference_mode
+    planned = plan(model, loaded.config, _unused(hub), init=False, autocast_adapter_dtype=_wide(old), only=only or None)
+    new = planned.adapter()
+    scratch = Hub()
+    scratch.composites = {**hub.composites, **planned.composites()}
+    pairs, missing, extra, _ = fit_any_layout(model, scratch, new, loaded.tensors)
+    check_base(model, loaded, new)
+    check_fit(new, pairs, missing, extra, loaded.source)
+    assign(pairs, new)
+    if old.padded:
+        _into_padded(old, new, name)
+        return
+    for _, m in old.methods:
+        m.multiplier = 1.0
+    if _alike(old.methods, new.methods):
+        _copy((a for _, a in old.methods), (b for _, b in new.methods))
+        hub.configs[name] = old.config = loaded.config
+        for _, m in old.methods:
+            m.loaded()
+    else:
+        _replace(model, hub, name, planned)
+
+
+def _parts(model: nn.Module) -> tuple[nn.Module, Hub]:
+
+    base = _unwrapped(model)
+    hub = hub_of(base)
+    if hub is None:
+        raise ValueError("This model has no adapters to swap.")
+    return base, hub
+
+
+def _wide(adapter: Any) -> bool:
+    """Whether the adapter keeps fp32 masters on a half-precision base."""
+    return all(p.dtype not in (torch.float16, torch.bfloat16) for p in adapter.parameters())
+
+
+def _unused(hub: Hub) -> str:
+    name = "%swap"
+    while name in hub.adapters:
+        name += "%"
+    return name
+
+
+# -- in place ---------------------------------------------------------------------------------------------------------------
+def _settings(m: nn.Module) -> dict[str, Any]:
+    """What a method computes with besides its tensors."""
+    plain = (bool, int, float, str, tuple, list, dict, type(None))
+    return {k: v for k, v in vars(m).items() if not k.startswith("_") and k != "training" and isinstance(v, plain)}
+
+
+def _alike(old: list[tuple[str, Method]], new: list[tuple[str, Method]]) -> bool:
+    """Whether values are all that differs: same places, classes, shapes and settings."""
+    if [s for s, _ in old] != [s for s, _ in new]:
+        return False
+    for (_, a), (_, b) in zip(old, new):
+        for (n, x), (k, y) in zip(_all(a), _all(b)):
+            if n != k or type(x) is not type(y) or _settings(x) != _settings(y):
+                return False
+        if {n: t.shape for n, t in _tensors(a).items()} != {n: t.shape for n, t in _tensors(b).items()}:
+            return False
+    return True
+
+
+def _all(m: nn.Module) -> list[tuple[str, nn.Module]]:
+    return list(m.named_modules())
+
+
+def _tensors(m: nn.Module) -> dict[str, Tensor]:
+    return {**dict(m.named_parameters()), **dict(m.named_buffers())}
+
+
+def _copy(old: Iterable[Method], new: Iterable[Method]) -> None:
+    with torch.no_grad():
+        for a, b in zip(old, new):
+            values = _tensors(b)
+            for n, t in _tensors(a).items():
+                t.copy_(values[n])
+            for (_, x), (_, y) in zip(_all(a), _all(b)):
+                if isinstance(x, Method):
+                    x.config = y.config  # type: ignore[union-attr]
+
+
+def _replace(model: nn.Module, hub: Hub, name: str, planned: Plan) -> None:
+    """The planned methods in the place of the adapter's present ones; activation and training as they were."""
+    asked, trainable, order = hub.asked, name in hub.training, list(hub.adapters)
+    delete(model, name)
+    planned.name = name
+    commit(model, planned)
+    for table in (hub.adapters, hub.configs):
+        entries = {n: table[n] for n in order}
+        table.clear()
+        table.update(entries)  # type: ignore[arg-type]
+    hub.activate_present(asked)
+    hub.set_trainable(name, trainable)
+
+
+# -- padded slots -----------------------------------------------------------------------------------------------------------
+def prepare_model_for_compiled_hotswap(
+    model: nn.Module,
+    *,
+    target_rank: int | None = None,
+    config: Any = None,
+    check_compiled: str = "error",
+) -> None:
+    """Pad the loaded adapters' factors, so that later swaps of ranks up to `target_rank` recompile nothing.
+
+    Call it after the first adapter is loaded and before torch.compile. target_rank: by default the largest rank
+    present, or in `config` (a config, or configs by name). check_compiled: "error", "warn" or "ignore" if the model
+    is compiled already.
+    """
+    if check_compiled not in ("error", "warn", "ignore"):
+        raise ValueError(f"check_compiled should be 'error', 'warn' or 'ignore', got {check_compiled!r}.")
+    if hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None) is not None:
+        text = "Call prepare_model_for_compiled_hotswap before compiling the model: padding makes it compile again."
+        if check_compiled == "error":
+            raise ValueError(text)
+        if check_compiled == "warn":
+            warnings.warn(text, stacklevel=2)
+    model, hub = _parts(model)
+    plans = []
+    configs = list(config.values()) if isinstance(config, dict) else [config] if config is not None else []
+    for name, adapter in hub.adapters.items():
+        own = _own(adapter)
+        pairs = {stem: m.pair() for stem, m in own.items()}
+        if not pairs or any(p is None for p in pairs.values()):
+            raise Refusal(str(adapter.config.own_type), f"adapter {name!r}", "only two-factor deltas can be padded")
+        known = [*(p[0].shape[0] for p in pairs.values()), *(r for c in configs for r in _ranks(c))]  # type: ignore[index]
+        rank = target_rank if target_rank is not None else max(known)
+        largest = max(p[0].shape[0] for p in pairs.values())  # type: ignore[index]
+        if largest > rank:
+            raise ValueError(f"target_rank={rank} is smaller than the rank {largest} of adapter {name!r}.")
+        paths = dict(zip(own, adapter.targeted))
+        held = method(adapter.config.peft_type).pair_config(adapter.config, dict.fromkeys(paths.values(), rank))
+        planned = plan(
+            model,
+            held,
+            _unused(hub),
+            init=False,
+            autocast_adapter_dtype=_wide(adapter),
+            only=None if getattr(held, "target_parameters", None) else set(adapter.targeted),
+        )
+        twin = planned.adapter()
+        twins = _own(twin)
+        for stem, m in own.items():
+            _hold(twins[stem], m)
+        _copy(
+            (m for s, m in twin.methods if m is not twins.get(s)),
+            (m for s, m in adapter.methods if m is not own.get(s)),
+        )
+        plans.append((name, planned))
+    for name, planned in plans:
+        _replace(model, hub, name, planned)
+        hub.adapters[name].padded = True
+
+
+def _ranks(config: Any) -> list[int]:
+    return [config.r, *(getattr(config, "rank_pattern", None) or {}).values()]
+
+
+def _own(adapter: Any) -> dict[str, Method]:
+    return dict(adapter.own())
+
+
+def _hold(slot: Method, m: Method | None) -> None:
+    """s·B and A of `m`, or nothing, into a padded slot; what set_scale asked of `m` stays a factor of its own."""
+    A0, B0, _ = slot.pair()  # type: ignore[misc]
+    A, B = torch.zeros_like(A0), torch.zeros_like(B0)
+    bias, slot.multiplier = None, 1.0
+    if m is not None:
+        slot.multiplier, m.multiplier = m.multiplier, 1.0
+        a, b, s = m.pair()  # type: ignore[misc]
+        A[: a.shape[0]] = a
+        B[:, : b.shape[1]] = s * b
+        bias = m.bias_change()
+        m.multiplier = slot.multiplier
+    with torch.no_grad():
+        slot.set_pair(A.detach(), B.detach(), None if bias is None else bias.detach())
+
+
+def _into_padded(old: Any, new: Any, name: str) -> None:
+    slots, fresh = _own(old), _own(new)
+    beyond = [s for s in fresh if s not in slots]
+    if beyond:
+        raise CheckpointError(
+            f"The adapter reaches {', '.join(beyond[:5])}, where the prepared adapter {name!r} has no slot."
+        )
+    for stem, m in fresh.items():
+        pair, room = m.pair(), slots[stem].pair()
+        if pair is None or room is None:
+            raise Refusal(str(old.config.own_type), stem, "only two-factor deltas fit into padded slots")
+        if pair[0].shape[0] > room[0].shape[0]:
+            raise ValueError(f"{stem} has rank {pair[0].shape[0]}, its slot was prepared for {room[0].shape[0]}.")
+        if (m.bias_change() is None) != (slots[stem].bias_change() is None):
+            raise ValueError(f"{stem}: one of the adapters trains a bias of its delta, the other does not.")
+    rest_old = [(s, m) for s, m in old.methods if m is not slots.get(s)]
+    rest_new = [(s, m) for s, m in new.methods if m is not fresh.get(s)]
+    if not _alike(rest_old, rest_new):
+        raise ValueError(f"Adapter {name!r} and the new one bring different modules besides their deltas.")
+    _copy((m for _, m in rest_old), (m for _, m in rest_new))
+    for stem, slot in slots.items():
+        _hold(slot, fresh.get(stem))

@@ -1,0 +1,138 @@
+"""Bringing a saved adapter into a model: read, plan, check every key, then commit. Heads and whole embeddings included."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor, nn
+
+from ...contract.cheap_modules import uninterrupted
+from ...errors import CheckpointError
+from ...remote import HUB_KWARGS
+from ..acting.roster import Adapter, Hub
+from ..anatomy.heads import prepare_head
+from ..anatomy.walk import walk
+from ..files.adapter_files import read
+from ..files.header import Loaded, check_base
+from ..files.keys import ROOT, Slot, assign, check_fit, fit, root_of
+from ..files.older_keys import translate
+from ..files.tensors import alone
+from ..injection.commit import commit
+from ..injection.plan import plan
+from .room_for_tokens import room_for_tokens
+
+
+@dataclasses.dataclass
+class LoadResult:
+    """What upstream's load functions return."""
+
+    missing_keys: list[str]
+    unexpected_keys: list[str]
+    mismatched_keys: list[str] = dataclasses.field(default_factory=list)
+
+    def __iter__(self) -> Iterator[list[str]]:
+        return iter((self.missing_keys, self.unexpected_keys))
+
+
+def read_adapter(
+    model_id: Any, config: Any, key_mapping: dict[str, str] | None, strict: bool, kwargs: dict[str, Any]
+) -> Loaded:
+    hub = {k: v for k, v in kwargs.items() if k in HUB_KWARGS}
+    loaded = read(model_id, subfolder=kwargs.get("subfolder"), strict=strict, config=config, **hub)
+    if key_mapping:
+
+        def renamed(key: str) -> str:
+            body = key.removeprefix(ROOT)
+            for pattern, replacement in key_mapping.items():
+                body, n = re.subn(pattern, replacement, body)
+                if n:
+                    break
+            return ROOT + body
+
+        loaded.tensors = {renamed(k): v for k, v in loaded.tensors.items()}
+    return loaded
+
+
+def load_into(
+    model: nn.Module, loaded: Loaded, name: str, *, strict: bool = True, autocast_adapter_dtype: bool = True
+) -> LoadResult:
+    """Plan, check every key, then commit: a file that does not fit leaves the model as it was."""
+    with uninterrupted(), room_for_tokens(model, loaded):
+        return _load_into(model, loaded, name, strict, autocast_adapter_dtype)
+
+
+def _load_into(model: nn.Module, loaded: Loaded, name: str, strict: bool, autocast_adapter_dtype: bool) -> LoadResult:
+    prepare_head(model, loaded.config, loading=True)
+    planned = plan(model, loaded.config, name, init=False, autocast_adapter_dtype=autocast_adapter_dtype)
+    adapter = planned.adapter()
+    scratch = Hub()
+    scratch.composites = planned.composites()
+    pairs, missing, extra, tensors = fit_any_layout(model, scratch, adapter, loaded.tensors)
+    base, extra = base_tensors(model, adapter, tensors, extra)
+    if strict:
+        check_base(model, loaded, adapter)
+        check_fit(adapter, pairs, missing, extra, loaded.source)
+    elif missing or extra:
+        warnings.warn(f"{loaded.source}: {len(missing)} tensors missing, {len(extra)} keys not used.", stacklevel=3)
+    assign(pairs, adapter, adopt=loaded.owned)
+    for p, value in base:
+        p.data = alone(value.to(p.device, p.dtype))
+    commit(model, planned)
+    return LoadResult(missing, extra)
+
+
+def fit_any_layout(
+    model: nn.Module, hub: Hub, adapter: Adapter, tensors: dict[str, Tensor]
+) -> tuple[dict[str, tuple[Slot, Tensor]], list[str], list[str], dict[str, Tensor]]:
+    """`fit`, also for files made on an older layout of the model; and the tensors by the present one."""
+    pairs, missing, extra = fit(hub, adapter, tensors)
+    if extra:
+        tensors = translate(model, adapter, tensors)
+        pairs, missing, extra = fit(hub, adapter, tensors)
+    return pairs, missing, extra, tensors
+
+
+def base_tensors(
+    model: nn.Module, adapter: Any, tensors: dict[str, Tensor], extra: list[str]
+) -> tuple[list[tuple[nn.Parameter, Tensor]], list[str]]:
+    """Whole embeddings that were saved along with the adapter: base weights, put back where their shape fits."""
+    if not extra:
+        return [], []
+    root = root_of(adapter.config)
+    places = {p.path: p for p in walk(model)}
+    found, rest = [], []
+    for key in extra:
+        body = key.removeprefix(root).removesuffix(".weight").removesuffix(".base_layer")
+        place = places.get(body)
+        weight = getattr(place.module, "weight", None) if place is not None and key.endswith(".weight") else None
+        if isinstance(weight, nn.Parameter) and key in tensors and weight.shape == tensors[key].shape:
+            found.append((weight, tensors[key]))
+        elif isinstance(weight, nn.Parameter) and key in tensors:
+            raise CheckpointError(
+                f"{key} holds {tuple(tensors[key].shape)}, this model's vocabulary gives {tuple(weight.shape)}: "
+                "resize the embeddings to the tokenizer the adapter was trained with (model.resize_token_embeddings)."
+            )
+        else:
+            rest.append(key)
+    return found, rest
+
+
+def embedding_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Input and output embeddings under the keys of upstream's files; prints their size."""
+    wanted = {
+        id(m)
+        for get in ("get_input_embeddings", "get_output_embeddings")
+        if (m := getattr(model, get, lambda: None)()) is not None
+    }
+    out = {}
+    for place in walk(model):
+        if id(place.held) in wanted or id(place.module) in wanted:
+            leaf = ".base_layer.weight" if place.adapted is not None else ".weight"
+            out[ROOT + place.stem + leaf] = place.module.weight.detach()  # type: ignore[union-attr,operator]
+    size = sum(t.numel() * t.element_size() for t in out.values())
+    print(f"Saving {len(out)} whole embedding(s) with the adapter: {size / 2**20:.1f} MiB.")
+    return out

@@ -1,0 +1,33 @@
+"""Rows for added tokens: an adapter that trained them needs a base whose word embeddings have as many."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import nn
+
+from ...registry import companions, method
+from ..anatomy.language import vocab_size
+from ..files.header import Loaded
+
+
+@contextmanager
+def room_for_tokens(model: nn.Module, loaded: Loaded) -> Iterator[None]:
+    """Grow the embeddings to the vocabulary the adapter was trained with, where its tokens reach past this model's.
+
+    Only the saved size is trusted: a token index beyond it is an error of its own. If loading fails, they shrink back.
+    """
+    here, saved = vocab_size(model), (loaded.base or {}).get("vocab_size")
+    along = [c for field, c in companions().items() if getattr(loaded.config, field, None)]
+    needed = max(c.tokens_needed(loaded.config) for c in (method(loaded.config.peft_type), *along))
+    resize = getattr(model, "resize_token_embeddings", None)
+    if not here or not saved or not here < needed <= saved or not callable(resize):
+        yield
+        return
+    resize(saved)
+    try:
+        yield
+    except BaseException:
+        resize(here)
+        raise

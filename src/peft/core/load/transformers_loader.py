@@ -1,0 +1,112 @@
+"""An adapter's file through transformers' own loader (`model.load_adapter`), with the meaning that `from_pretrained` has.
+
+That loader renames each key of a file by a list of transforms until it names a tensor of the model, and assigns one
+tensor at a time. Keys of shared banks, of stacked experts or of an older layout name no single tensor, so here all keys
+run together: one renaming leads every key to a tensor of the adapter, and `AdapterFile`, the transform that is asked
+for the values last, gets all tensors with their own keys and fills the adapter as this library does.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import nn
+
+from ...errors import CheckpointError
+from ..acting.on_model import hub_of
+from ..acting.roster import Hub
+from ..files.header import Loaded
+from ..files.keys import ROOT, assign, check_fit
+from ..injection.remove import delete
+from .hotswap import swap
+from .load import base_tensors, fit_any_layout
+
+
+def build_peft_weight_mapping(
+    weight_conversions: list[Any] | None, adapter_name: str, peft_config: Any = None
+) -> list[Any]:
+    """The transforms that transformers applies to an adapter file; it adds `load_map` of what holds the adapter.
+
+    The base model's own conversions are not among them: where a file was made on an older layout, `core/files/older_keys.py`
+    translates it, here and everywhere else.
+    """
+    return [_adapter_file()(adapter_name, peft_config)]
+
+
+@functools.cache
+def _adapter_file() -> type:
+    from transformers.core_model_loading import WeightConverter, _IdentityOp
+
+    class AdapterFile(WeightConverter):
+        """Takes every tensor of a file, and fills the adapter when the loader asks for the first value."""
+
+        __slots__ = ("adapter_name", "config", "futures")
+
+        def __init__(self, adapter_name: str, config: Any) -> None:
+            super().__init__("(?s:.)", "\\g", [_IdentityOp()])
+            self.adapter_name, self.config = adapter_name, config
+            self.futures: dict[str, Any] = {}
+
+        def __deepcopy__(self, memo: Any) -> Any:
+            return self  # the loader wants a copy for each tensor; all are one here
+
+        def rename_source_key(self, source_key: str) -> tuple[str, str | None]:
+            return source_key, self.source_patterns[0]
+
+        def add_tensor(self, target_key: str, source_key: str, source_pattern: str, future: Any) -> None:
+            self.futures[source_key] = future
+
+        def was_used(self) -> bool:
+            return False  # no part of how the base model is saved
+
+        def convert(
+            self,
+            layer_name: str,
+            model: Any = None,
+            config: Any = None,
+            hf_quantizer: Any = None,
+            loading_info: Any = None,
+        ) -> dict[str, torch.Tensor]:
+            if self.futures:
+                futures, self.futures = self.futures, {}
+                values = {k: f.result() if hasattr(f, "result") else f() for k, f in futures.items()}
+                fill(model, self.adapter_name, self.config, values, loading_info)
+            return {}
+
+    return AdapterFile
+
+
+def fill(model: nn.Module, name: str, config: Any, tensors: dict[str, torch.Tensor], report: Any) -> None:
+    """Bring a file's tensors into the adapter `name`, and say in transformers' report what did not fit.
+
+    An adapter with another config than the file's is one to be swapped for it. A file that fills nothing is an error.
+    """
+
+    hub: Hub | None = hub_of(model)
+    assert hub is not None
+    if config is not None and hub.configs.get(name) is not config:
+        swap(model, Loaded(config, tensors, source="The adapter file"), name)
+        report.missing_keys.clear()
+        return
+    adapter = hub.adapters[name]
+    pairs, missing, extra, tensors = fit_any_layout(model, hub, adapter, tensors)
+    base, extra = base_tensors(model, adapter, tensors, extra)
+    if not pairs:
+        delete(model, name)
+        check_fit(adapter, pairs, missing, extra, "The adapter file")
+        raise CheckpointError("The adapter file holds no tensors of an adapter.")
+    wrong = {k for k, (s, t) in pairs.items() if tuple(t.shape) not in (s.disk_shape, tuple(s.tensor.shape))}
+    report.missing_keys.clear()
+    report.missing_keys.update(_shown(k, name) for k in missing)
+    report.unexpected_keys.update(extra)
+    report.mismatched_keys.update((_shown(k, name), pairs[k][1].shape, pairs[k][0].disk_shape) for k in wrong)
+    assign({k: v for k, v in pairs.items() if k not in wrong}, adapter)
+    for p, value in base:
+        p.data = value.to(p.device, p.dtype)
+
+
+def _shown(key: str, name: str) -> str:
+    """A key as transformers reports it: it lists those that hold the adapter's name."""
+    return f"{key.removeprefix(ROOT)} ({name})"

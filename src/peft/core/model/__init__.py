@@ -1,0 +1,1 @@
+"""PeftModel, its tuner, and the functions that people call."""

@@ -1,0 +1,157 @@
+"""The functions that people call."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from ...config import PeftConfig
+from ..acting.on_model import hub_of
+from ..files import sharded
+from ..files.keys import ROOT, assign, check_fit, file_tensors, targets
+from ..files.sharded import _unwrapped
+from ..files.tensors import alone
+from ..injection.commit import inject
+from ..load.load import LoadResult, embedding_tensors, fit_any_layout, read_adapter
+from .peft_model import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, PeftMixedModel, PeftModel
+
+
+# -- functions --------------------------------------------------------------------------------------------------------------
+def get_peft_model(
+    model: nn.Module,
+    peft_config: PeftConfig,
+    adapter_name: str = "default",
+    mixed: bool = False,
+    autocast_adapter_dtype: bool = True,
+    revision: str | None = None,
+    low_cpu_mem_usage: bool = False,
+) -> PeftModel:
+    """Put an adapter into a model and freeze the rest.
+
+    Raises NoMatchingPeftModuleError for targets that match nothing, Refusal for combinations that mathematics or the
+    base's format rules out, ValueError for names already taken; the model is then as it was.
+    """
+    if isinstance(model, PeftModel):
+        model.add_adapter(adapter_name, peft_config, low_cpu_mem_usage, autocast_adapter_dtype)
+        model.set_adapter(adapter_name)
+        return model
+    peft_config.base_model_name_or_path = getattr(model, "name_or_path", None) or peft_config.base_model_name_or_path
+    if revision is not None:
+        peft_config.revision = revision
+    task = getattr(peft_config.task_type, "value", peft_config.task_type)
+    cls: type[PeftModel] = PeftMixedModel if mixed else MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(str(task), PeftModel)
+    return cls(
+        model,
+        peft_config,
+        adapter_name=adapter_name,
+        autocast_adapter_dtype=autocast_adapter_dtype,
+        low_cpu_mem_usage=low_cpu_mem_usage,
+    )
+
+
+def inject_adapter_in_model(
+    peft_config: PeftConfig,
+    model: nn.Module,
+    adapter_name: str = "default",
+    low_cpu_mem_usage: bool = False,
+    state_dict: dict[str, Tensor] | None = None,
+) -> nn.Module:
+    """Put an adapter into a model in place, without wrapping it. It is then the one that acts, and that trains.
+
+    state_dict: weights that will be loaded next; the adapter goes just where they belong, whatever else the config's
+    target names would match. An adapter that is loaded takes the base's dtype and tolerates target names that match
+    nothing, with a warning: what loads the weights tells which of them found no place. One to be trained is in fp32.
+    """
+    loading = state_dict is not None or peft_config.inference_mode
+    hub = inject(
+        model,
+        peft_config,
+        adapter_name,
+        meta=low_cpu_mem_usage,
+        autocast_adapter_dtype=not loading,
+        strict=not loading,
+        only=None if state_dict is None else targets(state_dict, peft_config),
+    )
+    hub.activate([adapter_name])
+    hub.train_only([adapter_name], peft_config.inference_mode)
+    if not isinstance(model, PeftModel):
+        model.__dict__.setdefault("peft_config", hub.configs)
+    return model
+
+
+def get_peft_model_state_dict(
+    model: nn.Module,
+    state_dict: Any = None,
+    adapter_name: str = "default",
+    unwrap_compiled: bool = False,
+    save_embedding_layers: Any = "auto",
+) -> dict[str, Tensor]:
+    """An adapter's tensors under the keys of its file. state_dict: gathered values to take instead of the live ones."""
+    base = _unwrapped(model)
+    hub = hub_of(base)
+    if hub is None:
+        raise ValueError("This model has no adapters.")
+    if state_dict is None and sharded.flat(model):
+        state_dict = model.state_dict()
+    out = file_tensors(hub, adapter_name, sharded.gathered(model, state_dict))
+    if save_embedding_layers is True:
+        out.update(embedding_tensors(base))
+    if not isinstance(sharded.bare(model), PeftModel):  # injected without a wrapper: no wrapper's prefix
+        out = {k.removeprefix(ROOT): v for k, v in out.items()}
+    return out
+
+
+def set_peft_model_state_dict(
+    model: nn.Module,
+    peft_model_state_dict: dict[str, Tensor],
+    adapter_name: str = "default",
+    ignore_mismatched_sizes: bool = False,
+    low_cpu_mem_usage: bool = False,
+) -> LoadResult:
+    """Fill an adapter from tensors; returns what was missing and what was not used, with a warning, as upstream does."""
+    base = _unwrapped(model)
+    hub = hub_of(base)
+    if hub is None or adapter_name not in hub.adapters:
+        raise ValueError(f"Adapter {adapter_name!r} is not in this model.")
+    adapter = hub.adapters[adapter_name]
+    pairs, missing, extra, _ = fit_any_layout(base, hub, adapter, peft_model_state_dict)
+    if sharded.flat(model):
+        where = sharded.names(model)
+        model.load_state_dict({f"{where[id(s.method)]}.{s.attr}": t for s, t in pairs.values()}, strict=False)
+        return _told(model, adapter_name, peft_model_state_dict, missing, extra)
+    wrong = [k for k, (s, t) in pairs.items() if tuple(t.shape) not in (s.disk_shape, tuple(s.tensor.shape))]
+    if wrong and not ignore_mismatched_sizes:
+        check_fit(adapter, pairs, [], [], "The state dict")
+    assign({k: v for k, v in pairs.items() if k not in wrong}, adapter)
+    if missing:
+        warnings.warn(f"Missing keys when loading adapter {adapter_name!r}: {', '.join(missing[:5])}", stacklevel=2)
+    return _told(model, adapter_name, peft_model_state_dict, missing, extra, wrong)
+
+
+def _told(
+    model: nn.Module,
+    name: str,
+    given: dict[str, Tensor],
+    missing: list[str],
+    extra: list[str],
+    wrong: Sequence[str] = (),
+) -> LoadResult:
+    """What did not fit, as upstream names it: missing tensors with the adapter's name, unused keys as they were given."""
+    root = "" if isinstance(sharded.bare(model), PeftModel) else ROOT
+    as_given = {ROOT + k: k for k in given if not k.startswith("base_model.")}
+    named = []
+    for key in missing:
+        head, _, leaf = key.removeprefix(root).rpartition(".")
+        named.append(f"{head}.{name}.{leaf}" if leaf in ("weight", "bias") else f"{head}.{leaf}.{name}")
+    return LoadResult(named, [as_given.get(k, k) for k in extra], list(wrong))
+
+
+def load_peft_weights(
+    model_id: str, device: str | None = None, key_mapping: dict[str, str] | None = None, **kwargs: Any
+) -> dict[str, Tensor]:
+    """The tensors of a saved adapter, on `device` (the CPU by default), each with memory of its own."""
+    found = read_adapter(model_id, PeftConfig(), key_mapping, False, kwargs).tensors
+    return {k: alone(t.to(device or t.device)) for k, t in found.items()}

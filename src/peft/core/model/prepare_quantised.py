@@ -1,0 +1,70 @@
+"""Getting a quantised model ready for training adapters on it.
+
+Nothing is cast: adapters keep fp32 masters of their own, norms compute in the dtype the model was loaded in, and
+upcasting what is left of the floating parameters costs gigabytes on a large model (embeddings and head alone). So this
+adds 0 bytes to the parameters; what it adds to a forward is one small tensor per call, the marker of a gradient.
+"""
+
+from __future__ import annotations
+
+import gc
+import inspect
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..anatomy.walk import kind_of
+
+
+def prepare_model_for_kbit_training(
+    model: nn.Module,
+    use_gradient_checkpointing: bool = True,
+    gradient_checkpointing_kwargs: dict[str, Any] | None = None,
+    auto_clear_cache: bool = True,
+) -> nn.Module:
+    """Freeze the model, bring its layers into the form that has a backward, and switch checkpointing on.
+
+    use_gradient_checkpointing: recompute blocks in backward; gradients are then asked of the embeddings' output, since
+    reentrant checkpointing drops blocks whose input needs none. gradient_checkpointing_kwargs: passed to
+    `model.gradient_checkpointing_enable`; use_reentrant=False is the default here. auto_clear_cache: give freed memory
+    back to the accelerator afterwards.
+    """
+    for param in model.parameters():
+        param.requires_grad_(False)
+    for module in model.modules():
+        kind_of(module).trainable(module)
+    if use_gradient_checkpointing:
+        _checkpoint(model, dict(gradient_checkpointing_kwargs or {}))
+    if auto_clear_cache:
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+    return model
+
+
+def _checkpoint(model: nn.Module, options: dict[str, Any]) -> None:
+    enable = getattr(model, "gradient_checkpointing_enable", None)
+    if enable is None:
+        raise ValueError(
+            f"{type(model).__name__} has no gradient checkpointing; pass use_gradient_checkpointing=False."
+        )
+    ask = getattr(model, "enable_input_require_grads", None)
+    if callable(ask):
+        ask()
+    else:
+        model.get_input_embeddings().register_forward_hook(_require_grad)  # type: ignore[operator,union-attr]
+    if "gradient_checkpointing_kwargs" in inspect.signature(enable).parameters:
+        enable(gradient_checkpointing_kwargs={"use_reentrant": False, **options})
+        return
+    if options:
+        warnings.warn(
+            f"{type(model).__name__}.gradient_checkpointing_enable takes no options; {options} is not used.",
+            stacklevel=3,
+        )
+    enable()
+
+
+def _require_grad(module: nn.Module, inputs: Any, output: Tensor) -> None:
+    output.requires_grad_(True)

@@ -1,0 +1,199 @@
+"""The base model with adapters in it: what `peft_model.base_model` is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from ...config import PeftConfig
+from ...contract.method import Method
+from ...registry import method
+from ..acting.roster import Hub
+from ..adapted.layer import Adapted, adapted_layers
+from ..injection.commit import inject
+from ..injection.merge import merge, unmerge
+from ..injection.remove import delete, unload
+from ..load.combine import add_weighted_adapter
+
+
+class Tuner(nn.Module):
+    """The base model with adapters in it: `peft_model.base_model`. Works for adapters of any methods at once."""
+
+    tuner_layer_cls = Adapted
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    @property
+    def hub(self) -> Hub:
+        hub = self.model.__dict__.get("_peft_hub")
+        if hub is None:
+            raise ValueError("This model has no adapters (they were unloaded).")
+        return hub
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        out = self.model(*args, **kwargs)
+        return add_penalties(self.hub, out) if self.training and torch.is_grad_enabled() else out
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        return self.model.generate(*args, **kwargs)  # type: ignore[operator]
+
+    # -- which adapters act -------------------------------------------------------------------------------------------
+    @property
+    def peft_config(self) -> dict[str, PeftConfig]:
+        return self.hub.configs
+
+    @property
+    def active_adapter(self) -> str | list[str]:
+        chosen = self.hub.chosen
+        return chosen[0] if len(chosen) == 1 else list(chosen)
+
+    @property
+    def active_adapters(self) -> list[str]:
+        return list(self.hub.chosen)
+
+    @property
+    def prefix(self) -> str:
+        """What tells adapter parameters by their names: the method's stem, or the container where further parts hang."""
+        stem = method(next(iter(self.hub.configs.values())).peft_type).prefix
+        for adapter in self.hub.adapters.values():  # companions come last; all sites of one method are named alike
+            for _, first in adapter.methods[:1]:
+                named = all(stem in n for n, _ in first.named_parameters())
+                if adapter.parts[-1] or not (named or first.form == "prompt"):
+                    return ".adapters."
+        return stem
+
+    def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
+        """Activate one adapter or several together, and train exactly those."""
+        names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
+        self.hub.activate(names)
+        self.hub.train_only(names, inference_mode)
+
+    def enable_adapter_layers(self) -> None:
+        self.hub.enable(True)
+
+    def disable_adapter_layers(self) -> None:
+        self.hub.enable(False)
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        """Say which adapters train, whatever is active."""
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        self.hub.known(names)
+        for name in names:
+            self.hub.set_trainable(name, requires_grad)
+
+    @property
+    def targeted_module_names(self) -> list[str]:
+        """Paths of the modules that the adapters' own methods change."""
+        return list(dict.fromkeys(path for a in self.hub.adapters.values() for path in a.targeted if path))
+
+    @staticmethod
+    def get_model_config(model: nn.Module) -> dict[str, Any]:
+        """The model's config as a dictionary; where it has none, one that says so."""
+        config = getattr(model, "config", None)
+        found = config.to_dict() if hasattr(config, "to_dict") else config
+        return dict(found) if isinstance(found, dict) else {"model_type": "custom"}
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        return False
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        delete(self.model, adapter_name)
+
+    def inject_adapter(
+        self, model: nn.Module, adapter_name: str, config: PeftConfig | None = None, **options: Any
+    ) -> None:
+        inject(model, config if config is not None else self.peft_config[adapter_name], adapter_name, **options)
+
+    # -- merging --------------------------------------------------------------------------------------------------------
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """Write the active (or named) adapters into the base weights; `unmerge_adapter` restores the same bits."""
+        for _ in merge(self.model, adapter_names, safe=safe_merge):
+            pass
+
+    def unmerge_adapter(self) -> None:
+        unmerge(self.model)
+
+    def merge_and_unload(
+        self,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+        requantize: bool = False,
+    ) -> nn.Module:
+        """The base model with the adapters written in. A quantised base gives a dequantised model.
+
+        requantize: store merged weights in the base's quantised format; the error this introduces is returned as
+        `model.requantization_error` (path -> largest absolute difference of a weight).
+        """
+        from tqdm import tqdm
+
+        layers = [m for m in adapted_layers(self.model)]
+        bar = tqdm(total=len(layers), desc="Merging", disable=not progressbar)
+        for _ in merge(self.model, adapter_names, safe=safe_merge, keep=requantize):
+            bar.update()
+        bar.close()
+        errors = {}
+        if requantize:
+            for layer in layers:
+                if layer.merged and layer._kept is not None:
+                    layer.base_layer, errors[layer.path] = layer.kind.requantize(layer._kept[0], layer.base_layer)
+        model = unload(self.model)
+        if requantize:
+            model.__dict__["requantization_error"] = errors
+        return model
+
+    def unload(self) -> nn.Module:
+        """The base model as it was, bit for bit."""
+        if any(layer.merged for layer in adapted_layers(self.model)):
+            unmerge(self.model)
+        return unload(self.model)
+
+    def add_weighted_adapter(
+        self,
+        adapters: list[str],
+        weights: list[float],
+        adapter_name: str,
+        combination_type: str | None = None,
+        **options: Any,
+    ) -> None:
+        """A new adapter that combines others; by default their exact sum. See `core/load/combine.py`."""
+
+        add_weighted_adapter(self.model, adapters, weights, adapter_name, combination_type, **options)
+
+    def update_and_allocate(self, global_step: int) -> None:
+        """After backward and before zero_grad: lets methods with a budget schedule (AdaLoRA) follow it."""
+        for name in self.hub.chosen:
+            adapter = self.hub.adapters[name]
+            table: dict[str, Any] = {stem: m.nested()[-1] for stem, m in adapter.own()}
+            method(adapter.config.peft_type).step(table, adapter.config, global_step)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "model":
+                raise
+            return getattr(self.model, name)
+
+
+def add_penalties(hub: Hub, out: Any) -> Any:
+    """The loss plus what the acting adapters' methods ask for (AdaLoRA's orthogonality, L0)."""
+    loss = getattr(out, "loss", None)
+    if loss is None:
+        return out
+    for name in hub.mix.active:
+        terms = []
+        for _, m in hub.adapters[name].methods:  # no comprehension: torch.compile has no cells for what it assigns
+            if type(m).penalty is not Method.penalty and (term := m("penalty")) is not None:
+                terms.append(term)
+        if terms:
+            loss = loss + method(hub.adapters[name].config.peft_type).combine(terms, hub.adapters[name].config).to(
+                loss.device
+            )
+    out.loss = loss
+    return out

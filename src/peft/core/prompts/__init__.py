@@ -1,0 +1,1 @@
+"""Hooks of the methods whose site is the whole model."""

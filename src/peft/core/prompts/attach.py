@@ -1,0 +1,105 @@
+"""Prompt methods in a model: hung in, taken out, shown."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...contract.method import Method
+from ...contract.tree import Slots
+from ..acting.roster import Hub
+from ..adapted.switch import Switch, escape
+from ..anatomy.language import attentions, floating, stacks
+from ..forms.prompt import PromptMethod
+from .hooks import Prompts
+
+
+class Encoders(Slots, Switch):
+    """The container of a model's prompt methods, `prompt_encoder.<adapter>`."""
+
+    def __init__(self, hub: Hub) -> None:
+        super().__init__()
+        self.hub, self.merged_adapters = hub, []
+
+    def held(self) -> Iterator[tuple[str, Method]]:
+        return ((n, m) for n, m in self._modules.items() if isinstance(m, Method))
+
+    def replaced(self, held: nn.Module, value: nn.Module) -> None:
+        methods = self.__dict__["prompts"].methods
+        methods.update({n: value for n, m in methods.items() if m is held})
+
+    # -- by adapter name, as in a dictionary ----------------------------------------------------------------------------
+    def __getitem__(self, adapter: str) -> Method:
+        return self.__dict__["prompts"].methods[adapter]  # type: ignore[no-any-return]
+
+    def __contains__(self, adapter: object) -> bool:
+        return adapter in self.__dict__["prompts"].methods
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.__dict__["prompts"].methods)
+
+    def __len__(self) -> int:
+        return len(self.__dict__["prompts"].methods)
+
+    def keys(self) -> Iterable[str]:
+        return self.__dict__["prompts"].methods.keys()  # type: ignore[no-any-return]
+
+
+# -- adapters in a model ---------------------------------------------------------------------------------------------------------
+def hooks_of(model: nn.Module) -> Prompts | None:
+    return model.__dict__.get("_peft_prompts")
+
+
+def attach(model: nn.Module, hub: Hub, name: str, method: Method) -> None:
+    """Hang a method into the model as `prompt_encoder.<name>`; the first one installs the hooks."""
+    assert isinstance(method, PromptMethod)
+    prompts = hooks_of(model)
+    if prompts is None:
+        prompts = model.__dict__["_peft_prompts"] = Prompts(model, hub)
+        model.add_module("prompt_encoder", Encoders(hub))
+        model.prompt_encoder.__dict__["prompts"] = prompts
+        prompts.install(model)
+    model.prompt_encoder.put(escape(name), method)  # type: ignore[union-attr,operator]
+    prompts.methods[name] = method
+    method.train(model.training)
+
+
+def detach(model: nn.Module, hub: Hub, name: str) -> None:
+    """Take a method out; the last one takes the hooks along."""
+    prompts = hooks_of(model)
+    if prompts is None or name not in prompts.methods:
+        return
+    del prompts.methods[name]
+    model.prompt_encoder.drop(escape(name))  # type: ignore[union-attr,operator]
+    if not prompts.methods:
+        prompts.remove(model)
+        del model._modules["prompt_encoder"]
+        del model.__dict__["_peft_prompts"]
+
+
+def get_prompt(model: nn.Module, rows: int, tasks: Tensor | None = None) -> Any:
+    """What acts now for a batch of `rows`: virtual tokens [rows, n, d], or a cache that holds the prefixes."""
+    prompts = hooks_of(model)
+    front = prompts.front(rows) if prompts is not None else None
+    if prompts is None or front is None:
+        raise ValueError("No prompt method is active: there is no prompt to get.")
+    last = stacks(model)[1]
+    if front.S:
+        prompts.tasks = tasks
+        pieces = [m("prompt", None if tasks is None else tasks) for m in front.groups[0] if m.inputs]
+        return torch.cat([p.expand(rows, -1, -1) for p in pieces], 1)
+    cache = prompts.empty_cache()
+    prompts.fill(cache, attentions(last), front, floating(last))
+    return cache
+
+
+def embedding_to_save(hub: Hub, name: str) -> Tensor:
+    """The tensor that upstream's file calls `prompt_embeddings`."""
+    hub.known([name])
+    method = hub.adapters[name].methods[0][1]
+    if not isinstance(method, PromptMethod):
+        raise ValueError(f"Adapter {name!r} ({method.peft_type}) has no prompt.")
+    return method.prompt_embeddings.detach().cpu()

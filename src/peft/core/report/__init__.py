@@ -1,0 +1,1 @@
+"""What is in a model, in words and numbers."""

@@ -1,0 +1,1 @@
+"""Upstream's names as views of this library's objects."""

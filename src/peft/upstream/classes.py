@@ -1,0 +1,149 @@
+"""Upstream's class names as views: `isinstance(module, LoraLayer)` asks what a layer holds, not what it is.
+
+A view's `stem` is the beginning of upstream's parameter names. `door` makes the module that upstream has for a method,
+from the method's own file.
+"""
+
+from __future__ import annotations
+
+import importlib.machinery
+import sys
+from types import ModuleType
+from typing import Any
+
+from torch import nn
+
+from ..contract.method import Method
+from ..core.adapted.layer import Adapted
+from ..core.adapted.switch import Switch
+from ..core.model.peft_model import PeftModel
+from ..core.model.tuner import Tuner
+
+
+class LayerView(type):
+    """Classes whose instances are the adapted layers that hold parameters with the class's stem."""
+
+    stem: str = ""
+    base: Any = None  # and whose base layer is of this type, or passes this test
+    part: str = ""  # and that hold a companion brought by this config field
+
+    def __instancecheck__(cls, obj: Any) -> bool:
+        if not isinstance(obj, Adapted):
+            return False
+        if isinstance(cls.base, type) and not isinstance(obj.base_layer, cls.base):
+            return False
+        if cls.base is not None and not isinstance(cls.base, type) and not cls.base(obj.base_layer):
+            return False
+        if cls.part:
+            return cls.part in obj.parts
+        return any(n.rsplit(".", 1)[-1].startswith(cls.stem) for n, _ in obj.adapters.named_parameters())
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        raise TypeError(
+            f"{cls.__name__} is a view for isinstance: adapters are put into a model with get_peft_model or "
+            "inject_adapter_in_model."
+        )
+
+    def __getattr__(cls, name: str) -> Any:
+        return getattr(Adapted, name)  # what all layers have
+
+    def __setattr__(cls, name: str, value: Any) -> None:
+        raise AttributeError(
+            f"{cls.__name__} is a view: patching {name} on it would reach no layer. A method of one's own is a file: "
+            "see docs/add-a-method.md."
+        )
+
+
+class TunerLayerView(type):
+    """The layers that an adapter targets, not those whose heads, biases or token rows merely train along."""
+
+    def __instancecheck__(cls, obj: Any) -> bool:
+        if cls is not BaseTunerLayer:  # a class that someone derived from the view
+            return super().__instancecheck__(obj)
+        return isinstance(obj, Switch) and getattr(obj, "targeted", True)
+
+
+class BaseTunerLayer(Switch, metaclass=TunerLayerView):
+    """What switches adapters at a layer."""
+
+
+class ModelView(type):
+    """Classes whose instances are tuners with an adapter of the class's stem; calling one makes such a tuner."""
+
+    stem: str = ""
+
+    def __instancecheck__(cls, obj: Any) -> bool:
+        hub = obj.model.__dict__.get("_peft_hub") if isinstance(obj, Tuner) else None
+        return hub is not None and any(m.prefix == cls.stem for a in hub.adapters.values() for _, m in a.methods)
+
+    def __call__(
+        cls,
+        model: nn.Module,
+        peft_config: Any = None,
+        adapter_name: str = "default",
+        low_cpu_mem_usage: bool = False,
+        state_dict: Any = None,
+        *,
+        config: Any = None,
+        **options: Any,
+    ) -> Tuner:
+        peft_config = config if peft_config is None else peft_config
+        if peft_config is None:
+            raise TypeError(f"{cls.__name__} needs a config.")
+        options["low_cpu_mem_usage"] = low_cpu_mem_usage
+        configs = peft_config if isinstance(peft_config, dict) else {adapter_name: peft_config}
+        wrapped: Any = None
+        for name, config in configs.items():
+            wrapped = PeftModel(model, config, name, **_known(options)) if wrapped is None else wrapped
+            if name not in wrapped.peft_config:
+                wrapped.add_adapter(name, config)
+        return wrapped.base_model
+
+
+def _known(options: dict[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in options.items() if k in ("low_cpu_mem_usage", "autocast_adapter_dtype")}
+
+
+def layer_view(name: str, stem: str = "", base: Any = None, part: str = "", **members: Any) -> Any:
+    return LayerView(name, (), {"stem": stem, "base": base, "part": part, "__doc__": LayerView.__doc__, **members})
+
+
+def model_view(name: str, stem: str) -> Any:
+    return ModelView(name, (), {"stem": stem, "prefix": stem, "__doc__": ModelView.__doc__})
+
+
+def door(
+    package: str, source: ModuleType, extra: dict[str, Any] | None = None, method_name: str = ""
+) -> ModuleType | None:
+    """`package` as upstream has it, with its `config`, `layer` and `model`: the method file's names and two views.
+
+    method_name: upstream's name of the method's own module.
+    """
+    methods = [c for c in vars(source).values() if isinstance(c, type) and issubclass(c, Method) and c.peft_type]
+    own = [c for c in methods if c.__module__ == source.__name__ and hasattr(c, "config_class")]
+    if not own:
+        return None
+    names = {n: getattr(source, n) for n in getattr(source, "__all__", ())}
+    for cls in own:
+        known_as = cls.config_class.__name__.removesuffix("Config")
+        keys = tuple(dict.fromkeys((*(k.split(".")[0] for k in cls.keys.values()), *cls.view_names)))
+        names[f"{known_as}Layer"] = layer_view(
+            f"{known_as}Layer", cls.prefix, adapter_layer_names=keys, other_param_names=cls.view_attributes
+        )
+        names[f"{known_as}Model"] = model_view(f"{known_as}Model", cls.prefix)
+    names.update(extra or {})
+    if method_name:
+        names[method_name] = own[0]
+    made = _module(package, source.__doc__, names)
+    for part in ("config", "layer", "model"):
+        setattr(made, part, _module(f"{package}.{part}", source.__doc__, names))
+    return made
+
+
+def _module(name: str, doc: str | None, names: dict[str, Any]) -> ModuleType:
+    made = ModuleType(name, doc)
+    made.__spec__ = importlib.machinery.ModuleSpec(name, None, is_package=True)
+    made.__path__ = []
+    made.__dict__.update(names, __all__=sorted(names))
+    sys.modules[name] = made
+    return made

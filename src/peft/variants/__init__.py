@@ -1,0 +1,1 @@
+"""What a config field puts around any delta, one file each."""
