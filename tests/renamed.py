@@ -114,8 +114,8 @@ def main(seed: int) -> None:
     import cells
     from torch import nn
 
-from peft.core.anatomy.walk import kind_of
     from peft import registry
+    from peft.core.anatomy.walk import kind_of
 
     assert not (set(registry.methods()) | set(registry.kinds())) & set(table), "the names are not renamed"
     assert set(registry.methods()) <= set(table.values())
