@@ -81,12 +81,12 @@ class Cell:
 def randomise(model: Any, name: str, seed: int) -> None:
     """Give every trainable tensor of an adapter values away from its start, in a range its maths keeps stable."""
     rng = torch.Generator().manual_seed(seed)
-    for _, method in model.hub.adapters[name].methods:
+    for _, method in model.roster.adapters[name].methods:
         frozen = method.frozen()
         for attr, p in method.named_parameters():
             if attr not in frozen and p.is_floating_point():
                 with torch.no_grad():
-                    p.add_(torch.randn(p.shape, generator=rng).to(p) * method.noise)
+                    p.add_(torch.randn(p.shape, generator=rng).to(p) * method.test_noise)
 
 
 def refusal(cell: Cell) -> str | None:

@@ -254,7 +254,7 @@ def test_phm_matrices_are_sums_of_kronecker_products():
 
 def test_compacter_shares_its_rule_and_has_the_paper_s_count():
     model = adapted("llama", CompacterConfig(bottleneck_size=8, phm_dim=4, phm_rank=2))
-    methods = [m for _, m in model.hub.adapters["default"].methods]
+    methods = [m for _, m in model.roster.adapters["default"].methods]
     assert len(methods) == 4  # after attention and FFN of two layers
     assert len({id(m.adapter_phm_rule) for m in methods}) == 1
     n, b, k = 4, 8, 2
@@ -596,7 +596,7 @@ def test_a_continued_prompt_with_suffix_positions_is_refused():
     cache = model(input_ids=IDS[:, :4], use_cache=True).past_key_values
     with pytest.raises(ValueError, match="suffix_positions"):
         model(input_ids=IDS[:, 4:], past_key_values=cache)
-    assert model.hub.mix.span is None  # nothing is left behind by the failed call
+    assert model.roster.mix.span is None  # nothing is left behind by the failed call
     prefix = adapted("llama", LoReftConfig(r=2, prefix_positions=6, suffix_positions=0))
     with torch.no_grad():
         whole = prefix(input_ids=IDS).logits

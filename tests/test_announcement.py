@@ -47,7 +47,7 @@ def test_lora_on_t0_3b_is_two_files_of_19_mb(tmp_path):
     with torch.device("meta"):
         base = T5ForConditionalGeneration(T5Config(**sizes, **GATED))
     model = get_peft_model(base, LoraConfig(**CONFIG))
-    for _, method in model.hub.adapters["default"].methods:
+    for _, method in model.roster.adapters["default"].methods:
         method.to_empty(device="cpu")
         for p in method.parameters():
             nn.init.zeros_(p)

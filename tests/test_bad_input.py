@@ -22,7 +22,7 @@ from peft import (
     inject_adapter_in_model,
     registry,
 )
-from peft.core.acting.on_model import hub_of
+from peft.core.acting.on_model import roster_of
 
 TOKENS = torch.randint(0, 64, (3, 5), generator=torch.Generator().manual_seed(0))
 
@@ -43,15 +43,20 @@ def unchanged(model: nn.Module):
     """Within, something is refused; afterwards the model is as it was."""
 
     def look():
-        hub = hub_of(model)
+        roster = roster_of(model)
         return (
             {k: v.clone() for k, v in model.state_dict().items()},
             [(n, type(m), len(m._forward_hooks)) for n, m in model.named_modules()],
             [(n, p.requires_grad, id(p)) for n, p in model.named_parameters()],
             None
-            if hub is None
-            else (hub.chosen, hub.enabled, list(hub.adapters), {n: c.to_dict() for n, c in hub.configs.items()}),
-            hub is not None or "_peft_hub" in model.__dict__ or "peft_config" in model.__dict__,
+            if roster is None
+            else (
+                roster.chosen,
+                roster.enabled,
+                list(roster.adapters),
+                {n: c.to_dict() for n, c in roster.configs.items()},
+            ),
+            roster is not None or "_peft_roster" in model.__dict__ or "peft_config" in model.__dict__,
         )
 
     before = look()
@@ -331,7 +336,7 @@ def test_per_row_names_whose_number_differs_from_the_batch(count):
         with unchanged(model), pytest.raises(ValueError) as e:
             call()
         assert str(count) in str(e.value) and "3" in str(e.value)
-    assert model.hub.mix.rows is None
+    assert model.roster.mix.rows is None
     with torch.no_grad():
         model(input_ids=TOKENS, adapter_names=["default", "b", "__base__"])
 

@@ -40,7 +40,7 @@ def loaded(*names: str) -> PeftModel:
 
 def weights_of(model: PeftModel, name: str) -> dict[str, torch.Tensor]:
     """ΔW of an adapter by path."""
-    return {stem: m.dense() for stem, m in model.hub.adapters[name].methods}
+    return {stem: m.dense() for stem, m in model.roster.adapters[name].methods}
 
 
 CASES = [k for k in EXPECTED if k.endswith((".ab", ".ac"))]
@@ -96,7 +96,7 @@ def test_the_result_is_frozen_and_saves_and_loads(tmp_path):
     model.add_weighted_adapter(["a", "b", "c"], [1.0, 2.0, 0.5], "sum")
     assert not any(p.requires_grad for p in model.adapter_parameters("sum"))
     assert model.active_adapters == ["a"]
-    ranks = {stem: m.rank() for stem, m in model.hub.adapters["sum"].methods}
+    ranks = {stem: m.rank() for stem, m in model.roster.adapters["sum"].methods}
     assert ranks == {"first": 4, "second": 5, "embed": 2}, "each place holds the ranks of its own sources"
     model.set_adapter("sum")
     with torch.no_grad():
@@ -157,7 +157,7 @@ def test_what_has_no_sum_is_refused_before_anything_changes(adapters, weights, o
     assert names in str(e.value)
     after = model.state_dict()
     assert before.keys() == after.keys() and all(torch.equal(v, after[n]) for n, v in before.items())
-    assert "new" not in model.peft_config and "new" not in model.hub.adapters
+    assert "new" not in model.peft_config and "new" not in model.roster.adapters
 
 
 def test_a_head_that_one_adapter_brings_is_carried_along():

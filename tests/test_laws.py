@@ -34,7 +34,7 @@ def moved(cell: Cell, out: torch.Tensor, inputs: tuple[torch.Tensor, ...]) -> bo
 
 
 def mergeable(model) -> bool:
-    return all(m.mergeable for a in model.hub.adapters.values() for _, m in a.methods)
+    return all(m.mergeable for a in model.roster.adapters.values() for _, m in a.methods)
 
 
 @pytest.mark.parametrize("cell", REFUSED, ids=[c.id for c in REFUSED])
@@ -55,7 +55,7 @@ def test_fresh_adapter_is_the_identity(cell):
     with torch.no_grad():
         expected = base(*inputs)
         model = get_peft_model(base, cell.peft_config()).eval()
-        promised = all(m.identity for _, m in model.hub.adapters["default"].methods)  # some variants cannot
+        promised = all(m.identity for _, m in model.roster.adapters["default"].methods)  # some variants cannot
         assert close(model(*inputs), expected, max(cell.tolerance, 2e-6)) == promised
 
 

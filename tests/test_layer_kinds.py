@@ -46,7 +46,7 @@ def shake(model, size=0.3):
 def deltas(model):
     """Each site as upstream writes it to disk -> s·B A, from the adapter's own tensors."""
     with torch.no_grad():
-        return {path: 2.0 * m.lora_B @ m.lora_A for path, m in model.hub.adapters["default"].methods}
+        return {path: 2.0 * m.lora_B @ m.lora_A for path, m in model.roster.adapters["default"].methods}
 
 
 def close(a, b, tolerance=1e-5):
@@ -135,7 +135,7 @@ def test_lora_on_a_convolution_is_the_convolution_with_another_weight(name, fiel
     model = adapted(layer, **fields)
     with torch.no_grad():
         out = model(x)
-        _, m = model.hub.adapters["default"].methods[0]
+        _, m = model.roster.adapters["default"].methods[0]
         inner = m.inner if fields.get("use_dora") else m
         W = layer.weight.flatten(1) + 2.0 * inner.lora_B @ inner.lora_A
         if fields.get("use_dora"):
@@ -179,7 +179,7 @@ def test_a_convolution_with_a_forward_of_its_own_is_refused_by_weight_methods():
 def test_the_padding_token_trains_nothing_and_gradients_are_dense():
     model = adapted(nn.Embedding(10, 8, padding_idx=1, sparse=True)).train()
     model(torch.tensor([[0, 1, 2]])).square().sum().backward()
-    _, m = model.hub.adapters["default"].methods[0]
+    _, m = model.roster.adapters["default"].methods[0]
     assert not m.lora_A.grad.is_sparse
     assert m.lora_A.grad[:, 1].abs().sum() == 0
     assert (m.lora_A.grad[:, [0, 2]].abs().sum(0) > 0).all()
@@ -192,7 +192,7 @@ def test_what_is_added_to_an_embeddings_output_moves_into_its_rows(scale):
     model = adapted(layer, lora_bias=True)
     with torch.no_grad():
         out = model(x)
-        _, m = model.hub.adapters["default"].methods[0]
+        _, m = model.roster.adapters["default"].methods[0]
         s = getattr(layer, "embed_scale", torch.tensor(1.0))
         expected = s * (layer.weight + (2.0 * m.lora_B @ m.lora_A).T)[x] + 2.0 * m.lora_bias
         assert close(out, expected)
@@ -570,7 +570,7 @@ def test_whole_models(make, tmp_path):
     with torch.no_grad():
         plain = run(base)
     model = get_peft_model(copy.deepcopy(base), LoraConfig(**fields)).eval()
-    assert len(model.hub.adapters["default"].methods) == sites
+    assert len(model.roster.adapters["default"].methods) == sites
     with torch.no_grad():
         assert close(run(model), plain, 1e-6)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)

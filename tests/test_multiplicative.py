@@ -62,7 +62,7 @@ def adapted(config, layer=None, seed=0, noise=0.3):
     model = get_peft_model(base, config).eval()
     for p in model.adapter_parameters("default"):
         p.data += noise * torch.randn_like(p)
-    (_, method), *_ = model.hub.adapters["default"].methods
+    (_, method), *_ = model.roster.adapters["default"].methods
     return model, method
 
 
@@ -258,7 +258,7 @@ def test_ia3_finds_keys_values_and_feedforward_of_known_models():
 
     small = dict(vocab_size=16, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2)
     model = get_peft_model(LlamaForCausalLM(LlamaConfig(**small)), IA3Config())
-    forms = {stem.rsplit(".", 1)[1]: m.form for stem, m in model.hub.adapters["default"].methods}
+    forms = {stem.rsplit(".", 1)[1]: m.form for stem, m in model.roster.adapters["default"].methods}
     assert forms == {"k_proj": "after", "v_proj": "after", "down_proj": "before"}
     with pytest.raises(ValueError, match="specify `feedforward_modules`"):
         adapted(IA3Config(target_modules=["site"]))

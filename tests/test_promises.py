@@ -290,7 +290,7 @@ def test_promise_8_the_default_combination_is_the_sum_of_the_deltas():
     randomise(model, "b", 9)
     weights = {"a": 0.3, "b": -1.7}
     model.add_weighted_adapter(["a", "b"], list(weights.values()), "sum")
-    deltas = {n: dict(model.hub.adapters[n].methods) for n in ("a", "b", "sum")}
+    deltas = {n: dict(model.roster.adapters[n].methods) for n in ("a", "b", "sum")}
     for stem, m in deltas["sum"].items():
         expected = sum(w * deltas[n][stem].dense().double() for n, w in weights.items())
         assert torch.allclose(m.dense().double(), expected, atol=1e-6)
@@ -344,7 +344,7 @@ def test_promise_9_a_dry_run_shows_what_would_be_adapted_and_changes_nothing():
 
 def values(model: PeftModel, name: str = "default") -> dict[str, torch.Tensor]:
     return {
-        f"{s}.{a}": p.detach().clone() for s, m in model.hub.adapters[name].methods for a, p in m.named_parameters()
+        f"{s}.{a}": p.detach().clone() for s, m in model.roster.adapters[name].methods for a, p in m.named_parameters()
     }
 
 
@@ -588,7 +588,7 @@ def test_promise_14_switching_between_forward_and_backward_does_not_change_the_g
         model.train()
         model.set_requires_grad(["a", "b"])
         loss = model(input_ids=TOKENS, labels=TOKENS).loss
-        model.hub.activate(["b"])
+        model.roster.activate(["b"])
         loss.backward()
         return gradients(model)
 
@@ -704,11 +704,11 @@ def test_promise_24_a_field_that_is_not_built_is_refused_by_name_unless_it_is_at
     for method in registry.methods().values():
         cls, needed = method.config_class, method.examples[0] if method.examples else {}
         for name, f in cls.__dataclass_fields__.items():
-            if "unbuilt" in f.metadata:
+            if "unavailable" in f.metadata:
                 found += 1
                 with pytest.raises(ValueError, match=name):
                     cls(**{**needed, name: "something"})
-                default = f.metadata["unbuilt"]
+                default = f.metadata["unavailable"]
                 assert getattr(cls(**{**needed, name: copy.deepcopy(default)}), name) == default
     assert found
 
@@ -780,7 +780,7 @@ def test_promise_26_adding_costs_in_proportion_to_the_model():
 
 def test_promise_26_switching_visits_no_modules():
     models = {n: adapted(base=llama(n), names=("a", "b")) for n in (1, 8)}
-    cost = {n: calls(lambda n=n: models[n].hub.activate(["b"])) for n in models}
+    cost = {n: calls(lambda n=n: models[n].roster.activate(["b"])) for n in models}
     assert cost[1] == cost[8]
 
 
@@ -788,7 +788,7 @@ def test_switching_goes_on_where_a_wrapper_took_parameters_out_of_their_modules(
     """FSDP's flat parameters leave the modules without their own; switching then concerns those that are left."""
     model = adapted(names=("a", "b"))
     model.set_adapter("b")
-    (_, method), *rest = model.hub.adapters["a"].methods
+    (_, method), *rest = model.roster.adapters["a"].methods
     del method._parameters["lora_A"]
     model.set_adapter("a")
     assert method.lora_B.requires_grad and all(m.lora_A.requires_grad for _, m in rest)
@@ -871,7 +871,7 @@ def test_promise_31_rows_and_several_active_adapters_for_every_method(cell):
 def test_promise_34_nan_and_inf_are_found_before_anything_is_written(cell, poison):
     model, _ = cell.model()
     before = {n: p.clone() for n, p in model.get_base_model().named_parameters()}
-    if not all(m.mergeable for _, m in model.hub.adapters["default"].methods):
+    if not all(m.mergeable for _, m in model.roster.adapters["default"].methods):
         with pytest.raises(Refusal):
             model.base_model.merge_adapter()
         return
@@ -890,7 +890,7 @@ def test_promise_34_nan_and_inf_are_found_before_anything_is_written(cell, poiso
 def test_promise_34_a_merge_that_overflows_the_bases_dtype_is_found():
     model = adapted(base=llama(1).to(torch.float16))
     with torch.no_grad():
-        for stem, m in model.hub.adapters["default"].methods:
+        for stem, m in model.roster.adapters["default"].methods:
             if stem.endswith("v_proj"):
                 m.lora_A.fill_(500)
                 m.lora_B.fill_(500)
@@ -932,7 +932,7 @@ def test_promise_35_disable_unmerges_and_merges_again_and_survives_errors():
         assert torch.equal(logits(model), base)
         raise ZeroDivisionError
     assert torch.allclose(logits(model), out, atol=1e-5) and all(layer.merged for layer in adapted_layers(model))
-    assert model.hub.enabled
+    assert model.roster.enabled
 
 
 @pytest.mark.parametrize("start", ["pissa", "olora"])
@@ -1027,14 +1027,14 @@ def test_promise_20_whole_embeddings_are_saved_when_asked_for_and_their_size_is_
 
 def test_26_setting_an_adapter_layer_by_layer_visits_its_parameters_once(monkeypatch):
     """transformers and diffusers call `set_adapter` on every layer; the whole model must not be walked each time."""
-    from peft.core.acting.roster import Hub
+    from peft.core.acting.roster import Roster
 
     model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(20)))
     wrapped = get_peft_model(model, LoraConfig(r=2, target_modules=r"\d+"))
     wrapped.add_adapter("b", LoraConfig(r=2, target_modules=r"\d+"))
     calls = []
-    plain = Hub.set_trainable
-    monkeypatch.setattr(Hub, "set_trainable", lambda self, *a: calls.append(a) or plain(self, *a))
+    plain = Roster.set_trainable
+    monkeypatch.setattr(Roster, "set_trainable", lambda self, *a: calls.append(a) or plain(self, *a))
     for layer in adapted_layers(wrapped):
         layer.set_adapter("b")
     assert len(calls) == 2  # "default" frozen, "b" trained

@@ -46,7 +46,7 @@ def config(method: str, example: int, model: str, **more):
 def randomise(model: nn.Module, name: str, seed: int = 3) -> None:
     rng = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for _, m in model.hub.adapters[name].methods:
+        for _, m in model.roster.adapters[name].methods:
             for p in m.parameters():
                 p.add_(torch.randn(p.shape, generator=rng).to(p) * 0.3)
 
@@ -98,7 +98,7 @@ def test_upstream_adapters_give_upstream_results(model, case, tmp_path):
     heads = {k for k in state if k.startswith("base_model.")}
     assert set(state) == set(adapter)
     assert all(torch.equal(state[k], adapter[k]) for k in set(state) - heads)
-    known = {f.name for f in dataclasses.fields(loaded.peft_config["default"]) if not f.metadata.get("extra")}
+    known = {f.name for f in dataclasses.fields(loaded.peft_config["default"]) if not f.metadata.get("own")}
     assert known == set(json.loads(saved))
 
 
@@ -185,7 +185,7 @@ def test_merging_is_refused_with_a_reason(method, example):
     made = prompted(method, example)
     with pytest.raises(Refusal):
         made.merge_and_unload()
-    assert made.hub.adapters
+    assert made.roster.adapters
 
 
 @every_method
@@ -235,8 +235,8 @@ def crowd(model: str) -> PeftModel:
 
 def batches(made: PeftModel, model: str) -> list[list[str]]:
     """Names that may share a batch: all of them, but for two refusals that have their own tests below."""
-    names = list(made.hub.adapters)
-    acting = {n: made.hub.adapters[n].methods[0][1] for n in names if made.peft_config[n].is_prompt_learning}
+    names = list(made.roster.adapters)
+    acting = {n: made.roster.adapters[n].methods[0][1] for n in names if made.peft_config[n].is_prompt_learning}
     if model == "gemma2":
         prefixes = [n for n, m in acting.items() if m.keyed]
         return [[*prefixes, "lora", "__base__"], [n for n in [*names, "__base__"] if n not in prefixes]]
@@ -314,14 +314,14 @@ def test_rows_train_their_own_adapters():
 
 def test_a_window_refuses_prefixes_beside_prompts():
     made = crowd("gemma2")
-    prefix = next(n for n in made.hub.adapters if n != "lora" and made.hub.adapters[n].methods[0][1].keyed)
+    prefix = next(n for n in made.roster.adapters if n != "lora" and made.roster.adapters[n].methods[0][1].keyed)
     with pytest.raises(Refusal, match="window"):
         made(**arguments("gemma2"), adapter_names=["0", prefix])
 
 
 def test_decoder_rows_of_different_length_are_refused():
     made = crowd("t5")
-    multitask = next(n for n, a in made.hub.adapters.items() if getattr(a.methods[0][1], "prompts_decoder", False))
+    multitask = next(n for n, a in made.roster.adapters.items() if getattr(a.methods[0][1], "prompts_decoder", False))
     with pytest.raises(Refusal, match="before the decoder"):
         made(**arguments("t5"), adapter_names=[multitask, "0"])
 
@@ -360,8 +360,8 @@ def test_two_active_prompts_stand_side_by_side(method, example):
     made.set_adapter(["default", "b"])
     both = run(made, "llama_gqa")
     one = prompted(method, example, num_virtual_tokens=2 * made.peft_config["b"].num_virtual_tokens)
-    parts = [made.hub.adapters[n].methods[0][1] for n in ("default", "b")]
-    joint = one.hub.adapters["default"].methods[0][1]
+    parts = [made.roster.adapters[n].methods[0][1] for n in ("default", "b")]
+    joint = one.roster.adapters["default"].methods[0][1]
     with torch.no_grad():
         if joint.inputs:
             rows = torch.cat([p.prompt(None).reshape(-1, make.D) for p in parts])

@@ -279,7 +279,7 @@ def test_the_fish_mask_takes_the_top_of_the_empirical_fisher(tmp_path):
     model = get_peft_model(base, FishMaskConfig(keep_ratio=0.3, target_modules=["0", "2"]))
     compute_fish_mask(model, [(x[:4], y[:4]), (x[4:], y[4:])], loss)
     found = {}
-    for stem, m in model.hub.adapters["default"].methods:
+    for stem, m in model.roster.adapters["default"].methods:
         for n in m.replaced_names:
             values, indices = m.entries(n)
             found[f"{stem}.{n}"] = set(indices.tolist())
@@ -302,7 +302,7 @@ def test_the_fish_mask_takes_the_top_of_the_empirical_fisher(tmp_path):
 def test_a_fish_mask_before_data_is_a_seeded_random_choice_and_keep_ratio_is_checked():
     def chosen(seed):
         model = get_peft_model(tiny(), FishMaskConfig(keep_ratio=0.2, seed=seed, target_modules=["0", "2"]))
-        return [m.entries("weight")[1].tolist() for _, m in model.hub.adapters["default"].methods]
+        return [m.entries("weight")[1].tolist() for _, m in model.roster.adapters["default"].methods]
 
     assert chosen(1) == chosen(1) != chosen(2)
     assert [len(c) for c in chosen(1)] == [6, 3]
@@ -316,7 +316,7 @@ def test_a_fish_mask_before_data_is_a_seeded_random_choice_and_keep_ratio_is_che
 def test_diff_pruning_masks_are_hard_concrete_and_the_penalty_counts_them():
     config = DiffPruningConfig(target_modules=["0"], sparsity_penalty=0.01, alpha_init=0.3)
     model = get_peft_model(tiny(), config)
-    (_, m), *_ = model.hub.adapters["default"].methods
+    (_, m), *_ = model.roster.adapters["default"].methods
     W = model.base_model.model[0].base_layer.weight
     m.diff_delta.weight.data.normal_()
     sigmoid = lambda t: 1 / (1 + math.exp(-t))  # noqa: E731
@@ -336,7 +336,7 @@ def test_diff_pruning_keeps_the_largest_share_and_gets_small(tmp_path):
     x = torch.randn(7, 6)
     model = get_peft_model(tiny(), DiffPruningConfig(target_modules=["0", "2"], density=0.2, alpha_init=8.0))
     shake(model)
-    methods = dict(model.hub.adapters["default"].methods)
+    methods = dict(model.roster.adapters["default"].methods)
     model.eval()
     with torch.no_grad():
         deltas = {(s, n): m.difference(n) for s, m in methods.items() for n in m.shapes}
@@ -420,7 +420,7 @@ def test_both_ends_of_a_tied_embedding_use_one_parameter():
     torch.save(model, file)
     file.seek(0)
     for m in (model, copy.deepcopy(model), torch.load(file, weights_only=False)):
-        ends = [x.trainable_tokens_delta for _, x in m.hub.adapters["default"].methods]
+        ends = [x.trainable_tokens_delta for _, x in m.roster.adapters["default"].methods]
         assert len(ends) == 2 and ends[0] is ends[1]
         assert sum(p.numel() for p in m.parameters() if p.requires_grad) == 48
 
@@ -514,7 +514,7 @@ def test_two_adapters_with_different_tokens_act_together_and_on_their_own_rows()
     model.add_adapter("b", TrainableTokensConfig(token_indices=[5]))
     shake(model, "b", seed=2)
     table = {
-        n: dict(model.hub.adapters[n].methods)["model.embed_tokens"].trainable_tokens_delta for n in ("default", "b")
+        n: dict(model.roster.adapters[n].methods)["model.embed_tokens"].trainable_tokens_delta for n in ("default", "b")
     }
     model.set_adapter(["default", "b"])
     with torch.no_grad():

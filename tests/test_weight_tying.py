@@ -64,9 +64,10 @@ def test_the_shared_pair_trains_from_both_ends():
     tied = get_peft_model(llama(), LoraConfig(ensure_weight_tying=True, **fields))
     apart = get_peft_model(llama(), LoraConfig(**fields))
     A, B = (
-        dict(tied.hub.adapters["default"].methods)["model.embed_tokens"].get_parameter(n) for n in ("lora_A", "lora_B")
+        dict(tied.roster.adapters["default"].methods)["model.embed_tokens"].get_parameter(n)
+        for n in ("lora_A", "lora_B")
     )
-    table, head = (dict(apart.hub.adapters["default"].methods)[n] for n in ("model.embed_tokens", "lm_head"))
+    table, head = (dict(apart.roster.adapters["default"].methods)[n] for n in ("model.embed_tokens", "lm_head"))
     table.lora_A.data, table.lora_B.data = A.detach().clone(), B.detach().clone()
     head.lora_A.data, head.lora_B.data = B.detach().T.clone(), A.detach().T.clone()
     assert torch.allclose(logits(tied), logits(apart), atol=1e-6)

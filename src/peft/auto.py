@@ -72,18 +72,18 @@ class AutoPeftModel:
         base class of an adapter without a task type may come from.
         """
         source = os.fspath(pretrained_model_name_or_path)
-        hub = {k: v for k, v in kwargs.items() if k in HUB_KWARGS}
+        remote = {k: v for k, v in kwargs.items() if k in HUB_KWARGS}
         if revision is not None:
-            hub["revision"] = revision
+            remote["revision"] = revision
         sub = {"subfolder": kwargs.pop("subfolder")} if "subfolder" in kwargs else {}
-        found = config if config is not None else PeftConfig.from_pretrained(source, **sub, **hub)
+        found = config if config is not None else PeftConfig.from_pretrained(source, **sub, **remote)
         target = cls._base_class(found, list(import_allowlist) if import_allowlist is not None else list(LIBRARIES))
         if found.base_model_name_or_path is None:
             raise ValueError(f"{source} does not name its base model; load the base and use PeftModel.from_pretrained.")
         base = target.from_pretrained(found.base_model_name_or_path, revision=found.revision, **kwargs)
-        _fit_vocabulary(base, source, sub.get("subfolder"), hub, bool(kwargs.get("trust_remote_code", False)))
+        _fit_vocabulary(base, source, sub.get("subfolder"), remote, bool(kwargs.get("trust_remote_code", False)))
         return cls._target_peft_class.from_pretrained(
-            base, source, adapter_name=adapter_name, is_trainable=is_trainable, config=config, **sub, **hub
+            base, source, adapter_name=adapter_name, is_trainable=is_trainable, config=config, **sub, **remote
         )
 
     @classmethod
@@ -114,13 +114,16 @@ class AutoPeftModel:
         return getattr(importlib.import_module(parent), name)
 
 
-def _fit_vocabulary(base: Any, source: str, subfolder: str | None, hub: dict[str, Any], trust: bool) -> None:
+def _fit_vocabulary(base: Any, source: str, subfolder: str | None, remote: dict[str, Any], trust: bool) -> None:
     """Resize the embeddings to the tokenizer that lies beside the adapter."""
-    if not hasattr(base, "resize_token_embeddings") or find_file(source, TOKENIZER_CONFIG_NAME, subfolder, hub) is None:
+    if (
+        not hasattr(base, "resize_token_embeddings")
+        or find_file(source, TOKENIZER_CONFIG_NAME, subfolder, remote) is None
+    ):
         return
     from transformers import AutoTokenizer
 
-    known = {k: v for k, v in hub.items() if k not in ("use_auth_token", "repo_type")}
+    known = {k: v for k, v in remote.items() if k not in ("use_auth_token", "repo_type")}
     where = {"subfolder": subfolder} if subfolder else {}
     tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust, **where, **known)
     embedding = base.get_input_embeddings()

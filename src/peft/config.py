@@ -19,18 +19,18 @@ from .version import __version__
 CONFIG_NAME = "adapter_config.json"
 
 
-def unbuilt(default: Any = None) -> Any:
+def unavailable(default: Any = None) -> Any:
     """A field that upstream knows and this library has not built: accepted at its default, refused otherwise."""
     if isinstance(default, (dict, list)):
-        return field(default_factory=lambda: type(default)(default), metadata={"unbuilt": default})
-    return field(default=default, metadata={"unbuilt": default})
+        return field(default_factory=lambda: type(default)(default), metadata={"unavailable": default})
+    return field(default=default, metadata={"unavailable": default})
 
 
-def extra(default: Any = None) -> Any:
+def own_field(default: Any = None) -> Any:
     """A field that upstream does not know: written to JSON only when it differs from its default."""
     if isinstance(default, (dict, list)):
-        return field(default_factory=lambda: type(default)(default), metadata={"extra": True})
-    return field(default=default, metadata={"extra": True})
+        return field(default_factory=lambda: type(default)(default), metadata={"own": True})
+    return field(default=default, metadata={"own": True})
 
 
 class _Signature:
@@ -87,10 +87,10 @@ class PeftConfig:
         if self.peft_version is None:
             self.peft_version = self._get_peft_version()
         for f in dataclasses.fields(self):
-            if "unbuilt" in f.metadata and not _same(getattr(self, f.name), f.metadata["unbuilt"]):
+            if "unavailable" in f.metadata and not _same(getattr(self, f.name), f.metadata["unavailable"]):
                 raise ValueError(
                     f"{type(self).__name__}.{f.name}={getattr(self, f.name)!r} asks for a feature that is not available "
-                    f"here; only the default {f.metadata['unbuilt']!r} is accepted."
+                    f"here; only the default {f.metadata['unavailable']!r} is accepted."
                 )
 
     # -- what kind of method --------------------------------------------------------------------------------------------
@@ -107,10 +107,10 @@ class PeftConfig:
         """Plain values of what makes an equal config: upstream's fields, and others where they differ from their default."""
         out = {}
         for f in dataclasses.fields(self):
-            value = _plain(getattr(self, f.name))
+            value = jsonable(getattr(self, f.name))
             if f.metadata.get("transient"):
                 continue
-            if f.metadata.get("extra") and value == _plain(_default(f)):
+            if f.metadata.get("own") and value == jsonable(_default(f)):
                 continue
             out[f.name] = value
         return out
@@ -173,9 +173,9 @@ class PeftConfig:
     ) -> Any:
         """Read a config from a folder or the hub. Keyword arguments that are fields override the file's values."""
         strict = kwargs.pop("strict", False)
-        hub = {k: kwargs.pop(k) for k in HUB_KWARGS if k in kwargs}
+        remote = {k: kwargs.pop(k) for k in HUB_KWARGS if k in kwargs}
         kwargs = {k: v for k, v in kwargs.items() if k not in CODE_KWARGS}
-        path = find_file(str(pretrained_model_name_or_path), CONFIG_NAME, subfolder, hub)
+        path = find_file(str(pretrained_model_name_or_path), CONFIG_NAME, subfolder, remote)
         if path is None:
             raise ValueError(f"Can't find '{CONFIG_NAME}' at '{pretrained_model_name_or_path}'")
         values = cls.from_json_file(path)
@@ -193,8 +193,8 @@ class PeftConfig:
         return cls(**kwargs)
 
     @classmethod
-    def _get_peft_type(cls, model_id: str, **hub: Any) -> str:
-        path = find_file(model_id, CONFIG_NAME, hub.pop("subfolder", None), hub)
+    def _get_peft_type(cls, model_id: str, **remote: Any) -> str:
+        path = find_file(model_id, CONFIG_NAME, remote.pop("subfolder", None), remote)
         if path is None:
             raise ValueError(f"Can't find '{CONFIG_NAME}' at '{model_id}'")
         return str(cls.from_json_file(path)["peft_type"])
@@ -227,10 +227,10 @@ class TunerConfig(PeftConfig):
     layers_to_transform: list[int] | int | None = None
     layers_pattern: list[str] | str | None = None
     bias: str = "none"
-    target_parameters: list[str] | None = extra(None)
-    trainable_token_indices: list[int] | dict[str, list[int]] | None = extra(None)
-    ensure_weight_tying: bool = extra(False)
-    seed: int | None = extra(None)
+    target_parameters: list[str] | None = own_field(None)
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = own_field(None)
+    ensure_weight_tying: bool = own_field(False)
+    seed: int | None = own_field(None)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -254,7 +254,7 @@ class TunerConfig(PeftConfig):
 class DeltaConfig(TunerConfig):
     """Fields of every method that adds a ΔW. use_dora: DoRA over this delta (arXiv 2402.09353)."""
 
-    use_dora: bool = extra(False)
+    use_dora: bool = own_field(False)
 
 
 @dataclass
@@ -267,7 +267,7 @@ class PromptLearningConfig(PeftConfig):
     num_attention_heads: int | None = None
     num_layers: int | None = None
     modules_to_save: list[str] | None = None
-    seed: int | None = extra(None)
+    seed: int | None = own_field(None)
 
 
 def require(config: Any, name: str, least: float = 1, below: float | None = None) -> None:
@@ -294,15 +294,15 @@ def _same(value: Any, default: Any) -> bool:
     return value == default or (not value and not default)
 
 
-def _plain(value: Any) -> Any:
+def jsonable(value: Any) -> Any:
     if isinstance(value, enum.Enum):
         return value.value
     if isinstance(value, (set, frozenset)):
         return sorted(value)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        return {f.name: jsonable(getattr(value, f.name)) for f in dataclasses.fields(value)}
     if isinstance(value, dict):
-        return {k: _plain(v) for k, v in value.items()}
+        return {k: jsonable(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(v) for v in value]
+        return [jsonable(v) for v in value]
     return value

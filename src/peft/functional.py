@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from .core.acting.on_model import hub_of
-from .core.acting.roster import Hub
+from .core.acting.on_model import roster_of
+from .core.acting.roster import Roster
 from .core.injection.remove import delete, unload
 from .core.model.functions import get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
 from .core.model.peft_model import PeftModel
@@ -25,11 +25,11 @@ __all__ = [
 ]
 
 
-def _hub(model: nn.Module) -> Hub:
-    hub = hub_of(model)
-    if hub is None:
+def _hub(model: nn.Module) -> Roster:
+    roster = roster_of(model)
+    if roster is None:
         raise ValueError("This model has no adapters.")
-    return hub
+    return roster
 
 
 def delete_adapter(model: nn.Module, adapter_name: str, prefix: str = "", layer_cls: Any = None) -> list[str] | None:
@@ -37,37 +37,37 @@ def delete_adapter(model: nn.Module, adapter_name: str, prefix: str = "", layer_
 
     `prefix` and `layer_cls` are not needed to find it.
     """
-    hub = _hub(model)
+    roster = _hub(model)
     delete(model, adapter_name)
-    if not hub.adapters and not isinstance(model, PeftModel):
+    if not roster.adapters and not isinstance(model, PeftModel):
         unload(model)
-        model.__dict__["peft_config"] = hub.configs  # empty; transformers takes it away
-    return list(hub.chosen) or None
+        model.__dict__["peft_config"] = roster.configs  # empty; transformers takes it away
+    return list(roster.chosen) or None
 
 
 def set_adapter(
     model: nn.Module, adapter_name: str | Sequence[str], inference_mode: bool = False, layer_cls: Any = None
 ) -> None:
     """Activate one adapter or several together, and train exactly those."""
-    hub = _hub(model)
+    roster = _hub(model)
     names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
-    hub.activate(names)
-    hub.train_only(names, inference_mode)
+    roster.activate(names)
+    roster.train_only(names, inference_mode)
 
 
 def set_requires_grad(model: nn.Module, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
     """Say which adapters train, whatever is active."""
-    hub = _hub(model)
+    roster = _hub(model)
     names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
-    hub.known(names)
+    roster.known(names)
     for name in names:
-        hub.set_trainable(name, requires_grad)
+        roster.set_trainable(name, requires_grad)
 
 
 def cast_adapter_dtype(model: nn.Module, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
     """Give an adapter's half-precision parameters fp32 values, as mixed-precision training needs."""
-    hub = _hub(model)
-    hub.known([adapter_name])
-    for p in hub.adapters[adapter_name].parameters():
+    roster = _hub(model)
+    roster.known([adapter_name])
+    for p in roster.adapters[adapter_name].parameters():
         if autocast_adapter_dtype and p.dtype in (torch.float16, torch.bfloat16):
             p.data = p.data.float()

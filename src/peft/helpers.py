@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from .config import CONFIG_NAME
-from .core.acting.on_model import hub_of
+from .core.acting.on_model import roster_of
 from .core.adapted.layer import adapted_layers
 from .remote import find_file
 
@@ -59,10 +59,10 @@ def set_exact_adapter_math(model: nn.Module, exact: bool = True) -> None:
     mode casts each input up and the result down, as huggingface/peft does, which takes more time and memory
     (docs/precision.md shows both on a real run).
     """
-    hub = hub_of(model)
-    if hub is None or not hub.adapters:
+    roster = roster_of(model)
+    if roster is None or not roster.adapters:
         raise ValueError("set_exact_adapter_math: this model has no adapters.")
-    hub.exact = bool(exact)
+    roster.exact = bool(exact)
 
 
 @contextmanager
@@ -70,10 +70,10 @@ def rescale_adapter_scale(model: nn.Module, multiplier: float) -> Iterator[None]
     """Within, the active adapters' strength times `multiplier`; restored afterwards."""
     if not isinstance(multiplier, (int, float)) or isinstance(multiplier, bool):
         raise TypeError(f"multiplier should be of type float, got {type(multiplier)}")
-    hub = hub_of(model)
-    if hub is None or not hub.adapters:
+    roster = roster_of(model)
+    if roster is None or not roster.adapters:
         raise ValueError("This model has no adapters to rescale.")
-    methods = [m for n in hub.chosen for _, m in hub.adapters[n].methods]
+    methods = [m for n in roster.chosen for _, m in roster.adapters[n].methods]
     before = [m.multiplier for m in methods]
     try:
         for m in methods:

@@ -25,7 +25,7 @@ HUB_KWARGS = (
 )
 
 
-def find_file(model_id: str, name: str, subfolder: str | None, hub: dict[str, Any]) -> str | None:
+def find_file(model_id: str, name: str, subfolder: str | None, remote: dict[str, Any]) -> str | None:
     """A file of an adapter: in the local folder, or downloaded. A local folder never touches the network."""
     if os.path.isdir(model_id):
         root = os.path.join(model_id, subfolder) if subfolder else model_id
@@ -37,7 +37,7 @@ def find_file(model_id: str, name: str, subfolder: str | None, hub: dict[str, An
         return None  # a path that does not exist, no repository's name
     from huggingface_hub import hf_hub_download
 
-    args = {k: v for k, v in hub.items() if k in HUB_KWARGS and k not in ("proxies", "use_auth_token")}
+    args = {k: v for k, v in remote.items() if k in HUB_KWARGS and k not in ("proxies", "use_auth_token")}
     try:
         return hf_hub_download(model_id, name, subfolder=subfolder, **args)
     except EntryNotFoundError:

@@ -288,7 +288,7 @@ def files() -> set[str]:
     return {m.__name__.rsplit(".", 1)[-1] for m in registry.modules()}
 
 
-def unbuilt(name: str, home: str | None) -> bool:
+def unavailable(name: str, home: str | None) -> bool:
     """Whether a name belongs to a method that has no file here: its home is `peft.tuners.<file>`."""
     steps = (home or "").split(".")
     shared = ("tuners_utils", "mixed", "_buffer_dict")
@@ -307,7 +307,7 @@ def test_every_public_name_is_there_or_absent_for_a_stated_reason(upstream):
         for name, (_, home, _, _) in names.items():
             if hasattr(ours, name):
                 present += 1
-            elif name not in ABSENT and not unbuilt(name, home) and not name.startswith("is_transformers_"):
+            elif name not in ABSENT and not unavailable(name, home) and not name.startswith("is_transformers_"):
                 missing.append(f"{module}:{name}")
     assert not missing and present > 250
 

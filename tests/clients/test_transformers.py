@@ -616,7 +616,9 @@ def test_a_resumed_run_ends_bit_equal_to_an_uninterrupted_one(which, tmp_path):
     assert {"adapter_model.safetensors", "adapter_config.json", "optimizer.pt"} <= files
     assert not any(f.startswith(("model", "pytorch_model")) for f in files)
     held = sum(t.numel() for t in file_of(checkpoint).values())
-    assert held <= 2 * sum(p.numel() for p in peft.core.acting.on_model.hub_of(model).adapters["default"].parameters())
+    assert held <= 2 * sum(
+        p.numel() for p in peft.core.acting.on_model.roster_of(model).adapters["default"].parameters()
+    )
     torch.manual_seed(99)  # other starting values, which the checkpoint replaces
     again = get_peft_model(llama(), TRAINED[which]())
     trainer(again, tmp_path / "again").train(resume_from_checkpoint=str(checkpoint))
@@ -853,7 +855,7 @@ def by_hand(model: nn.Module, row: torch.Tensor, mask: torch.Tensor, vectors=Non
 
 def virtual_tokens(model: nn.Module, which: str) -> list[torch.Tensor]:
     """The vectors of each row's prompt, from the trained tensors."""
-    method = peft.core.acting.on_model.hub_of(model).adapters["default"].methods[0][1]
+    method = peft.core.acting.on_model.roster_of(model).adapters["default"].methods[0][1]
     if which != "multitask":
         return [method.prompt_embeddings.detach()] * 2
     A, B = method.prefix_task_cols.detach(), method.prefix_task_rows.detach()

@@ -422,7 +422,7 @@ def test_a_config_from_the_command_line(bases: Any, tokenizer: Any, tmp_path: An
     model = get_peft_model(load(bases), config)
     assert model.base_model.model.model.layers[0].self_attn.q_proj.scaling["default"] == 6 / 3**0.5
     every = trl.get_peft_config(trl.ModelConfig(use_peft=True, lora_target_modules="all-linear"))
-    assert len(list(get_peft_model(load(bases), every).hub.adapters["default"].own())) == 2 * 7
+    assert len(list(get_peft_model(load(bases), every).roster.adapters["default"].own())) == 2 * 7
     single = trl.get_peft_config(trl.ModelConfig(use_peft=True, lora_target_modules=["q_proj"]))
     assert single.target_modules == "q_proj"  # TRL takes a list of one apart, and a string is a pattern for whole paths
     with pytest.raises(ValueError, match=r"write target_modules=\['q_proj'\]"):
@@ -701,7 +701,7 @@ def watched(cls: Any) -> Any:
         def _get_per_token_logps_and_entropies(self, model: Any, *args: Any, **kwargs: Any) -> Any:
             out = super()._get_per_token_logps_and_entropies(model, *args, **kwargs)
             tokens, mask, keep = args[:3]
-            active = self.model.active_adapter if self.model.hub.mix.active else None
+            active = self.model.active_adapter if self.model.roster.mix.active else None
             entry = (active, tokens, mask, keep, out[0].detach())
             self.scored = [*getattr(self, "scored", ()), entry]
             return out

@@ -18,7 +18,7 @@ import peft
 from peft import get_peft_model, get_peft_model_state_dict, registry
 
 CONFIGS = {m.config_class.__name__: m.config_class for m in registry.methods().values()}
-UNBUILT = [(c, f.name) for c in START for f in dataclasses.fields(CONFIGS[c]) if "unbuilt" in f.metadata]
+UNBUILT = [(c, f.name) for c in START for f in dataclasses.fields(CONFIGS[c]) if "unavailable" in f.metadata]
 EFFECTS = [(c, name) for c, fields in OFF.items() for name in fields]
 both_ways = pytest.mark.parametrize("side", [HERE, UPSTREAM])
 
@@ -75,7 +75,7 @@ def test_either_side_makes_the_same_config_of_the_same_arguments(exchange):
 
 
 def test_a_file_with_fields_of_another_version(tmp_path):
-    """Promise 24: known but unbuilt is accepted at its default and refused by name otherwise; unknown warns or raises."""
+    """Promise 24: known but unavailable is accepted at its default and refused by name otherwise; unknown warns or raises."""
     path = tmp_path / "adapter_config.json"
 
     def write(**more):
@@ -100,10 +100,10 @@ def test_every_field_is_accounted_for(exchange):
         cls = method["class"]
         if cls not in START:
             continue
-        unbuilt = {f for c, f in UNBUILT if c == cls}
+        unavailable = {f for c, f in UNBUILT if c == cls}
         for name in method["fields"]:
             silent = name in SILENT or f"{cls}.{name}" in SILENT
-            assert (name in OFF[cls]) + (name in unbuilt) + silent == 1, f"{cls}.{name}"
+            assert (name in OFF[cls]) + (name in unavailable) + silent == 1, f"{cls}.{name}"
 
 
 @pytest.mark.parametrize(("cls", "name"), UNBUILT)

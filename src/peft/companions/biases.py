@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from ..contract.site import Site
-from ..core.anatomy.patterns import names
+from ..core.anatomy.patterns import means
 from ..core.anatomy.targets import find
 from ..core.anatomy.walk import Place, walk
 from ..methods.bitfit import BitFit, own_biases
@@ -37,9 +37,13 @@ class BiasAlong(BitFit):
         saved = list(getattr(config, "modules_to_save", None) or [])
         places = targeted
         if config.bias == "all":
-            places = [p for p in walk(model) if not any(names(s, q) for s in saved for q in _above(p.path))]
+            places = [p for p in walk(model) if not any(means(s, q) for s in saved for q in _above(p.path))]
         # a composite's own raw parameters have other names on disk than `bias`, and are left alone as elsewhere
-        places = [p for p in places if "bias" in own_biases(p.module) or (_virtual_bias(p) and p.stem != p.owner.stem)]
+        places = [
+            p
+            for p in places
+            if "bias" in own_biases(p.module) or (_virtual_bias(p) and p.disk_path != p.owner.disk_path)
+        ]
         return places, Along({p.path for p in targeted})
 
     @classmethod

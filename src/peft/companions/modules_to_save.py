@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..contract.site import Site
 from ..core.anatomy.targets import find_whole
-from ..core.anatomy.ties import end_of, followers, shared
+from ..core.anatomy.ties import end_of, followers, shared_by_ends
 from ..core.anatomy.walk import Place, walk
 from ..core.forms.copies import Copies, outermost
 
@@ -40,9 +40,9 @@ class ModulesToSave(Copies):
         return outermost(places + followers(config, model, places)), config
 
     @classmethod
-    def shared(cls, config: Any, sites: list[Site], rng: torch.Generator) -> dict[str, nn.Parameter]:
+    def shared_tensors(cls, config: Any, sites: list[Site], rng: torch.Generator) -> dict[str, nn.Parameter]:
         """The copies of weights that several of the modules hold."""
-        return shared(config, sites, lambda s: {"weight": s.empty(*s.parameters()["weight"].shape)})
+        return shared_by_ends(config, sites, lambda s: {"weight": s.empty(*s.parameters()["weight"].shape)})
 
     def room(self, name: str, P: Tensor, config: Any, site: Site) -> nn.Parameter:
         copy = end_of(site).parts.get(name)

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from ..core.anatomy.language import input_embedding
-from ..core.anatomy.patterns import names
+from ..core.anatomy.patterns import means
 from ..core.anatomy.targets import find_whole
 from ..core.anatomy.walk import Place
 from ..methods.trainable_tokens import TrainableTokens, check_indices
@@ -23,7 +23,7 @@ class Along:
 
     def indices_at(self, path: str) -> list[int]:
         default = next(iter(self.by_name.values()))  # the other end of a tied weight
-        return next((v for k, v in self.by_name.items() if names(k, path)), default)
+        return next((v for k, v in self.by_name.items() if means(k, path)), default)
 
 
 class TokensAlong(TrainableTokens):
@@ -45,7 +45,7 @@ class TokensAlong(TrainableTokens):
         by_name = asked if isinstance(asked, dict) else {input_embedding(model): asked}
         for name, indices in by_name.items():
             check_indices(indices, f"trainable_token_indices[{name!r}]")
-            if any(names(name, m) or names(m, name) for m in getattr(config, "modules_to_save", None) or ()):
+            if any(means(name, m) or means(m, name) for m in getattr(config, "modules_to_save", None) or ()):
                 raise ValueError(
                     f"{name} is in both modules_to_save, which trains it whole, and trainable_token_indices: choose one."
                 )

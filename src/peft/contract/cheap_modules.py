@@ -31,7 +31,7 @@ _LATER = {
 _FRESH = [(k, type(v) if isinstance(v, dict) else None, v) for k, v in _FIELDS.items() if k not in _LATER]
 
 
-class Light(nn.Module):
+class CheapModule(nn.Module):
     """A module of which a model may have a hundred thousand.
 
     The same fields as any nn.Module, whatever this torch gives it, set without the checks that cost most of the time;
@@ -66,14 +66,14 @@ class Light(nn.Module):
             object.__setattr__(self, name, value)
 
 
-class Uncalled(Light):
+class Uncalled(CheapModule):
     """One that nobody calls: nothing reads its hooks."""
 
     _fresh = [f for f in _FRESH if not f[0].endswith("_hooks")]
 
 
 for _cls, _table in (
-    (Light, _LATER),
+    (CheapModule, _LATER),
     (Uncalled, {k: _Later(k, c) for k, c, _ in _FRESH if k.endswith("_hooks") and c}),
 ):
     for _name, _later in _table.items():

@@ -27,9 +27,9 @@ class LayerKind:
     summary: ClassVar[str] = ""
     priority: ClassVar[int] = 0  # asked in descending order: the most specific kind claims first
     linear: ClassVar[bool] = False  # what `all-linear` means
-    composes: ClassVar[bool] = False  # `split` gives a stand-in
+    composes: ClassVar[bool] = False  # `stand_in` gives a stand-in
     by_type: ClassVar[bool] = False  # `claims` asks for the module's class and nothing else
-    bare: ClassVar[bool] = False  # asked for `target_parameters` only
+    for_parameters: ClassVar[bool] = False  # asked for `target_parameters` only
     fresh_output: ClassVar[bool] = True  # the base call's result may be added into, in place
     factored: ClassVar[bool] = True  # False where only whole matrices can be run (raw parameters)
 
@@ -44,14 +44,14 @@ class LayerKind:
     def claims(self, module: nn.Module) -> bool:
         raise NotImplementedError(f"{type(self).__name__}.claims")
 
-    def split(self, module: nn.Module) -> Composite | None:
+    def stand_in(self, module: nn.Module) -> Composite | None:
         """For modules made of several weights: a stand-in whose `parts()` are single-weight layers."""
         return None
 
     @property
-    def splits(self) -> bool:
-        """Whether `split` may give a stand-in."""
-        return type(self).split is not LayerKind.split
+    def stands_in(self) -> bool:
+        """Whether `stand_in` may give a stand-in."""
+        return type(self).stand_in is not LayerKind.stand_in
 
     def geometry(self, module: nn.Module) -> Geometry:
         raise NotImplementedError(f"{type(self).__name__}.geometry")
@@ -84,7 +84,7 @@ class LayerKind:
         """This layer's geometry with `matrix[k, fan_in]` as its weight, without bias."""
         raise NotImplementedError(f"{type(self).__name__}.op")
 
-    def plain(self, module: nn.Module) -> tuple[Tensor, Tensor | None] | None:
+    def as_linear(self, module: nn.Module) -> tuple[Tensor, Tensor | None] | None:
         """(W, b) where calling the module is `F.linear(x, W, b)` and nothing else: what fused kernels take over."""
         return None
 
@@ -92,11 +92,11 @@ class LayerKind:
         """`matrix[k, c]` applied over the channel axis of an output of this layer."""
         return F.linear(h, matrix)
 
-    def last(self, t: Tensor) -> Tensor:
+    def channels_last(self, t: Tensor) -> Tensor:
         """The tensor with its channel axis last."""
         return t
 
-    def unlast(self, t: Tensor) -> Tensor:
+    def channels_back(self, t: Tensor) -> Tensor:
         return t
 
     # -- weights ----------------------------------------------------------------------------------------------------

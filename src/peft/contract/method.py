@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_map_only
 
 from ..errors import Refusal
 from ..kernels.terms import Banks, Thin
-from .cheap_modules import Light
+from .cheap_modules import CheapModule
 from .geometry import Geometry
 from .site import Op, Site
 
@@ -33,7 +33,7 @@ listeners: list[Callable[[type[Method]], None]] = []  # told of each new one
 FORMS = ("delta", "weight", "before", "after", "replace", "prompt")
 
 
-class Method(Light):
+class Method(CheapModule):
     """One adapter at one site. Parameters live here and are read only inside a call of this module."""
 
     peft_type: ClassVar[str] = ""  # the name on disk and in the registry
@@ -41,10 +41,10 @@ class Method(Light):
     summary: ClassVar[str] = ""  # one sentence
     formula: ClassVar[str] = ""
     paper: ClassVar[str] = ""
-    prefix: ClassVar[str] = ""  # the stem of upstream's parameter names
+    prefix: ClassVar[str] = ""  # the disk_path of upstream's parameter names
     keys: ClassVar[dict[str, str]] = {}  # attribute -> key below the site's path; "" extends with the attribute's own
     shared_keys: ClassVar[dict[str, str]] = {}  # attribute -> key below the model: one tensor for all sites
-    located: ClassVar[bool] = False  # `after(y, x, span)` is told which tokens the call holds: core/acting/span.py
+    takes_span: ClassVar[bool] = False  # `after(y, x, span)` is told which tokens the call holds: core/acting/span.py
     identity: ClassVar[bool] = True  # a fresh adapter leaves the model's output as it is
     optional: ClassVar[tuple[str, ...]] = ()  # attributes that a file may lack
     unwritten: tuple[str, ...] = ()  # attributes that a file may hold, but that are not saved: another site's tensors
@@ -63,15 +63,15 @@ class Method(Light):
     assignable: ClassVar[tuple[str, ...]] = ()  # those of them that are read in every forward
     dropout_name: ClassVar[str] = ""  # what upstream calls the module that is `dropout` here
     form: str = ""
-    usual: ClassVar[bool] = False  # a delta that is added as this class does it
+    plain_delta: ClassVar[bool] = False  # a delta that is added as this class does it
     replaced_names: tuple[str, ...] = ()  # for the form `replace`
     dropout: float = 0.0  # on the input of the added term, in training
     role: ClassVar[str] = "attention"  # what it targets when the config names nothing: see core/anatomy/roles.py
     examples: ClassVar[tuple[dict[str, Any], ...]] = ()  # config fields of the variants that the laws test
-    noise: ClassVar[float] = 0.3  # how far tests move parameters from their start
+    test_noise: ClassVar[float] = 0.3  # how far tests move parameters from their start
     config: Any
     geometry: Geometry
-    home: torch.device
+    device: torch.device
     multiplier: float
     companion: ClassVar[str] = ""  # the config field by which any other method brings this one along
     wraps: ClassVar[str] = (
@@ -83,7 +83,7 @@ class Method(Light):
         self.set(
             config=config,
             geometry=site.geometry,
-            home=site.device,  # where parameters of the meta device go when they get values
+            device=site.device,  # where parameters of the meta device go when they get values
             multiplier=1.0,  # set_scale/scale_layer: a factor on the adapter's effect where it has one
         )
 
@@ -92,8 +92,8 @@ class Method(Light):
         stated = [f for f in FORMS if f in cls.__dict__]
         if stated and "form" not in cls.__dict__:
             cls.form = stated[0]
-        cls.usual = (
-            cls.form == "delta" and cls.add is Method.add and cls.term is Method.term and cls.drop is Method.drop
+        cls.plain_delta = (
+            cls.form == "delta" and cls.add is Method.add and cls.term is Method.term and cls.dropped is Method.dropped
         )
 
         declared.append(cls)
@@ -137,7 +137,7 @@ class Method(Light):
         return cls.form in ("delta", "weight", "before")
 
     @classmethod
-    def shared(cls, config: Any, sites: list[Site], rng: torch.Generator) -> dict[str, nn.Parameter]:
+    def shared_tensors(cls, config: Any, sites: list[Site], rng: torch.Generator) -> dict[str, nn.Parameter]:
         """Parameters that several sites share (VeRA's banks): created once per adapter, given as `site.shared`."""
         return {}
 
@@ -162,19 +162,19 @@ class Method(Light):
     def forward(self, stage: str, *args: Any) -> Any:
         """All reads of parameters happen inside this call, so that FSDP and ZeRO-3 gather here and release after."""
         result = getattr(self, stage)(*args)
-        return result if self.always_here else own_copies(result, self)
+        return result if self.never_gathered else own_copies(result, self)
 
     @property
-    def always_here(self) -> bool:
+    def never_gathered(self) -> bool:
         """Whether the tensors are there outside calls, too: hooks (FSDP, ZeRO-3) may gather them for each call."""
         return not (self._forward_hooks or self._forward_pre_hooks or self.__dict__.get("gathered"))
 
-    def own(self, name: str) -> Tensor:
+    def tensor(self, name: str) -> Tensor:
         """The tensor of this name, found sooner than by attribute; FSDP 1 keeps it elsewhere than in the parameters."""
         found = self._parameters.get(name)
         return getattr(self, name) if found is None else found  # type: ignore[no-any-return]
 
-    def drop(self, x: Tensor, op: Op) -> Tensor:
+    def dropped(self, x: Tensor, op: Op) -> Tensor:
         """The input of the added term: with dropout in training. Indices have none."""
         if self.dropout and self.training and not op.geometry.indexed:
             return torch.nn.functional.dropout(x, self.dropout)
@@ -195,9 +195,9 @@ class Method(Light):
 
         None where it is more than that: another chain of factors, a term or a dropout of the method's own.
         """
-        if not self.usual:
+        if not self.plain_delta:
             return None
-        if (pair := self.pair()) is not None:
+        if (pair := self.two_factors()) is not None:
             return Thin(*pair)
         factors = self.delta()
         return Thin(*factors) if len(factors) == 2 else None
@@ -213,10 +213,10 @@ class Method(Light):
     def add(self, x: Tensor, y: Tensor, op: Op) -> Tensor:
         """y plus this method's term, for the forms `delta` and `weight`."""
         if self.form == "delta":
-            y = y + self.term(self.drop(x, op), op, y.dtype)
+            y = y + self.term(self.dropped(x, op), op, y.dtype)
         else:
             W = op.read()
-            y = y + op(self.drop(x, op), (self.weight(W) - W).to(y.dtype))
+            y = y + op(self.dropped(x, op), (self.weight(W) - W).to(y.dtype))
         bias = self.bias_change()
         return y if bias is None else op.shift(y, bias.to(y.dtype))
 
@@ -269,16 +269,16 @@ class Method(Light):
         return None
 
     @classmethod
-    def combine(cls, terms: list[Tensor], config: Any) -> Tensor:
+    def total_penalty(cls, terms: list[Tensor], config: Any) -> Tensor:
         """The sites' penalties as one number added to the loss."""
         return torch.stack([t.to(terms[0].device) for t in terms]).sum()
 
     @classmethod
-    def step(cls, methods: dict[str, Method], config: Any, global_step: int) -> None:
+    def after_step(cls, methods: dict[str, Method], config: Any, global_step: int) -> None:
         """Called once per optimiser step, after backward, with the adapter's methods by path (budget schedules)."""
 
     # -- combining adapters into a new one: core/load/combine.py ---------------------------------------------------------------
-    def pair(self) -> tuple[Tensor, Tensor, float] | None:
+    def two_factors(self) -> tuple[Tensor, Tensor, float] | None:
         """(A[r, fan_in], B[out, r], s) with ΔW = s·B A, for methods whose ΔW is any product of two thin matrices."""
         return None
 

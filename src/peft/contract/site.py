@@ -25,7 +25,7 @@ class Site:
     device: torch.device
     dtype: torch.dtype
     layer: str = "layer"  # for messages
-    shared: dict[str, nn.Parameter] = field(default_factory=dict)  # from Method.shared
+    shared: dict[str, nn.Parameter] = field(default_factory=dict)  # from Method.shared_tensors
     tied: str = ""  # the path of an earlier site of this method that holds the very same weight
     config: Any = None  # the base model's config, where it has one
     embed: Callable[[Tensor], Tensor] | None = None  # for the whole model: its embeddings of token ids
@@ -60,11 +60,11 @@ class Op:
 
     def scale(self, y: Tensor, vector: Tensor) -> Tensor:
         """`vector[out]` times the channels of y."""
-        return self.kind.unlast(self.kind.last(y) * vector)
+        return self.kind.channels_back(self.kind.channels_last(y) * vector)
 
     def shift(self, y: Tensor, vector: Tensor) -> Tensor:
         """`vector[out]` added to the channels of y."""
-        return self.kind.unlast(self.kind.last(y) + vector)
+        return self.kind.channels_back(self.kind.channels_last(y) + vector)
 
     def read(self) -> Tensor:
         return self.kind.read(self.base)

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .cheap_modules import Light, Uncalled
+from .cheap_modules import CheapModule, Uncalled
 
 
 @dataclass
@@ -17,16 +17,16 @@ class Part:
 
     parent: nn.Module
     attr: str
-    stem: str  # the part's path below the composite, as upstream writes it to disk; "" is the composite's own
+    disk_path: str  # the part's path below the composite, as upstream writes it to disk; "" is the composite's own
 
 
-class Wrapper(Light):
+class Wrapper(CheapModule):
     """What this library hangs in the place of a module of the base model."""
 
     base_layer: nn.Module
 
 
-class Slots(Uncalled):
+class AdapterContainer(Uncalled):
     """The container whose children are `<adapter>`, and `%<part>`: a container of the companions of that sort."""
 
     def put(self, name: str, method: nn.Module) -> None:
@@ -66,7 +66,7 @@ def tree(module: nn.Module, wrappers: bool = False) -> Iterator[nn.Module]:
         if wrappers or not isinstance(m, Wrapper):
             yield m
         if m._modules:
-            left += [c for c in reversed(m._modules.values()) if c is not None and not isinstance(c, Slots)]
+            left += [c for c in reversed(m._modules.values()) if c is not None and not isinstance(c, AdapterContainer)]
 
 
 class Composite(Wrapper):
@@ -77,9 +77,9 @@ class Composite(Wrapper):
         raise NotImplementedError(f"{type(self).__name__}.parts")
 
     def to_disk(self, state: dict[str, Tensor], methods: dict[str, Any]) -> dict[str, Tensor]:
-        """The parts' tensors (keys below the composite's stem) in upstream's layout; and back.
+        """The parts' tensors (keys below the composite's disk_path) in upstream's layout; and back.
 
-        methods: the adapter's method at each part, by the part's stem.
+        methods: the adapter's method at each part, by the part's disk_path.
         """
         return state
 

@@ -200,7 +200,7 @@ class MultiheadAttention(Opaque):
         same = type(module).forward is nn.MultiheadAttention.forward
         return isinstance(module, nn.MultiheadAttention) and same
 
-    def split(self, module: nn.Module) -> Composite:
+    def stand_in(self, module: nn.Module) -> Composite:
         assert isinstance(module, nn.MultiheadAttention)
         return Attention(module)
 

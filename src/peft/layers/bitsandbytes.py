@@ -115,7 +115,7 @@ class FourBit(Quantised):
     def decode(self, module: Any) -> Tensor:
         from bitsandbytes.functional import dequantize_4bit
 
-        data, state = plain(module)
+        data, state = unpacked(module)
         return data if state is None else dequantize_4bit(data, state).to(self.model_dtype(module))
 
     def compute_dtype(self, module: Any) -> torch.dtype:
@@ -145,7 +145,7 @@ class FourBit(Quantised):
         module.support_avx512bf16_for_cpu = False
 
     def _unpack(self, module: Any) -> None:
-        data, state = plain(module)
+        data, state = unpacked(module)
         if state is not None and state is not _state(module):
             module.weight.data, module.weight.quant_state, module.quant_state = data, state, state
 
@@ -186,7 +186,7 @@ def _is_plain(state: Any) -> bool:
     return not hasattr(state, "packing_format_for_cpu")
 
 
-def plain(module: Any) -> tuple[Tensor, Any]:
+def unpacked(module: Any) -> tuple[Tensor, Any]:
     """(codes, state) in the form that the library's dequantisation reads, whatever form the layer is in."""
     data, state = module.weight.data, _state(module)
     if state is None or _is_plain(state):

@@ -79,10 +79,10 @@ class Conv(LayerKind):
         return POINTWISE[self.axes - 1](h, matrix.reshape(*matrix.shape, *(1 for _ in range(self.axes))))
 
     # counted from the end, as inputs may lack the batch axis
-    def last(self, t: Tensor) -> Tensor:
+    def channels_last(self, t: Tensor) -> Tensor:
         return t.movedim(-1 - self.axes, -1)
 
-    def unlast(self, t: Tensor) -> Tensor:
+    def channels_back(self, t: Tensor) -> Tensor:
         return t.movedim(-1, -1 - self.axes)
 
     def matrix(self, native: Tensor, module: nn.Module) -> Tensor:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ..contract.kind import LayerKind
 from ..contract.tree import Composite
 from ..core.acting.adapted_layer import AdaptedLayer
-from ..core.acting.roster import Hub
+from ..core.acting.roster import Roster
 from ..errors import Refusal
 from .parameter import Stacked
 from .slice import WeightSlice
@@ -31,8 +31,8 @@ class Experts(Stacked):
     """Experts that are given tokens and their routing (`use_experts_implementation` in transformers)."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        hub = self.acting()
-        if hub is None:
+        roster = self.acting()
+        if roster is None:
             return self.base_layer(*args, **kwargs)
         if kwargs:
             bound = inspect.signature(type(self.base_layer).forward).bind(self.base_layer, *args, **kwargs)
@@ -40,7 +40,7 @@ class Experts(Stacked):
         hidden, index, weights = args[:3]
         x = hidden.reshape(-1, hidden.shape[-1])  # [T, h]
         index, weights = index.reshape(x.shape[0], -1), weights.reshape(x.shape[0], -1)  # [T, k]
-        row = self.rows_of(hub, x.shape[0], x.device)
+        row = self.rows_of(roster, x.shape[0], x.device)
         out = torch.zeros_like(x)
         for e, token, weight in self._routes(index, weights):
             chosen = x if token is None else x[token]
@@ -67,9 +67,9 @@ class Experts(Stacked):
                 yield e, pairs // index.shape[1], weights.reshape(-1)[pairs]
             start = end
 
-    def rows_of(self, hub: Hub, n: int, device: torch.device) -> Tensor | None:
+    def rows_of(self, roster: Roster, n: int, device: torch.device) -> Tensor | None:
         """The batch row of each token, where rows have adapters of their own."""
-        return None if hub.mix.rows is None else hub.mix.rows.row_of(n, self.adapted()[0].path, device)
+        return None if roster.mix.rows is None else roster.mix.rows.row_of(n, self.adapted()[0].path, device)
 
     def expert(self, e: int, x: Tensor, row: Tensor | None) -> Tensor:
         base: Any = self.base_layer
@@ -84,19 +84,19 @@ class SortedExperts(Experts):
     """Experts that are each given all tokens, already weighted: x[E · T, h] (Llama 4)."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        hub = self.acting()
-        if hub is None:
+        roster = self.acting()
+        if roster is None:
             return self.base_layer(*args, **kwargs)
         hidden = args[0] if args else next(iter(kwargs.values()))
         each = hidden.reshape(len(self.of(DOWN)), -1, hidden.shape[-1])  # [E, T, h]
-        rows = hub.mix.rows
+        rows = roster.mix.rows
         if rows is not None and each.shape[1] % len(rows):
             raise Refusal(
                 "adapter_names",
                 self.adapted()[0].path,
                 f"each expert sees {each.shape[1]} tokens, which {len(rows)} rows of a batch cannot share evenly",
             )
-        row = self.rows_of(hub, each.shape[1], hidden.device)
+        row = self.rows_of(roster, each.shape[1], hidden.device)
         out = torch.stack([self.expert(e, x, row) for e, x in enumerate(each)])
         return out.reshape(-1, hidden.shape[-1])
 
@@ -113,7 +113,7 @@ def _through(part: nn.Module, x: Tensor, row: Tensor | None) -> Tensor:
 class ExpertStack(LayerKind):
     name = "experts"
     summary = "stacked expert parameters of transformers' mixture-of-experts blocks, by target_parameters"
-    bare = True
+    for_parameters = True
 
     def examples(self) -> dict[str, Callable[[], tuple[Any, ...]]]:
         if find_spec("transformers") is None:
@@ -151,7 +151,7 @@ class ExpertStack(LayerKind):
     def claims(self, module: nn.Module) -> bool:
         return _first(module) is not None
 
-    def split(self, module: Any) -> Composite:
+    def stand_in(self, module: Any) -> Composite:
         first = _first(module)
         assert first is not None
         routed = hasattr(module, "has_gate")

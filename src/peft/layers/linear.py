@@ -34,7 +34,7 @@ class Linear(LayerKind):
     def op(self, module: nn.Module, x: Tensor, matrix: Tensor) -> Tensor:
         return F.linear(x, matrix.to(x.dtype))
 
-    def plain(self, module: nn.Module) -> tuple[Tensor, Tensor | None] | None:
+    def as_linear(self, module: nn.Module) -> tuple[Tensor, Tensor | None] | None:
         if type(module) is not nn.Linear or module._forward_hooks or module._forward_pre_hooks:
             return None
         held = module._parameters  # not by attribute: this runs in every call of every adapted layer

@@ -82,10 +82,10 @@ class Maps(Opaque):
     def claims(self, module: nn.Module) -> bool:
         return isinstance(last_sized(module), SPATIAL)
 
-    def last(self, t: Tensor) -> Tensor:
+    def channels_last(self, t: Tensor) -> Tensor:
         return t.movedim(1, -1) if t.dim() > 3 else t  # three axes: patches, already flattened
 
-    def unlast(self, t: Tensor) -> Tensor:
+    def channels_back(self, t: Tensor) -> Tensor:
         return t.movedim(-1, 1) if t.dim() > 3 else t
 
 

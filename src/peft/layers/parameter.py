@@ -19,7 +19,7 @@ from ..contract.offload import on_device
 from ..contract.tree import Composite, Part
 from ..core.acting.adapted_layer import AdaptedLayer
 from ..core.acting.mix import BASE
-from ..core.acting.roster import Hub
+from ..core.acting.roster import Roster
 from ..core.anatomy.walk import kind_of
 from ..errors import Refusal
 from .slice import Slice, WeightSlice
@@ -59,14 +59,14 @@ class Stacked(Composite):
         held = self.of(name) if name else [m for n in self.single for m in self.of(n)]  # type: ignore[union-attr]
         return [m for m in held if isinstance(m, AdaptedLayer)]
 
-    def acting(self) -> Hub | None:
-        """The hub, if any of its acting adapters has something here."""
-        hub = next((x.hub for x in self.adapted() if x.acting), None)  # what is merged is in the parameter
-        if hub is None:
+    def acting(self) -> Roster | None:
+        """The roster, if any of its acting adapters has something here."""
+        roster = next((x.roster for x in self.adapted() if x.acting), None)  # what is merged is in the parameter
+        if roster is None:
             return None
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            hub.check_recompute()
-        return hub
+            roster.check_recompute()
+        return roster
 
     # -- on disk ----------------------------------------------------------------------------------------------------------
     def _nest(self, methods: dict[str, Method]) -> dict[str, str]:
@@ -150,12 +150,12 @@ class Swapped(Stacked):
     """A module that runs with changed values of some of its parameters."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        hub = self.acting()
-        if hub is None:
+        roster = self.acting()
+        if roster is None:
             return self.base_layer(*args, **kwargs)
-        rows = hub.mix.rows
+        rows = roster.mix.rows
         if rows is None:
-            return self._run(hub.mix.active, args, kwargs)
+            return self._run(roster.mix.active, args, kwargs)
         if not args:  # the input by name
             first, *names = kwargs
             args, kwargs = (kwargs[first],), {n: kwargs[n] for n in names}
@@ -197,7 +197,7 @@ class Swapped(Stacked):
 class Parameter(LayerKind):
     name = "parameter"
     summary = "a bare 2-D or 3-D parameter of any module, by target_parameters"
-    bare = True
+    for_parameters = True
     priority = -200
 
     def examples(self) -> dict[str, Callable[[], tuple[Any, ...]]]:
@@ -210,7 +210,7 @@ class Parameter(LayerKind):
     def claims(self, module: nn.Module) -> bool:
         return any(p is not None and p.dim() in (2, 3) for p in module._parameters.values())
 
-    def split(self, module: nn.Module) -> Composite:
+    def stand_in(self, module: nn.Module) -> Composite:
         kind = kind_of(module)
         if not kind.castable:
             raise Refusal(

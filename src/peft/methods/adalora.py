@@ -132,13 +132,13 @@ class AdaLora(Method):
         return (self.lora_A @ self.lora_A.T - eye).norm() + (self.lora_B.T @ self.lora_B - eye).norm()
 
     @classmethod
-    def combine(cls, terms: list[Tensor], config: AdaLoraConfig) -> Tensor:
+    def total_penalty(cls, terms: list[Tensor], config: AdaLoraConfig) -> Tensor:
         """orth_reg_weight times the mean over all A and B."""
-        return config.orth_reg_weight * super().combine(terms, config) / (2 * len(terms))
+        return config.orth_reg_weight * super().total_penalty(terms, config) / (2 * len(terms))
 
     # -- the budget ---------------------------------------------------------------------------------------------------
     @classmethod
-    def step(cls, methods: dict[str, AdaLora], config: AdaLoraConfig, global_step: int) -> None:  # type: ignore[override]
+    def after_step(cls, methods: dict[str, AdaLora], config: AdaLoraConfig, global_step: int) -> None:  # type: ignore[override]
         last = config.total_step - config.tfinal
         if global_step < last:
             for m in methods.values():
@@ -148,7 +148,7 @@ class AdaLora(Method):
             have, want = sum(m.r for m in methods.values()), config.target_r * len(methods)
             share = 1 - (global_step - config.tinit) / (last - config.tinit)
             cls.prune(methods, have - int((have - want) * share**3 + want))
-            config.rank_pattern = {f"{stem}.lora_E": m.full_pattern() for stem, m in methods.items()}
+            config.rank_pattern = {f"{disk_path}.lora_E": m.full_pattern() for disk_path, m in methods.items()}
         for m in methods.values():
             if due or global_step >= last:  # between two allocations a pruned triplet may come back
                 m.mask()
@@ -180,10 +180,10 @@ class AdaLora(Method):
         """Keep all but the `excess` least important triplets of all sites."""
         if excess < 1:
             return
-        scores = {stem: m.scores().float().cpu() for stem, m in methods.items()}
+        scores = {disk_path: m.scores().float().cpu() for disk_path, m in methods.items()}
         threshold = torch.cat(list(scores.values())).kthvalue(excess).values
-        for stem, m in methods.items():
-            m.kept = (scores[stem] > threshold).to(m.kept.device)
+        for disk_path, m in methods.items():
+            m.kept = (scores[disk_path] > threshold).to(m.kept.device)
 
     @torch.no_grad()
     def mask(self) -> None:

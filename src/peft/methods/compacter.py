@@ -56,7 +56,9 @@ class Compacter(Phm):
     )
 
     @classmethod
-    def shared(cls, config: CompacterConfig, sites: list[Site], rng: torch.Generator) -> dict[str, nn.Parameter]:
+    def shared_tensors(
+        cls, config: CompacterConfig, sites: list[Site], rng: torch.Generator
+    ) -> dict[str, nn.Parameter]:
         n = config.phm_dim
         rule = sites[0].empty(n, n, n)
         if not rule.is_meta:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..config import TunerConfig, extra, require
+from ..config import TunerConfig, own_field, require
 from ..contract.site import Site
 from ..core.forms.copies import put, take
 from ..core.forms.sparse import SparseCopies, top_entries
@@ -35,13 +35,13 @@ class DiffPruningConfig(TunerConfig):
     """
 
     own_type = "DIFFPRUNING"
-    density: float = extra(0.005)
-    sparsity_penalty: float = extra(1.25e-7)
-    alpha_init: float = extra(5.0)
-    concrete_lower: float = extra(-1.5)
-    concrete_upper: float = extra(1.5)
-    structured: bool = extra(True)
-    pruned: bool = extra(False)
+    density: float = own_field(0.005)
+    sparsity_penalty: float = own_field(1.25e-7)
+    alpha_init: float = own_field(5.0)
+    concrete_lower: float = own_field(-1.5)
+    concrete_upper: float = own_field(1.5)
+    structured: bool = own_field(True)
+    pruned: bool = own_field(False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -134,31 +134,31 @@ def prune_diff(model: nn.Module, density: float | None = None, adapter_name: str
     density: the config's by default. The adapter's parameters are new ones: make a new optimiser to train them further.
     Returns the number of kept entries by module.
     """
-    hub = model.hub
-    hub.known([adapter_name])
-    adapter = hub.adapters[adapter_name]
-    methods = {stem: m for stem, m in adapter.methods if isinstance(m, DiffPruning)}
+    roster = model.roster
+    roster.known([adapter_name])
+    adapter = roster.adapters[adapter_name]
+    methods = {disk_path: m for disk_path, m in adapter.methods if isinstance(m, DiffPruning)}
     if not methods or any(m.pruned for m in methods.values()):
         raise ValueError(f"Adapter {adapter_name!r} holds no learned difference to prune, or is pruned already.")
     share = adapter.config.density if density is None else density
-    training = {stem: m.training for stem, m in methods.items()}
+    training = {disk_path: m.training for disk_path, m in methods.items()}
     for m in methods.values():
         m.eval()
-    changes = {(stem, n): m.difference(n) for stem, m in methods.items() for n in m.shapes}
+    changes = {(disk_path, n): m.difference(n) for disk_path, m in methods.items() for n in m.shapes}
     chosen = top_entries({key: c.abs() for key, c in changes.items()}, share)
     base = originals(model)
     found = dict.fromkeys(methods, 0)
-    for stem, m in methods.items():
+    for disk_path, m in methods.items():
         some = next(m.parameters())
         m.make_room(share, some.device, some.dtype)
         for n, P in base[m]().items():
             if n in m.shapes:
-                at = chosen[stem, n]
-                m.choose(n, at, P.to(some.dtype) + changes[stem, n])
-                found[stem] += len(at)
+                at = chosen[disk_path, n]
+                m.choose(n, at, P.to(some.dtype) + changes[disk_path, n])
+                found[disk_path] += len(at)
         for tree in ("diff_delta", "diff_alpha", "diff_group"):
             m._modules.pop(tree, None)
-        m.train(training[stem])
+        m.train(training[disk_path])
     adapter.config.density, adapter.config.pruned = share, True
-    hub.set_trainable(adapter_name, adapter_name in hub.training)
+    roster.set_trainable(adapter_name, adapter_name in roster.training)
     return found

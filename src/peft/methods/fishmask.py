@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..config import TunerConfig, extra, require
+from ..config import TunerConfig, own_field, require
 from ..contract.site import Site
 from ..core.acting.mix import Mix
 from ..core.forms.sparse import SparseCopies, top_entries
@@ -35,7 +35,7 @@ class FishMaskConfig(TunerConfig):
     """
 
     own_type = "FISHMASK"
-    keep_ratio: float = extra(0.005)
+    keep_ratio: float = own_field(0.005)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -85,22 +85,22 @@ def compute_fish_mask(
     start from the base's. Make the optimiser afterwards: the adapter's parameters are new ones. Returns the number of
     chosen entries by module.
     """
-    hub = model.hub  # type: ignore[union-attr]
-    hub.known([adapter_name])
-    methods = {stem: m for stem, m in hub.adapters[adapter_name].methods if isinstance(m, FishMask)}
+    roster = model.roster  # type: ignore[union-attr]
+    roster.known([adapter_name])
+    methods = {disk_path: m for disk_path, m in roster.adapters[adapter_name].methods if isinstance(m, FishMask)}
     if not methods:
         raise ValueError(
-            f"Adapter {adapter_name!r} has no mask to compute: its method is {hub.configs[adapter_name].peft_type}."
+            f"Adapter {adapter_name!r} has no mask to compute: its method is {roster.configs[adapter_name].peft_type}."
         )
     loss = loss or (lambda m, example: m(**example).loss)
     for m in methods.values():
         device = next(m.parameters()).device
         m.probes = {n: torch.zeros(shape, device=device, requires_grad=True) for n, shape in m.shapes.items()}
-    probes = {(stem, n): p for stem, m in methods.items() for n, p in m.probes.items()}
+    probes = {(disk_path, n): p for disk_path, m in methods.items() for n, p in m.probes.items()}
     fisher = {key: torch.zeros_like(p, requires_grad=False) for key, p in probes.items()}
     count, was_training = 0, model.training
     try:
-        with hub.using(Mix((adapter_name,))):
+        with roster.using(Mix((adapter_name,))):
             model.eval()
             for example in islice((e for batch in batches for e in examples_of(batch)), num_samples):
                 grads = torch.autograd.grad(loss(model, example), list(probes.values()), allow_unused=True)
@@ -116,7 +116,7 @@ def compute_fish_mask(
         raise ValueError("compute_fish_mask was given no examples.")
     base = originals(model)
     found = dict.fromkeys(methods, 0)
-    for (stem, n), at in top_entries(fisher, hub.configs[adapter_name].keep_ratio).items():
-        methods[stem].choose(n, at, base[methods[stem]]()[n])
-        found[stem] += len(at)
+    for (disk_path, n), at in top_entries(fisher, roster.configs[adapter_name].keep_ratio).items():
+        methods[disk_path].choose(n, at, base[methods[disk_path]]()[n])
+        found[disk_path] += len(at)
     return found

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..config import TunerConfig, extra
+from ..config import TunerConfig, own_field
 from ..contract.method import Method
 from ..contract.site import Site
 from ..core.anatomy.roles import default_targets
@@ -34,9 +34,9 @@ class IA3Config(TunerConfig):
     feedforward_modules: list[str] | str | None = None
     fan_in_fan_out: bool = False  # the layer kind knows its layout; kept for checkpoints
     init_ia3_weights: bool = True
-    bias: str = extra("none")
-    layers_to_transform: list[int] | int | None = extra(None)
-    layers_pattern: list[str] | str | None = extra(None)
+    bias: str = own_field("none")
+    layers_to_transform: list[int] | int | None = own_field(None)
+    layers_pattern: list[str] | str | None = own_field(None)
 
     def __post_init__(self) -> None:
         super().__post_init__()

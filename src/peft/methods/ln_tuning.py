@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..config import TunerConfig, extra
+from ..config import TunerConfig, own_field
 from ..core.forms.copies import Copies
 
 __all__ = ["LNTuningConfig"]
@@ -18,9 +18,9 @@ class LNTuningConfig(TunerConfig):
     """LayerNorm tuning (arXiv 2312.11420). Its only settings are which modules to train."""
 
     own_type = "LN_TUNING"
-    bias: str = extra("none")
-    layers_to_transform: list[int] | int | None = extra(None)
-    layers_pattern: list[str] | str | None = extra(None)
+    bias: str = own_field("none")
+    layers_to_transform: list[int] | int | None = own_field(None)
+    layers_pattern: list[str] | str | None = own_field(None)
 
 
 class LNTuning(Copies):

@@ -13,10 +13,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ..config import DeltaConfig, require, require_ranks, unbuilt
+from ..config import DeltaConfig, require, require_ranks, unavailable
 from ..contract.site import Site
 from ..core.anatomy.patterns import for_path, to_patterns, with_value
-from ..core.forms.low_rank import Pair
+from ..core.forms.low_rank import LowRank
 from ..errors import Refusal
 from ..inits import find as find_init
 
@@ -55,22 +55,22 @@ class LoraConfig(DeltaConfig):
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None
     ensure_weight_tying: bool = False
     lora_bias: bool = False
-    megatron_config: dict[str, Any] | None = unbuilt()
+    megatron_config: dict[str, Any] | None = unavailable()
     megatron_core: str | None = "megatron.core"
-    loftq_config: Any = unbuilt({})
-    eva_config: Any = unbuilt()
-    corda_config: Any = unbuilt()
-    lora_ga_config: Any = unbuilt()
-    velora_config: Any = unbuilt()
-    alora_invocation_tokens: list[int] | None = unbuilt()
-    use_qalora: bool = unbuilt(False)
+    loftq_config: Any = unavailable({})
+    eva_config: Any = unavailable()
+    corda_config: Any = unavailable()
+    lora_ga_config: Any = unavailable()
+    velora_config: Any = unavailable()
+    alora_invocation_tokens: list[int] | None = unavailable()
+    use_qalora: bool = unavailable(False)
     qalora_group_size: int = 16
-    monteclora_config: Any = unbuilt()
-    layer_replication: list[tuple[int, int]] | None = unbuilt()
+    monteclora_config: Any = unavailable()
+    layer_replication: list[tuple[int, int]] | None = unavailable()
     runtime_config: LoraRuntimeConfig = field(default_factory=LoraRuntimeConfig, metadata={"transient": True})
-    use_bdlora: Any = unbuilt()
-    arrow_config: Any = unbuilt()
-    kasa_config: Any = unbuilt()
+    use_bdlora: Any = unavailable()
+    arrow_config: Any = unavailable()
+    kasa_config: Any = unavailable()
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -80,7 +80,7 @@ class LoraConfig(DeltaConfig):
         require_ranks(self)
 
 
-class Lora(Pair):
+class Lora(LowRank):
     peft_type = "LORA"
     config_class = LoraConfig
     summary = "Adds a trainable product of two thin matrices to frozen weights."
@@ -165,7 +165,7 @@ class Lora(Pair):
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """(A, B) with ΔW = s·B A."""
-        A, B = self.own("lora_A"), self.own("lora_B")
+        A, B = self.tensor("lora_A"), self.tensor("lora_B")
         if self.turned:
             return B.T, A.T
         first_A, first_B = self._buffers["first_A"], self._buffers["first_B"]
@@ -180,7 +180,7 @@ class Lora(Pair):
     def bias_change(self) -> Tensor | None:
         return None if self.lora_bias is None else self.scaling * self.lora_bias
 
-    def pair(self) -> tuple[Tensor, Tensor, float]:
+    def two_factors(self) -> tuple[Tensor, Tensor, float]:
         return (*self.factors(), self.scaling)
 
     @classmethod

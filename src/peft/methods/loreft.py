@@ -77,7 +77,7 @@ class LoReft(Method):
     paper = "arXiv 2404.03592"
     prefix = "reft_"
     role = "blocks"
-    located = True
+    takes_span = True
     keys = {"reft_R": "reft_R", "reft_W": "reft_W", "reft_b": "reft_b"}
     examples = (
         {"r": 2, "prefix_positions": 1, "suffix_positions": 1},

@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.utils import skip_init
 
-from ..config import PromptLearningConfig, extra, require
+from ..config import PromptLearningConfig, own_field, require
 from ..contract.site import Site
 from ..core.forms.prompt import Encoded, Table
 from .prompt_tuning import chosen
@@ -43,7 +43,7 @@ class PromptEncoderConfig(PromptLearningConfig):
     encoder_hidden_size: int = None  # type: ignore[assignment]
     encoder_num_layers: int = 2
     encoder_dropout: float = 0.0
-    save_encoder: bool = extra(True)
+    save_encoder: bool = own_field(True)
 
     def __post_init__(self) -> None:
         super().__post_init__()

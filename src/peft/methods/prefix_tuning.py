@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import skip_init
 
-from ..config import PromptLearningConfig, extra
+from ..config import PromptLearningConfig, own_field
 from ..contract.site import Site
 from ..core.anatomy.language import number, takes_prefix, text_config
 from ..core.forms.prompt import Encoded, Table
@@ -36,7 +36,7 @@ class PrefixTuningConfig(PromptLearningConfig):
     init_weights: Literal["zero"] | None = None
     encoder_hidden_size: int = None  # type: ignore[assignment]
     prefix_projection: bool = False
-    save_encoder: bool = extra(True)
+    save_encoder: bool = own_field(True)
 
     def __post_init__(self) -> None:
         super().__post_init__()

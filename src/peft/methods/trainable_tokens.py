@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..config import TunerConfig, extra
+from ..config import TunerConfig, own_field
 from ..contract.method import Method
 from ..contract.site import Op, Site
 from ..core.anatomy.language import input_embedding
@@ -43,11 +43,11 @@ class TrainableTokensConfig(TunerConfig):
     own_type = "TRAINABLE_TOKENS"
     token_indices: list[int] = dataclasses.field(default_factory=list)
     init_weights: bool = True
-    bias: str = extra("none")
-    exclude_modules: list[str] | str | None = extra(None)
-    layers_to_transform: list[int] | int | None = extra(None)
-    layers_pattern: list[str] | str | None = extra(None)
-    modules_to_save: list[str] | None = extra(None)
+    bias: str = own_field("none")
+    exclude_modules: list[str] | str | None = own_field(None)
+    layers_to_transform: list[int] | int | None = own_field(None)
+    layers_pattern: list[str] | str | None = own_field(None)
+    modules_to_save: list[str] | None = own_field(None)
 
     def indices_at(self, path: str) -> list[int]:
         return self.token_indices
@@ -84,7 +84,7 @@ class TrainableTokens(Method):
         return site.tied if together else site.path
 
     @classmethod
-    def shared(cls, config: Any, sites: list[Site], rng: torch.Generator) -> dict[str, nn.Parameter]:
+    def shared_tensors(cls, config: Any, sites: list[Site], rng: torch.Generator) -> dict[str, nn.Parameter]:
         own = [s for s in sites if cls.source(config, s) == s.path]
         return {s.path: s.empty(len(config.indices_at(s.path)), _width(s)) for s in own}
 
@@ -147,9 +147,9 @@ class TrainableTokens(Method):
         if not op.geometry.factored:
             W = change.new_zeros(op.geometry.out, change.shape[1])
             return y + op(x, W.index_copy(0, self.known, change[self.order]).to(y.dtype))
-        last = op.kind.last(y)
-        logits = op.kind.last(op(x, change[self.order].to(y.dtype)))
-        return op.kind.unlast(last.index_add(-1, self.known, logits.to(last.dtype)))
+        last = op.kind.channels_last(y)
+        logits = op.kind.channels_last(op(x, change[self.order].to(y.dtype)))
+        return op.kind.channels_back(last.index_add(-1, self.known, logits.to(last.dtype)))
 
     def rank(self) -> int:
         return min(len(self.token_indices), self.geometry.out, self.geometry.fan_in)

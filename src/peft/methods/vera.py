@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..config import DeltaConfig, extra, require
+from ..config import DeltaConfig, own_field, require
 from ..contract.method import Method
 from ..contract.site import Op, Site
 from ..kernels.terms import Banks
@@ -36,7 +36,7 @@ class VeraConfig(DeltaConfig):
     d_initial: float = 0.1
     fan_in_fan_out: bool = False  # the layer kind knows its layout; kept for checkpoints
     init_weights: bool = True
-    exclude_modules: list[str] | str | None = extra(None)
+    exclude_modules: list[str] | str | None = own_field(None)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -71,7 +71,7 @@ class Vera(Method):
             self.shared_keys = {}  # type: ignore[misc]
 
     @classmethod
-    def shared(cls, config: VeraConfig, sites: list[Site], rng: torch.Generator) -> dict[str, nn.Parameter]:
+    def shared_tensors(cls, config: VeraConfig, sites: list[Site], rng: torch.Generator) -> dict[str, nn.Parameter]:
         """The banks, uniform in ±√(6/columns), A first: the same stream as in checkpoints that leave them out."""
         key = torch.Generator().manual_seed(config.projection_prng_key)
         out, fan_in = max(s.geometry.out for s in sites), max(s.geometry.fan_in for s in sites)

@@ -9,15 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from ..contract.method import Method
-from ..core.acting.on_model import hub_of
-from ..core.acting.roster import Hub
+from ..core.acting.on_model import roster_of
+from ..core.acting.roster import Roster
 
 
-def adapters_of(model: nn.Module) -> Hub:
-    hub = hub_of(model)
-    if hub is None or not hub.adapters:
+def adapters_of(model: nn.Module) -> Roster:
+    roster = roster_of(model)
+    if roster is None or not roster.adapters:
         raise ValueError("This model has no adapters to train.")
-    return hub
+    return roster
 
 
 def methods(model: nn.Module) -> Iterator[Method]:
@@ -50,7 +50,7 @@ def _inside(factor: Tensor, parameters: list[nn.Parameter]) -> list[nn.Parameter
 
 
 @dataclass
-class Pair:
+class TrainedFactors:
     """A method whose ΔW is s·B A with A[r, fan_in] and B[out, r] parameters of their own."""
 
     method: Method
@@ -59,19 +59,19 @@ class Pair:
 
     @property
     def strength(self) -> float:
-        found = self.method.pair()
+        found = self.method.two_factors()
         assert found is not None
         return found[2]
 
 
-def pairs(model: nn.Module) -> list[Pair]:
+def pairs(model: nn.Module) -> list[TrainedFactors]:
     """All of them, of adapters that train."""
     found = []
     for m in methods(model):
-        if m.pair() is not None and any(p.requires_grad for p in m.parameters()):
+        if m.two_factors() is not None and any(p.requires_grad for p in m.parameters()):
             first, last = factors(m)
             if len(first) == len(last) == 1 and first[0].shape[0] == last[0].shape[-1]:
-                found.append(Pair(m, first[0], last[0]))
+                found.append(TrainedFactors(m, first[0], last[0]))
     if not found:
         raise ValueError("No adapter that trains has two trainable factors A and B with ΔW = s·B A.")
     return found

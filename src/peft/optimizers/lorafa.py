@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .factors import Pair, pairs
+from .factors import TrainedFactors, pairs
 
 
 class LoraFAOptimizer(Optimizer):
@@ -22,7 +22,7 @@ class LoraFAOptimizer(Optimizer):
     def __init__(
         self,
         params: Iterable[Any],
-        found: list[Pair],
+        found: list[TrainedFactors],
         lr: float = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-6,

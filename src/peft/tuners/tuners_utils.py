@@ -56,7 +56,7 @@ def check_adapters_to_merge(module: BaseTunerLayer, adapter_names: list[str] | N
 
 def inspect_matched_modules(tuner: BaseTuner, adapter_name: str = "default") -> dict[str, list[str]]:
     """Paths of the base model that an adapter reaches, and the others."""
-    tuner.hub.known([adapter_name])
-    reached = set(tuner.hub.adapters[adapter_name].targeted)
+    tuner.roster.known([adapter_name])
+    reached = set(tuner.roster.adapters[adapter_name].targeted)
     leaves: list[str] = [p.path for p in walk(tuner.model) if not any(isinstance(m, nn.ModuleList) for m in [p.module])]
     return {"matched": [p for p in leaves if p in reached], "unmatched": [p for p in leaves if p not in reached]}

@@ -1,6 +1,6 @@
 """Upstream's class names as views: `isinstance(module, LoraLayer)` asks what a layer holds, not what it is.
 
-A view's `stem` is the beginning of upstream's parameter names. `door` makes the module that upstream has for a method,
+A view's `prefix` is the beginning of upstream's parameter names. `door` makes the module that upstream has for a method,
 from the method's own file.
 """
 
@@ -21,9 +21,9 @@ from ..core.model.tuner import Tuner
 
 
 class LayerView(type):
-    """Classes whose instances are the adapted layers that hold parameters with the class's stem."""
+    """Classes whose instances are the adapted layers that hold parameters with the class's prefix."""
 
-    stem: str = ""
+    prefix: str = ""
     base: Any = None  # and whose base layer is of this type, or passes this test
     part: str = ""  # and that hold a companion brought by this config field
 
@@ -35,8 +35,8 @@ class LayerView(type):
         if cls.base is not None and not isinstance(cls.base, type) and not cls.base(obj.base_layer):
             return False
         if cls.part:
-            return cls.part in obj.parts
-        return any(n.rsplit(".", 1)[-1].startswith(cls.stem) for n, _ in obj.adapters.named_parameters())
+            return cls.part in obj.brought_by
+        return any(n.rsplit(".", 1)[-1].startswith(cls.prefix) for n, _ in obj.adapters.named_parameters())
 
     def __call__(cls, *args: Any, **kwargs: Any) -> Any:
         raise TypeError(
@@ -68,13 +68,15 @@ class BaseTunerLayer(Switch, metaclass=TunerLayerView):
 
 
 class ModelView(type):
-    """Classes whose instances are tuners with an adapter of the class's stem; calling one makes such a tuner."""
+    """Classes whose instances are tuners with an adapter of the class's prefix; calling one makes such a tuner."""
 
-    stem: str = ""
+    prefix: str = ""
 
     def __instancecheck__(cls, obj: Any) -> bool:
-        hub = obj.model.__dict__.get("_peft_hub") if isinstance(obj, Tuner) else None
-        return hub is not None and any(m.prefix == cls.stem for a in hub.adapters.values() for _, m in a.methods)
+        roster = obj.model.__dict__.get("_peft_roster") if isinstance(obj, Tuner) else None
+        return roster is not None and any(
+            m.prefix == cls.prefix for a in roster.adapters.values() for _, m in a.methods
+        )
 
     def __call__(
         cls,
@@ -104,12 +106,12 @@ def _known(options: dict[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in options.items() if k in ("low_cpu_mem_usage", "autocast_adapter_dtype")}
 
 
-def layer_view(name: str, stem: str = "", base: Any = None, part: str = "", **members: Any) -> Any:
-    return LayerView(name, (), {"stem": stem, "base": base, "part": part, "__doc__": LayerView.__doc__, **members})
+def layer_view(name: str, prefix: str = "", base: Any = None, part: str = "", **members: Any) -> Any:
+    return LayerView(name, (), {"prefix": prefix, "base": base, "part": part, "__doc__": LayerView.__doc__, **members})
 
 
-def model_view(name: str, stem: str) -> Any:
-    return ModelView(name, (), {"stem": stem, "prefix": stem, "__doc__": ModelView.__doc__})
+def model_view(name: str, prefix: str) -> Any:
+    return ModelView(name, (), {"prefix": prefix, "__doc__": ModelView.__doc__})
 
 
 def door(

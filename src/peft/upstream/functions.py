@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _IncompatibleKeys
 
 from ..contract.method import Method
-from ..contract.tree import Composite, Slots
+from ..contract.tree import AdapterContainer, Composite
 from ..core.adapted.layer import Adapted
 from ..errors import CheckpointError
 
@@ -30,7 +30,7 @@ def base_tensors(module: nn.Module, path: str = "") -> Iterator[tuple[str, Tenso
         if b is not None and name not in held._non_persistent_buffers_set:
             yield path + name, b
     for name, child in held._modules.items():
-        if child is not None and not isinstance(child, (Slots, Method)):
+        if child is not None and not isinstance(child, (AdapterContainer, Method)):
             yield from base_tensors(child, f"{path}{name}.")
 
 

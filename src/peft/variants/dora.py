@@ -64,7 +64,7 @@ class DoRA(Method):
 
     def add(self, x: Tensor, y: Tensor, op: Op) -> Tensor:
         """y + (m/n − 1) ⊙ W x + (m/n) ⊙ ΔW x, with the delta as it is computed best."""
-        m, W, x = getattr(self, self.magnitude), op.read(), self.drop(x, op)
+        m, W, x = getattr(self, self.magnitude), op.read(), self.dropped(x, op)
         scale = (m / self._norms(W, op)).to(y.dtype)
         y = y + op.scale(op(x, W.to(y.dtype)), scale - 1) + op.scale(self.inner.term(x, op, y.dtype), scale)
         bias = self.bias_change()

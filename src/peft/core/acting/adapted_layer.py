@@ -10,19 +10,19 @@ from ...contract.geometry import Geometry
 from ...contract.kind import LayerKind
 from ...contract.method import Method
 from ...contract.site import Op
-from ...contract.tree import Slots, Wrapper, tree
-from .roster import Hub
+from ...contract.tree import AdapterContainer, Wrapper, tree
+from .roster import Roster
 
 
 class AdaptedLayer(Wrapper):
     """What hangs in the place of a base layer, and the adapters there by name."""
 
-    hub: Hub
+    roster: Roster
     kind: LayerKind
     path: str
     geometry: Geometry
     op: Op
-    adapters: Slots
+    adapters: AdapterContainer
     methods: dict[str, tuple[Method, ...]]
     merged_adapters: list[str]
     former: set[str]  # names that adapters no longer here had: their views are empty
@@ -41,7 +41,7 @@ class AdaptedLayer(Wrapper):
     @property
     def acting(self) -> bool:
         """Whether the next forward differs from the base layer's."""
-        mix = self.hub.mix
+        mix = self.roster.mix
         names = mix.active if mix.rows is None else mix.rows.distinct
         return not self.merged_adapters and any(n in self.methods for n in names)
 

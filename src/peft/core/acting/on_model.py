@@ -8,25 +8,26 @@ from torch import nn
 
 from ...contract.tree import tree
 from .adapted_layer import AdaptedLayer, has_adapted_layers
-from .roster import Hub
+from .roster import Roster
 from .watch import unwatch
 
 
-def hub_of(model: nn.Module) -> Hub | None:
+def roster_of(model: nn.Module) -> Roster | None:
     """The adapters of a model (the base model, or anything that wraps it)."""
-    hub = model.__dict__.get("_peft_hub")
-    if hub is not None and hub.placed and not has_adapted_layers(model):
+    roster = model.__dict__.get("_peft_roster")
+    if roster is not None and roster.placed and not has_adapted_layers(model):
         _clear(model)  # a library took the wrappers out by itself: the base layers stand bare
-        hub = None
-    if hub is None:
+        roster = None
+    if roster is None:
         held = (
-            (m.hub if isinstance(m, AdaptedLayer) else m.__dict__.get("_peft_hub")) for m in tree(model, wrappers=True)
+            (m.roster if isinstance(m, AdaptedLayer) else m.__dict__.get("_peft_roster"))
+            for m in tree(model, wrappers=True)
         )
-        hub = next((h for h in held if h is not None), None)
-    return hub
+        roster = next((h for h in held if h is not None), None)
+    return roster
 
 
-def _rebind_later(model: nn.Module, hub: Hub) -> None:
+def _rebind_later(model: nn.Module, roster: Roster) -> None:
     """Checkpointing that is switched on later must remember the adapters, too."""
     enable = getattr(model, "_set_gradient_checkpointing", None)
     if enable is None or "_set_gradient_checkpointing" in model.__dict__:
@@ -42,9 +43,9 @@ class _Rebind:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         result = type(self.model)._set_gradient_checkpointing(self.model, *args, **kwargs)  # type: ignore[attr-defined]
-        hub = hub_of(self.model)
-        if hub is not None:
-            hub.bind_checkpointing(tree(self.model))
+        roster = roster_of(self.model)
+        if roster is not None:
+            roster.bind_checkpointing(tree(self.model))
         return result
 
 
@@ -54,5 +55,5 @@ def _clear(model: nn.Module) -> None:
         if isinstance(module, nn.Module):
             module.__dict__.pop("_set_gradient_checkpointing", None)
     unwatch(model)
-    model.__dict__.pop("_peft_hub", None)
+    model.__dict__.pop("_peft_roster", None)
     model.__dict__.pop("peft_config", None)

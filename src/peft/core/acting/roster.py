@@ -1,7 +1,7 @@
 """Which adapters act, and how: one object shared by all adapted layers of a model.
 
 Switching replaces one immutable `Mix`; no module is visited. A forward reads the mix once per layer; a checkpointed
-recompute runs under the mix of its forward, because `Hub.bound` wraps the checkpointing function.
+recompute runs under the mix of its forward, because `Roster.bound` wraps the checkpointing function.
 """
 
 from __future__ import annotations
@@ -42,8 +42,10 @@ class Adapter:
     """What one adapter name stands for: its config and the methods it put into the model, by path."""
 
     config: Any
-    methods: list[tuple[str, Method]] = field(default_factory=list)  # (key stem below the base model, method)
-    parts: list[str] = field(default_factory=list)  # "" for the config's own method, else the field that brought it
+    methods: list[tuple[str, Method]] = field(default_factory=list)  # (key disk_path below the base model, method)
+    brought_by: list[str] = field(
+        default_factory=list
+    )  # "" for the config's own method, else the field that brought it
     shared: dict[str, nn.Parameter] = field(default_factory=dict)
     targeted: list[str] = field(default_factory=list)
     padded: bool = False  # slots for swaps that recompile nothing: core/load/hotswap.py
@@ -71,19 +73,19 @@ class Adapter:
 
     def own(self) -> Iterator[tuple[str, Method]]:
         """The methods that the config is about, without companions (heads, biases, token rows trained along)."""
-        return (entry for entry, part in zip(self.methods, self.parts, strict=True) if not part)
+        return (entry for entry, part in zip(self.methods, self.brought_by, strict=True) if not part)
 
     def brought(self) -> Iterator[tuple[str, Method]]:
         """The companions."""
-        return (entry for entry, part in zip(self.methods, self.parts, strict=True) if part)
+        return (entry for entry, part in zip(self.methods, self.brought_by, strict=True) if part)
 
     def drop(self, methods: Sequence[Method]) -> int:
         """Strike methods off the record; returns how many are left."""
         gone = {id(m) for m in methods}
-        kept = [(e, p) for e, p in zip(self.methods, self.parts, strict=True) if id(e[1]) not in gone]
+        kept = [(e, p) for e, p in zip(self.methods, self.brought_by, strict=True) if id(e[1]) not in gone]
         own = [id(m) not in gone for _, m in self.own()]
         self.targeted = [path for path, stays in zip(self.targeted, own, strict=True) if stays]
-        self.methods, self.parts = [e for e, _ in kept], [p for _, p in kept]
+        self.methods, self.brought_by = [e for e, _ in kept], [p for _, p in kept]
         return len(kept)
 
     def parameters(self) -> Iterator[nn.Parameter]:
@@ -102,17 +104,17 @@ class Configs(dict[str, Any]):
     the name is free then, and one that never came to be is no error, which would hide why.
     """
 
-    def __init__(self, hub: Hub) -> None:
+    def __init__(self, roster: Roster) -> None:
         super().__init__()
-        self.hub = hub
+        self.roster = roster
 
     def pop(self, name: str, default: Any = None) -> Any:  # type: ignore[override]
         config = super().pop(name, default)
-        self.hub.forget(name)
+        self.roster.forget(name)
         return config
 
 
-class Hub:
+class Roster:
     """The adapters of one model: the mix that acts and the record of each name."""
 
     def __init__(self) -> None:
@@ -124,7 +126,7 @@ class Hub:
         self.training: set[str] = set()  # the names of those that train
         self.forgotten: set[str] = set()  # names that are free, though layers may still hold something under them
         self.configs: dict[str, Any] = Configs(self)  # the same configs, as `peft_config` shows them
-        self.composites: dict[str, Any] = {}  # stem -> stand-in that translates its parts' keys
+        self.composites: dict[str, Any] = {}  # disk_path -> stand-in that translates its parts' keys
         self.exact = False  # adapters compute in their parameters' dtype, not in the layer's
         self.untied = False  # a merge had to untie the word embeddings
         self._bound = False  # inside a block whose recompute remembers its mix

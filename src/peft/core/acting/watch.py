@@ -12,7 +12,7 @@ from torch import nn
 
 from ...contract.tree import tree
 from ...signatures import arguments_of
-from .roster import Hub
+from .roster import Roster
 from .span import Span
 
 
@@ -46,20 +46,20 @@ def read(arguments: dict[str, Any], outer: Span | None) -> Span:
 class Watch:
     """Hooks that put the span of a call into the mix and take it out again; picklable, unlike closures."""
 
-    def __init__(self, hub: Hub, names: tuple[str, ...]) -> None:
-        self.hub, self.names = hub, names
+    def __init__(self, roster: Roster, names: tuple[str, ...]) -> None:
+        self.roster, self.names = roster, names
 
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        mix = self.hub.mix
-        self.hub.mix = replace(mix, span=read({**dict(zip(self.names, args, strict=False)), **kwargs}, mix.span))
+        mix = self.roster.mix
+        self.roster.mix = replace(mix, span=read({**dict(zip(self.names, args, strict=False)), **kwargs}, mix.span))
 
     def leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        mix = self.hub.mix
+        mix = self.roster.mix
         if mix.span is not None:
-            self.hub.mix = replace(mix, span=mix.span.outer)
+            self.roster.mix = replace(mix, span=mix.span.outer)
 
 
-def watch(model: nn.Module, hub: Hub) -> None:
+def watch(model: nn.Module, roster: Roster) -> None:
     """Watch `model` and every module below it that takes token ids; once."""
     if "_peft_watch" in model.__dict__:
         return
@@ -67,7 +67,7 @@ def watch(model: nn.Module, hub: Hub) -> None:
     for module in tree(model):
         names = arguments_of(type(module))
         if "input_ids" in names and "attention_mask" in names:
-            eyes = Watch(hub, names)
+            eyes = Watch(roster, names)
             handles.append(module.register_forward_pre_hook(eyes.enter, with_kwargs=True))
             handles.append(module.register_forward_hook(eyes.leave, always_call=True))
     model.__dict__["_peft_watch"] = handles

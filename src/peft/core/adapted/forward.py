@@ -33,14 +33,14 @@ class Forward(AdaptedLayer):
 
     def forward(self, *args: Any, rows: Tensor | None = None, **kwargs: Any) -> Any:
         """The base layer's forward with the acting adapters. `rows`: the batch row of each input, where x lost it."""
-        mix = self.hub.mix
+        mix = self.roster.mix
         if mix.rows is not None and not self.merged_adapters:
             return self._mixed(mix.rows, rows, args, kwargs)
         methods = () if self.merged_adapters else self._acting(mix.active)
         if not methods:
             return self.kind.run(self.base_layer, *args, **kwargs)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            self.hub.check_recompute()
+            self.roster.check_recompute()
         if len(args) == 1 and not kwargs and (y := fused.run(self, methods, args[0])) is not None:
             return y
         return self._run(methods, args, kwargs)
@@ -74,27 +74,27 @@ class Forward(AdaptedLayer):
             W, b = self.compose(whole, self.kind.dtype(self.base_layer))
             out: Any = self.op(x, W)
             if b is not None:
-                out = self.kind.unlast(self.kind.last(out) + b)
+                out = self.kind.channels_back(self.kind.channels_last(out) + b)
         else:
             for m in methods:
                 if m.form == "before" and not indexed:
-                    x = self._wide(m, lambda v, m=m: self._channels(m, v), x)  # type: ignore[misc]
+                    x = self._in_parameter_dtype(m, lambda v, m=m: self._channels(m, v), x)  # type: ignore[misc]
             replaced = [m for m in methods if m.form == "replace"]
             out = self._base(replaced, *call(x))
             for m in methods:
                 if m.form in ("delta", "weight"):
-                    out = self._wide(m, lambda v, y, m=m: m("add", v, y, self.op), x, out)  # type: ignore[misc]
+                    out = self._in_parameter_dtype(m, lambda v, y, m=m: m("add", v, y, self.op), x, out)  # type: ignore[misc]
             for m in methods:
                 if m.form == "before" and indexed:
-                    out = self._wide(m, lambda v, m=m: self._channels(m, v), out)  # type: ignore[misc]
+                    out = self._in_parameter_dtype(m, lambda v, m=m: self._channels(m, v), out)  # type: ignore[misc]
         for m in late:
-            out = _first(out, lambda y, m=m: self._wide(m, lambda v: self._after(m, v, given), y))  # type: ignore[misc]
+            out = _first(out, lambda y, m=m: self._in_parameter_dtype(m, lambda v: self._after(m, v, given), y))  # type: ignore[misc]
         return out
 
-    def _wide(self, m: Method, fn: Callable[..., Any], *tensors: Any) -> Any:
+    def _in_parameter_dtype(self, m: Method, fn: Callable[..., Any], *tensors: Any) -> Any:
         """`fn` of the tensors; in the exact mode cast up to the method's parameters first, and its result back."""
         last = tensors[-1]
-        if not self.hub.exact or not torch.is_tensor(last):
+        if not self.roster.exact or not torch.is_tensor(last):
             return fn(*tensors)
         dtype = next((p.dtype for p in m.parameters() if p.is_floating_point()), last.dtype)
         dtype = torch.promote_types(dtype, last.dtype)
@@ -135,20 +135,20 @@ class Forward(AdaptedLayer):
         return out
 
     def _channels(self, m: Method, x: Tensor) -> Tensor:
-        return self.kind.unlast(m("before", self.kind.last(x)))
+        return self.kind.channels_back(m("before", self.kind.channels_last(x)))
 
     def _after(self, m: Method, y: Tensor, x: Any, index: Tensor | None = None, axis: int = 0) -> Tensor:
         """`index`: y holds only these of the `axis` rows that the call has. Contiguous, because torch chooses between
         two matrix products by layout and `requires_grad`: the same bits, whether the adapter is trained or loaded."""
         if torch.is_tensor(x) and x.is_floating_point():
-            x = self.kind.last(x).contiguous()
-        y = self.kind.last(y).contiguous()
-        if not m.located:
-            return self.kind.unlast(m("after", y, x))
-        span = self.hub.mix.span
+            x = self.kind.channels_last(x).contiguous()
+        y = self.kind.channels_last(y).contiguous()
+        if not m.takes_span:
+            return self.kind.channels_back(m("after", y, x))
+        span = self.roster.mix.span
         if span is not None and index is not None:
             span = span.take(index, axis)
-        return self.kind.unlast(m("after", y, x, span))
+        return self.kind.channels_back(m("after", y, x, span))
 
     def _dense(self, methods: Sequence[Method]) -> bool:
         if not self.kind.factored:

@@ -21,7 +21,7 @@ def run(layer: AdaptedLayer, methods: Sequence[Method], x: Any) -> Tensor | None
         return None
     terms, drop = [], None
     for m in methods:
-        term = m.thin(layer.op) if m.always_here else None
+        term = m.thin(layer.op) if m.never_gathered else None
         if term is None:
             return _banked(m, layer, x, base) if len(methods) == 1 else None
         if term.rows is not None and len(methods) > 1:
@@ -48,7 +48,7 @@ def run_rows(layer: AdaptedLayer, rows: Rows, row: Tensor | None, x: Any) -> Ten
     drop: list[float] | None = []
     for name, at in rows.places(x, layer.path) if row is None else rows.places_of(row, x):
         for m in layer.methods.get(name, ()):
-            term = m.thin(op) if m.always_here and m.bias_change() is None else None
+            term = m.thin(op) if m.never_gathered and m.bias_change() is None else None
             if term is None or term.rows is not None:
                 return None
             terms.append(term)
@@ -63,12 +63,12 @@ def run_rows(layer: AdaptedLayer, rows: Rows, row: Tensor | None, x: Any) -> Ten
 
 def products(layer: AdaptedLayer, methods: Sequence[Method]) -> tuple[Tensor, list[Thin]] | None:
     """(W, terms) where what these methods change is W and nothing else, by thin products."""
-    base = layer.kind.plain(layer.base_layer)
+    base = layer.kind.as_linear(layer.base_layer)
     if base is None:
         return None
     terms = []
     for m in methods:
-        term = m.thin(layer.op) if m.always_here and m.bias_change() is None else None
+        term = m.thin(layer.op) if m.never_gathered and m.bias_change() is None else None
         if term is None or term.rows is not None:
             return None
         terms.append(term)
@@ -76,13 +76,13 @@ def products(layer: AdaptedLayer, methods: Sequence[Method]) -> tuple[Tensor, li
 
 
 def _banked(m: Method, layer: AdaptedLayer, x: Tensor, base: tuple[Tensor, Tensor | None]) -> Tensor | None:
-    term = None if not m.always_here or (m.dropout and m.training) else m.banks(layer.op)
+    term = None if not m.never_gathered or (m.dropout and m.training) else m.banks(layer.op)
     return None if term is None else banked_linear(x, *base, term)
 
 
 def _base(layer: AdaptedLayer, x: Any) -> tuple[Tensor, Tensor | None] | None:
     """(W, b) of a base layer that is a product of x's own dtype, where a kernel may run at all."""
-    if layer.hub.exact or not usable(x):
+    if layer.roster.exact or not usable(x):
         return None
-    base = layer.kind.plain(layer.op.base)
+    base = layer.kind.as_linear(layer.op.base)
     return None if base is None or base[0].dtype is not x.dtype else base

@@ -11,20 +11,20 @@ from ...contract.geometry import Geometry
 from ...contract.kind import LayerKind
 from ...contract.method import Method
 from ...contract.site import Op
-from ...contract.tree import Slots, tree
+from ...contract.tree import AdapterContainer, tree
 from ...signatures import first_parameter
-from ..acting.roster import Hub
+from ..acting.roster import Roster
 from .calls import move_recorders
 from .switch import Switch, escape
 from .upstream_layer import UpstreamLayer
 
 
-class Companions(Slots, Switch):
+class Companions(AdapterContainer, Switch):
     """The companions of one sort at a layer: what libraries switch where only companions hang. The layer does the work."""
 
     def __init__(self, layer: Adapted) -> None:
         super().__init__()
-        self.hub, self.merged_adapters = layer.hub, []
+        self.roster, self.merged_adapters = layer.roster, []
         self.__dict__["layer"] = layer  # no child of this
 
     def merge(self, safe_merge: bool = False, adapter_names: Sequence[str] | None = None) -> None:
@@ -47,16 +47,16 @@ class Companions(Slots, Switch):
 
 
 class Adapted(Switch, UpstreamLayer):
-    """A base layer with adapters. Reads which of them act from the model's shared `Hub`."""
+    """A base layer with adapters. Reads which of them act from the model's shared `Roster`."""
 
-    def __init__(self, base_layer: nn.Module, kind: LayerKind, hub: Hub, path: str, geometry: Geometry) -> None:
+    def __init__(self, base_layer: nn.Module, kind: LayerKind, roster: Roster, path: str, geometry: Geometry) -> None:
         super().__init__()
-        slots = Slots()
+        slots = AdapterContainer()
         slots.__dict__["layer"] = self  # no child of it
         self._modules.update(base_layer=base_layer, adapters=slots)
         self.set(
             kind=kind,
-            hub=hub,
+            roster=roster,
             path=path,
             geometry=geometry,
             op=Op(kind, base_layer, geometry),
@@ -84,7 +84,7 @@ class Adapted(Switch, UpstreamLayer):
         self._last = (None, ())
         for m in (inner for outer in self.methods.pop(adapter, ()) for inner in outer.nested()):
             self.former.update((*m.adapter_layer_names, *m.other_param_names))
-        for part in ("", *self.parts):
+        for part in ("", *self.brought_by):
             slots = self._slots(part)
             if escape(adapter) in slots._modules:
                 slots.drop(escape(adapter))
@@ -95,19 +95,19 @@ class Adapted(Switch, UpstreamLayer):
         own = {id(m) for methods in self.methods.values() for m in methods}
         return ((f"adapters.{n}", m) for n, m in self.adapters.named_modules() if id(m) in own)  # type: ignore[misc]
 
-    def _slots(self, part: str) -> Slots:
+    def _slots(self, part: str) -> AdapterContainer:
         slots: Any = self._modules["adapters"]
         return slots._modules[f"%{part}"] if part else slots  # type: ignore[no-any-return]
 
     @property
-    def parts(self) -> list[str]:
+    def brought_by(self) -> list[str]:
         """The config fields that brought companions here."""
         return [n[1:] for n, m in self.adapters._modules.items() if isinstance(m, Companions)]
 
     @property
     def targeted(self) -> bool:
         """Whether an adapter's own method hangs here, not only companions; also when nothing hangs here any more."""
-        return len(self.parts) < len(self.adapters._modules) or not self.adapters._modules
+        return len(self.brought_by) < len(self.adapters._modules) or not self.adapters._modules
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self._modules["base_layer"]._forward_hooks:  # type: ignore[union-attr]

@@ -18,7 +18,7 @@ from .forward import Forward
 Record = dict[str, list[tuple[Method, float]]]  # adapter -> its methods with the multipliers they were merged at
 
 
-def _wide(dtype: torch.dtype) -> torch.dtype:
+def merge_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
@@ -42,7 +42,7 @@ class Merging(Forward):
             elif (found := fused.products(self, methods)) is not None:
                 values = {"weight": merged(*found)}
             else:
-                W, b = self.compose(methods, _wide(self.kind.dtype(self.base_layer)))
+                W, b = self.compose(methods, merge_dtype(self.kind.dtype(self.base_layer)))
                 values = {"weight": self.kind.native(W, self.base_layer)}
                 if b is not None:
                     values["bias"] = b
@@ -72,7 +72,7 @@ class Merging(Forward):
 
     def merge(self, safe_merge: bool = False, adapter_names: Sequence[str] | None = None) -> None:
         """Write the adapters into the base weight. Checks for NaN and inf always; `safe_merge` is kept for callers."""
-        self.merge_also(list(adapter_names if adapter_names is not None else self.hub.chosen))
+        self.merge_also(list(adapter_names if adapter_names is not None else self.roster.chosen))
 
     def merge_also(
         self, names: Sequence[str], keep: bool = True, tied: frozenset[int] | set[int] = frozenset()

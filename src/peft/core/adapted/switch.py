@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from torch import nn
 
 from ...contract.method import Method
-from ..acting.roster import Hub
+from ..acting.roster import Roster
 from ..files.keys import load_map
 
 
@@ -23,33 +23,33 @@ def escape(name: str) -> str:
 class Switch:
     """What other libraries find in a model and switch its adapters by; it acts on the whole model."""
 
-    hub: Hub
+    roster: Roster
     merged_adapters: list[str]
 
     @property
     def active_adapter(self) -> str | list[str]:
-        return list(self.hub.asked)
+        return list(self.roster.asked)
 
     @active_adapter.setter
     def active_adapter(self, names: str | Sequence[str]) -> None:
-        self.hub.activate([names] if isinstance(names, str) else list(names))
+        self.roster.activate([names] if isinstance(names, str) else list(names))
 
     @property
     def active_adapters(self) -> list[str]:
-        return list(self.hub.asked)
+        return list(self.roster.asked)
 
     @property
     def disable_adapters(self) -> bool:
-        return not self.hub.enabled
+        return not self.roster.enabled
 
     @disable_adapters.setter
     def disable_adapters(self, disabled: bool) -> None:
-        self.hub.enable(not disabled)
+        self.roster.enable(not disabled)
 
     _active_adapter, _disable_adapters = active_adapter, disable_adapters  # where upstream's layers keep the two
 
     def enable_adapters(self, enabled: bool) -> None:
-        self.hub.enable(enabled)
+        self.roster.enable(enabled)
 
     def set_adapter(self, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
         """Activate for the whole model, training the named adapters: the mix is one object for all layers.
@@ -58,13 +58,13 @@ class Switch:
         model has no adapter of are passed over: a pipeline sets the same list in each of its models.
         """
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
-        if not self.hub.trains_only(names, inference_mode):
-            self.hub.activate_present(names)
-            self.hub.train_only(self.hub.chosen, inference_mode)
+        if not self.roster.trains_only(names, inference_mode):
+            self.roster.activate_present(names)
+            self.roster.train_only(self.roster.chosen, inference_mode)
 
     def adapter_state_dict_load_map(self, adapter_name: str) -> dict[str, str]:
         """How keys of an adapter's file lead to its tensors below this module: what transformers' loader asks for."""
-        adapter = self.hub.adapters.get(adapter_name)
+        adapter = self.roster.adapters.get(adapter_name)
         return {} if adapter is None else load_map(adapter, self.held())
 
     def held(self) -> Iterator[tuple[str, Method]]:

@@ -11,7 +11,7 @@ from ...errors import Refusal
 from . import views
 from .merge import Merging
 
-SET_FIRST = ("base_layer", "methods", "adapters", "hub", "merged_adapters", "former")  # what looking up a view reads
+SET_FIRST = ("base_layer", "methods", "adapters", "roster", "merged_adapters", "former")  # what looking up a view reads
 
 
 class UpstreamLayer(Merging):
@@ -69,7 +69,7 @@ class UpstreamLayer(Merging):
         """Take the adapter out of this layer; out of the last one, it is gone from the model."""
         methods = self.methods.get(adapter_name, ())
         self.detach(adapter_name)
-        self.hub.released(adapter_name, methods)
+        self.roster.released(adapter_name, methods)
 
     def set_scale(self, adapter: str, scale: float) -> None:
         """Multiply the adapter's effect at this layer by `scale`, from its configured strength."""
@@ -77,11 +77,11 @@ class UpstreamLayer(Merging):
             m.multiplier = float(scale)
 
     def scale_layer(self, scale: float) -> None:
-        for m in self.active_methods(self.hub.chosen):
+        for m in self.active_methods(self.roster.chosen):
             m.multiplier *= scale
 
     def unscale_layer(self, scale: float | None = None) -> None:
-        for m in self.active_methods(self.hub.chosen):
+        for m in self.active_methods(self.roster.chosen):
             m.multiplier = 1.0 if scale is None else m.multiplier / scale
 
     def __getattr__(self, name: str) -> Any:
@@ -94,7 +94,7 @@ class UpstreamLayer(Merging):
             if found is not None:
                 return found
             # code that reads a parameter instead of calling the module sees what the module computes with
-            methods = () if self.merged_adapters else self.active_methods(self.hub.mix.active)
+            methods = () if self.merged_adapters else self.active_methods(self.roster.mix.active)
             replaced = [m for m in methods if m.form == "replace" and name in m.replaced_names]
             if name == "weight" and any(m.companion and m.form != "replace" and m.mergeable for m in methods):
                 W, _ = self.compose([m for m in methods if m.companion], self.kind.dtype(self.base_layer))

@@ -9,14 +9,14 @@ from torch import nn
 from ...contract.tree import Composite
 from ...errors import NoMatchingPeftModuleError, Refusal, near
 from ...registry import kinds
-from .patterns import matches, names
+from .patterns import matches, means
 from .targets import in_layers
 from .walk import Place, parts, walk
 
 
 def find_parameters(model: nn.Module, config: Any) -> list[Place]:
     """The places of the weights that `config.target_parameters` names; every name must match."""
-    bare = [k for k in kinds().values() if k.bare]
+    bare = [k for k in kinds().values() if k.for_parameters]
     found: list[Place] = []
     known: list[str] = []
     hit: set[str] = set()
@@ -30,7 +30,7 @@ def find_parameters(model: nn.Module, config: Any) -> list[Place]:
             path = f"{place.path}.{n}"
             known.append(path)
             for t in config.target_parameters:
-                if names(t, path):
+                if means(t, path):
                     hit.add(t)
                     if not matches(getattr(config, "exclude_modules", None), place.path) and in_layers(config, path):
                         wanted.append(n)
@@ -44,7 +44,9 @@ def find_parameters(model: nn.Module, config: Any) -> list[Place]:
                 "name the module in target_modules",
             )
         composite = (
-            place.held if isinstance(place.held, Composite) else next(k for k in bare if k.claims(module)).split(module)
+            place.held
+            if isinstance(place.held, Composite)
+            else next(k for k in bare if k.claims(module)).stand_in(module)
         )
         assert composite is not None
         for part in parts(composite, place):

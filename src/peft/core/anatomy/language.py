@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ...contract import offload
 from ...contract.offload import on_device
 from ...signatures import arguments_of
-from .patterns import names
+from .patterns import means
 from .walk import walk
 
 
@@ -70,14 +70,14 @@ def embed(model: nn.Module, ids: Tensor) -> Tensor:
         return table(ids.to(device)).detach().float().cpu()
 
 
-def is_pair(model: nn.Module) -> bool:
+def is_encoder_decoder(model: nn.Module) -> bool:
     """Whether this is an encoder and a decoder."""
     return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
 
 
-def stacks(model: nn.Module) -> tuple[nn.Module, nn.Module]:
+def token_and_cache_stacks(model: nn.Module) -> tuple[nn.Module, nn.Module]:
     """(where input tokens enter, where a cache enters): one module, or an encoder and a decoder."""
-    if is_pair(model):
+    if is_encoder_decoder(model):
         return model.get_encoder(), model.get_decoder()  # type: ignore[operator]
     stack: nn.Module | None = model
     inner: nn.Module | None = model
@@ -104,7 +104,7 @@ def attentions(stack: nn.Module) -> Iterator[nn.Module]:
 
 def takes_prefix(model: nn.Module) -> str:
     """Why no keys and values can be put before this model's attention; "" where they can."""
-    _, stack = stacks(model)
+    _, stack = token_and_cache_stacks(model)
     if CACHE not in arguments_of(type(stack)) or next(attentions(stack), None) is None:
         return "its attention takes no keys and values from outside (no past_key_values), so a prefix has no way in"
     return ""
@@ -169,4 +169,4 @@ def input_embedding(model: nn.Module) -> str:
     if path is None:
         return "embed_tokens"
     leaf = path.rpartition(".")[2]
-    return leaf if sum(names(leaf, p) for p in paths) == 1 else path
+    return leaf if sum(means(leaf, p) for p in paths) == 1 else path

@@ -17,7 +17,7 @@ from torch import nn
 
 from ...contract.method import Method
 from ...contract.tree import Composite, tree
-from .patterns import matches, names
+from .patterns import matches, means
 from .targets import ALL_LINEAR
 from .walk import Place, kind_of, walk
 
@@ -57,7 +57,7 @@ def _changes(model: nn.Module) -> tuple[list[Any], list[Any]]:
     return [c for c in every if isinstance(c, WeightRenaming)], [c for c in every if isinstance(c, WeightConverter)]
 
 
-def stacks(model: nn.Module, places: list[Place]) -> list[Stack]:
+def stacked_experts(model: nn.Module, places: list[Place]) -> list[Stack]:
     """The stacked parameters of a model whose older layout had separate layers."""
     held = [(p.path, n, t) for p in places if p.owner is None for n, t in p.module._parameters.items()]
     three = [(path, n, t.shape[0]) for path, n, t in held if t is not None and t.dim() == 3]
@@ -96,7 +96,7 @@ def retarget(model: nn.Module, config: Any, cls: type[Method]) -> None:
     if not any(p.dim() == 3 for m in tree(model) for p in m._parameters.values() if p is not None):
         return
     places = list(walk(model))
-    found = stacks(model, places)
+    found = stacked_experts(model, places)
     if not found:
         return
     every = wanted == ALL_LINEAR
@@ -111,8 +111,8 @@ def retarget(model: nn.Module, config: Any, cls: type[Method]) -> None:
             if every or any(matches(wanted, p) and not matches(excluded, p) for p in stack.layers(f))
         ]
         if not every and not isinstance(wanted, str):
-            gone |= {t for t in wanted for f in stack.former for p in stack.layers(f) if names(t, p)}
-        if not hit or any(names(t, stack.full) for t in named):
+            gone |= {t for t in wanted for f in stack.former for p in stack.layers(f) if means(t, p)}
+        if not hit or any(means(t, stack.full) for t in named):
             continue
         if len(hit) < len(stack.former):
             rest = ", ".join(f for f in stack.former if f not in hit)
@@ -131,7 +131,7 @@ def retarget(model: nn.Module, config: Any, cls: type[Method]) -> None:
         if every or any(matches(wanted, p) and not matches(excluded, p) for p in old):
             add.append(f"{leaf}.weight")
             if not every and not isinstance(wanted, str):
-                gone |= {t for t in wanted for p in old if names(t, p)}
+                gone |= {t for t in wanted for p in old if means(t, p)}
     if not add and not gone:
         return
     config.target_parameters = [*named, *(n for n in dict.fromkeys(add) if n not in named)]
@@ -143,7 +143,7 @@ def retarget(model: nn.Module, config: Any, cls: type[Method]) -> None:
         ):  # a regex cannot leave out the routers that it matches
             config.target_modules = [p for p in chosen if p in layers]
     else:
-        config.target_modules = [t for t in wanted if t not in gone or any(names(t, p) for p in layers)]
+        config.target_modules = [t for t in wanted if t not in gone or any(means(t, p) for p in layers)]
 
 
 def _router(place: Place) -> bool:

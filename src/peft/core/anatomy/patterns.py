@@ -8,7 +8,7 @@ from typing import Any
 
 
 # -- matching -----------------------------------------------------------------------------------------------------------
-def names(pattern: str, path: str) -> bool:
+def means(pattern: str, path: str) -> bool:
     """Whether a target name means this path: the whole path or its last components."""
     return path == pattern or path.endswith("." + pattern)
 
@@ -37,7 +37,7 @@ def for_path(patterns: dict[str, Any] | None, path: str, default: Any) -> Any:
         return default
     path = path.partition("[")[0] if path.endswith("]") else path
     for pattern, value in patterns.items():
-        if names(pattern, path) or re.fullmatch(rf"(.*\.)?(?:{pattern})", path):
+        if means(pattern, path) or re.fullmatch(rf"(.*\.)?(?:{pattern})", path):
             return value
     return default
 

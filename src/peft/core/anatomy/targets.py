@@ -15,7 +15,7 @@ from torch import nn
 from ...contract.tree import Composite
 from ...errors import NoMatchingPeftModuleError, near
 from .heads import output_heads
-from .patterns import matcher, names
+from .patterns import matcher, means
 from .walk import Place, splitter_of, walk
 
 ALL_LINEAR = "all-linear"
@@ -39,7 +39,7 @@ def exactly(model: nn.Module, paths: Collection[str]) -> list[Place]:
     """The places of just these paths, in model order; paths that this model does not have are passed over."""
 
     def meant(p: Place | None) -> bool:
-        return p is not None and (p.path in paths or p.stem in paths)
+        return p is not None and (p.path in paths or p.disk_path in paths)
 
     places = list(walk(model))
     found = [p for p in places if not _composed(p) and (meant(p) or meant(p.owner))]
@@ -57,7 +57,7 @@ def find(model: nn.Module, config: Any, strict: bool = True) -> list[Place]:
     whole = list(getattr(config, "modules_to_save", None) or [])
 
     def inside_saved(path: str) -> bool:
-        return bool(whole) and any(names(w, p) for w in whole for p in _prefixes(path))
+        return bool(whole) and any(means(w, p) for w in whole for p in _prefixes(path))
 
     targets = config.target_modules
     excluded = getattr(config, "exclude_modules", None)
@@ -77,14 +77,14 @@ def find(model: nn.Module, config: Any, strict: bool = True) -> list[Place]:
         ]
         if not isinstance(targets, str):
             ends = {p.path.rpartition(".")[2] for p in chosen}  # nearly all names are last components
-            unmatched = [t for t in targets or [] if t not in ends and not any(names(t, p.path) for p in places)]
+            unmatched = [t for t in targets or [] if t not in ends and not any(means(t, p.path) for p in places)]
             if unmatched and (strict or not chosen):
                 _fail("target_modules", unmatched, places)
             elif unmatched:
                 warnings.warn(
                     f"Target modules {', '.join(map(repr, unmatched))} not found in the base model.", stacklevel=4
                 )
-        if isinstance(targets, str) and not chosen and any(names(targets, p.path) for p in places):
+        if isinstance(targets, str) and not chosen and any(means(targets, p.path) for p in places):
             raise NoMatchingPeftModuleError(
                 f"Target modules {targets!r} not found in the base model: a string is a regular expression for whole paths. "
                 f"To target the modules of this name, write target_modules=[{targets!r}]."
@@ -97,7 +97,7 @@ def find(model: nn.Module, config: Any, strict: bool = True) -> list[Place]:
         why = "exclude_modules, layers_to_transform and modules_to_save leave none of them"
         raise NoMatchingPeftModuleError(f"target_modules={targets!r} matches {len(chosen)} modules, but {why}.")
     if excluded and not isinstance(excluded, str):
-        unused = [e for e in excluded if not any(names(e, p.path) for p in places)]
+        unused = [e for e in excluded if not any(means(e, p.path) for p in places)]
         if unused:
             _fail("exclude_modules", unused, places)
     return kept
@@ -141,7 +141,7 @@ def short_names(model: nn.Module, chosen: list[Place]) -> list[str]:
 def find_whole(model: nn.Module, wanted: list[str], what: str) -> list[Place]:
     """Places of modules named for a special purpose (modules_to_save), each of which must exist."""
     places = [p for p in walk(model) if p.owner is None]
-    missing = [w for w in wanted if not any(names(w, p.path) for p in places)]
+    missing = [w for w in wanted if not any(means(w, p.path) for p in places)]
     if missing:
         _fail(what, missing, places)
-    return [p for p in places if any(names(w, p.path) for w in wanted)]
+    return [p for p in places if any(means(w, p.path) for w in wanted)]

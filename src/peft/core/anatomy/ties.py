@@ -50,7 +50,9 @@ def followers(config: Any, model: nn.Module, places: list[Place]) -> list[Place]
     return other_ends(model, places) if wanted(config) else []
 
 
-def shared(config: Any, sites: list[Site], make: Callable[[Site], dict[str, nn.Parameter]]) -> dict[str, nn.Parameter]:
+def shared_by_ends(
+    config: Any, sites: list[Site], make: Callable[[Site], dict[str, nn.Parameter]]
+) -> dict[str, nn.Parameter]:
     """What `make` makes for the first end of each tied weight."""
     first = {s.tied for s in sites if s.tied} if wanted(config) else set()
     return {_key(s.path, s, n): p for s in sites if s.path in first for n, p in make(s).items()}

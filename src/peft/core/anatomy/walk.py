@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from ...contract.kind import LayerKind
-from ...contract.tree import Composite, Slots, Wrapper
+from ...contract.tree import AdapterContainer, Composite, Wrapper
 from ...registry import WHEN_KINDS_CHANGE, kinds
 from ..acting.adapted_layer import AdaptedLayer
 
@@ -20,7 +20,7 @@ class Place:
     path: str
     parent: nn.Module
     attr: str
-    stem: str  # the path as upstream writes it to disk
+    disk_path: str  # the path as upstream writes it to disk
     owner: Place | None = None  # for a part: where its composite stands or will stand
     composite: Composite | None = None
     _kind: LayerKind | None = None
@@ -66,11 +66,11 @@ def walk(model: nn.Module) -> Iterator[Place]:
     yield from _children(model, "", "")
 
 
-def _children(module: nn.Module, path: str, stem: str) -> Iterator[Place]:
+def _children(module: nn.Module, path: str, disk_path: str) -> Iterator[Place]:
     for attr, child in list(module._modules.items()):
-        if child is None or isinstance(child, Slots):
+        if child is None or isinstance(child, AdapterContainer):
             continue
-        place = Place(f"{path}{attr}", module, attr, f"{stem}{attr}")
+        place = Place(f"{path}{attr}", module, attr, f"{disk_path}{attr}")
         yield place
         yield from _below(child, place)
 
@@ -80,17 +80,17 @@ def _below(child: nn.Module, place: Place) -> Iterator[Place]:
         yield from _below(child.base_layer, place)
     elif isinstance(child, Composite):
         yield from parts(child, place)
-    elif (kind := splitter_of(child)) is not None and (composite := kind.split(child)) is not None:
+    elif (kind := splitter_of(child)) is not None and (composite := kind.stand_in(child)) is not None:
         yield from parts(composite, place)
     elif child._modules:
-        yield from _children(child, place.path + ".", place.stem + ".")
+        yield from _children(child, place.path + ".", place.disk_path + ".")
 
 
 def parts(composite: Composite, place: Place) -> Iterator[Place]:
     for name, part in composite.parts().items():
         path = f"{place.path}.{name}" if name else place.path
-        stem = f"{place.stem}.{part.stem}" if part.stem else place.stem
-        yield Place(path, part.parent, part.attr, stem, owner=place, composite=composite)
+        disk_path = f"{place.disk_path}.{part.disk_path}" if part.disk_path else place.disk_path
+        yield Place(path, part.parent, part.attr, disk_path, owner=place, composite=composite)
 
 
 _ASKED: dict[type[nn.Module], list[LayerKind]] = {}
@@ -102,7 +102,7 @@ def _candidates(module: nn.Module) -> list[LayerKind]:
     """The kinds that have to be asked about modules of this class: those that look at more than it, up to a taker."""
     asked = []
     for kind in kinds().values():
-        if kind.bare or (kind.by_type and not kind.claims(module)):
+        if kind.for_parameters or (kind.by_type and not kind.claims(module)):
             continue
         asked.append(kind)
         if kind.by_type:
@@ -116,7 +116,7 @@ def splitter_of(module: nn.Module) -> LayerKind | None:
     cls = type(module)
     if cls not in _SPLITTERS:
         asked = _ASKED.setdefault(cls, _candidates(module))
-        last = max((i for i, kind in enumerate(asked, 1) if kind.splits), default=0)
+        last = max((i for i, kind in enumerate(asked, 1) if kind.stands_in), default=0)
         _SPLITTERS[cls] = asked[:last]
     for kind in _SPLITTERS[cls]:
         if kind.claims(module):

@@ -21,10 +21,10 @@ from ...config import CONFIG_NAME, PeftConfig
 from ...contract.cheap_modules import uninterrupted
 from ...errors import CheckpointError
 from ...remote import find_file
-from ..acting.roster import Hub
+from ..acting.roster import Roster
 from . import sharded
 from .header import Loaded, fill_base, fingerprint
-from .keys import file_tensors
+from .keys import state_dict_of
 from .tensors import alone, apart, not_finite, read_weights, write_weights
 
 WEIGHTS_NAME = "adapter_model.bin"
@@ -36,7 +36,7 @@ SAFETENSORS_WEIGHTS_NAME = "adapter_model.safetensors"
 @uninterrupted()
 def save(
     model: nn.Module,
-    hub: Hub,
+    roster: Roster,
     name: str,
     folder: str | os.PathLike[str],
     *,
@@ -45,12 +45,12 @@ def save(
     gathered: sharded.Gathered | None = None,
 ) -> None:
     """Write one adapter: two files, no network."""
-    adapter = hub.adapters[name]
+    adapter = roster.adapters[name]
     config = dataclasses.replace(adapter.config)
     config.inference_mode = True
     fill_base(config, model)
     os.makedirs(folder, exist_ok=True)
-    found = {**file_tensors(hub, name, gathered), **(extra or {})}
+    found = {**state_dict_of(roster, name, gathered), **(extra or {})}
     parts = [k for k, t in found.items() if sharded.split(t)]
     if parts:
         raise CheckpointError(
@@ -94,12 +94,12 @@ def read(
     strict: bool = True,
     config: Any = None,
     device: str | None = None,
-    **hub: Any,
+    **remote: Any,
 ) -> Loaded:
     """Both files of an adapter. The weights' header wins over the JSON where they disagree, with a warning."""
     model_id = os.fspath(model_id)
-    path = find_file(model_id, SAFETENSORS_WEIGHTS_NAME, subfolder, hub) or find_file(
-        model_id, WEIGHTS_NAME, subfolder, hub
+    path = find_file(model_id, SAFETENSORS_WEIGHTS_NAME, subfolder, remote) or find_file(
+        model_id, WEIGHTS_NAME, subfolder, remote
     )
     if path is None:
         raise ValueError(
@@ -110,7 +110,7 @@ def read(
     base = json.loads(header["peft_base"]) if "peft_base" in header else None
     if config is None:
         stored = json.loads(header["peft_config"]) if "peft_config" in header else None
-        at = find_file(model_id, CONFIG_NAME, subfolder, hub)
+        at = find_file(model_id, CONFIG_NAME, subfolder, remote)
         if at is None and stored is None:
             raise ValueError(f"Can't find '{CONFIG_NAME}' at '{model_id}'")
         values = PeftConfig.from_json_file(at) if at else {}

@@ -16,10 +16,10 @@ from ..anatomy.language import vocab_size
 def fingerprint(model: nn.Module, adapter: Adapter) -> dict[str, Any]:
     """What the adapter was trained on: class, vocabulary, the shapes of the adapted weights."""
     shapes = {}
-    for stem, m in adapter.methods:
+    for disk_path, m in adapter.methods:
         g = m.geometry
-        if stem and not g.weightless:
-            shapes[stem] = [g.out, g.fan_in]
+        if disk_path and not g.weightless:
+            shapes[disk_path] = [g.out, g.fan_in]
     return {"class": type(model).__name__, "vocab_size": vocab_size(model), "shapes": shapes}
 
 
@@ -56,8 +56,8 @@ def check_base(model: nn.Module, loaded: Loaded, adapter: Adapter) -> None:
                 f"{loaded.source}: the adapter was trained on {say} {loaded.base[what]}, this model has {say} {here[what]}. "
                 "Load it on the right base, or pass strict=False to try all the same."
             )
-    for stem, shape in loaded.base.get("shapes", {}).items():
-        if stem in here["shapes"] and here["shapes"][stem] != shape:
+    for disk_path, shape in loaded.base.get("shapes", {}).items():
+        if disk_path in here["shapes"] and here["shapes"][disk_path] != shape:
             raise CheckpointError(
-                f"{loaded.source}: {stem} had weight shape {shape} when the adapter was trained, here it is {here['shapes'][stem]}."
+                f"{loaded.source}: {disk_path} had weight shape {shape} when the adapter was trained, here it is {here['shapes'][disk_path]}."
             )

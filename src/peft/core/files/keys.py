@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ...contract.method import Method
 from ...errors import CheckpointError, near
 from ...registry import method as method_of
-from ..acting.roster import Adapter, Hub
+from ..acting.roster import Adapter, Roster
 from . import sharded
 from .tensors import alone
 
@@ -22,7 +22,7 @@ ROOT = "base_model.model."
 
 
 @dataclasses.dataclass
-class Slot:
+class FileTensor:
     """Where one tensor of the file lives in memory."""
 
     method: Method
@@ -42,7 +42,7 @@ class Slot:
         old = self.tensor
         if value.shape != old.shape:
             value = value.reshape(old.shape)
-        device = self.method.home if old.is_meta else old.device
+        device = self.method.device if old.is_meta else old.device
         if value.dtype != old.dtype or value.device != device:
             value = value.to(device, old.dtype)
         value = sharded.like(value, old)
@@ -64,18 +64,18 @@ def root_of(config: Any) -> str:
     return "base_model." if config.is_prompt_learning else ROOT
 
 
-def slots(adapter: Adapter) -> Iterator[tuple[str, Slot]]:
+def file_tensors(adapter: Adapter) -> Iterator[tuple[str, FileTensor]]:
     """(key in the file, place in memory) of every tensor of an adapter."""
-    return ((key, Slot(method, attr)) for key, method, attr, _ in _tensors(adapter))
+    return ((key, FileTensor(method, attr)) for key, method, attr, _ in _tensors(adapter))
 
 
 def _tensors(adapter: Adapter) -> Iterator[tuple[str, Method, str, Tensor]]:
     root = root_of(adapter.config)
     seen: set[str] = set()
-    for stem, method in adapter.methods:
+    for disk_path, method in adapter.methods:
         for attr, key in method.disk_keys().items():
             if (held := _held(method, attr)) is not None:
-                yield (f"{root}{stem}.{key}" if stem else key), method, attr, held
+                yield (f"{root}{disk_path}.{key}" if disk_path else key), method, attr, held
         for attr, key in method.shared_keys.items():
             if key not in seen and (held := _held(method, attr)) is not None:
                 seen.add(key)
@@ -97,10 +97,10 @@ def _held(method: Method, attr: str) -> Tensor | None:
         return None
 
 
-def file_tensors(hub: Hub, name: str, gathered: sharded.Gathered | None = None) -> dict[str, Tensor]:
+def state_dict_of(roster: Roster, name: str, gathered: sharded.Gathered | None = None) -> dict[str, Tensor]:
     """The adapter's tensors under their keys in the file. gathered: values of tensors that are not whole here."""
-    hub.known([name])
-    adapter = hub.adapters[name]
+    roster.known([name])
+    adapter = roster.adapters[name]
     out: dict[str, Tensor] = {}
     for key, method, attr, value in _tensors(adapter):
         if attr in method.unwritten:
@@ -116,20 +116,20 @@ def file_tensors(hub: Hub, name: str, gathered: sharded.Gathered | None = None) 
         value = method.stored(attr, value.detach())
         shape = method.disk_shape(attr)
         out[key] = value if shape is None else value.reshape(shape)
-    return _translate(hub, out, adapter, "to_disk")
+    return _translate(roster, out, adapter, "to_disk")
 
 
-def _translate(hub: Hub, state: dict[str, Tensor], adapter: Adapter, how: str) -> dict[str, Tensor]:
+def _translate(roster: Roster, state: dict[str, Tensor], adapter: Adapter, how: str) -> dict[str, Tensor]:
     """Let composites (experts) turn their parts' tensors into upstream's layout, or back."""
-    for stem, composite in hub.composites.items():
-        methods = {s.removeprefix(f"{stem}."): m for s, m in adapter.methods if s.startswith(f"{stem}.")}
-        prefix = f"{root_of(adapter.config)}{stem}."
+    for disk_path, composite in roster.composites.items():
+        methods = {s.removeprefix(f"{disk_path}."): m for s, m in adapter.methods if s.startswith(f"{disk_path}.")}
+        prefix = f"{root_of(adapter.config)}{disk_path}."
         mine = {k.removeprefix(prefix): state.pop(k) for k in list(state) if k.startswith(prefix)}
         state.update({prefix + k: v for k, v in getattr(composite, how)(mine, methods).items()})
     return state
 
 
-def targets(tensors: Iterable[str], config: Any) -> set[str] | None:
+def modules_in_file(tensors: Iterable[str], config: Any) -> set[str] | None:
     """The paths of the modules that a file's tensors belong to; None where it holds raw parameters' adapters, too."""
     if getattr(config, "target_parameters", None):
         return None
@@ -139,24 +139,24 @@ def targets(tensors: Iterable[str], config: Any) -> set[str] | None:
 
 
 def fit(
-    hub: Hub, adapter: Adapter, tensors: dict[str, Tensor]
-) -> tuple[dict[str, tuple[Slot, Tensor]], list[str], list[str]]:
+    roster: Roster, adapter: Adapter, tensors: dict[str, Tensor]
+) -> tuple[dict[str, tuple[FileTensor, Tensor]], list[str], list[str]]:
     """Match a file's tensors to an adapter's slots: (pairs, keys missing in the file, keys nobody takes)."""
     root = root_of(adapter.config)
     tensors = {_with_root(k, root): v for k, v in tensors.items()}
-    tensors = _translate(hub, tensors, adapter, "from_disk")
-    for stem, method in adapter.methods:
-        prefix = f"{root}{stem}." if stem else ""
+    tensors = _translate(roster, tensors, adapter, "from_disk")
+    for disk_path, method in adapter.methods:
+        prefix = f"{root}{disk_path}." if disk_path else ""
         if type(method).resize is Method.resize:
             continue
         keys = {a: prefix + k for a, k in method.disk_keys().items()}
         keys |= {a: f"base_model.{k}" for a, k in method.shared_keys.items()}
         method.resize({a: tensors[k] for a, k in keys.items() if k in tensors})
-    wanted = dict(slots(adapter))
+    wanted = dict(file_tensors(adapter))
     pairs = {k: (s, tensors[k]) for k, s in wanted.items() if k in tensors}
     optional = {k for k, s in wanted.items() if s.attr in (*s.method.optional, *s.method.unwritten)}
     missing = [k for k in wanted if k not in tensors and k not in optional]
-    again = tuple(f"{root}{stem}.{start}" for stem, method in adapter.methods for start in method.repeats)
+    again = tuple(f"{root}{disk_path}.{start}" for disk_path, method in adapter.methods for start in method.repeats)
     return pairs, missing, [k for k in tensors if k not in wanted and not k.startswith(again)]
 
 
@@ -168,7 +168,7 @@ def _with_root(key: str, root: str) -> str:
 
 
 def check_fit(
-    adapter: Adapter, pairs: dict[str, tuple[Slot, Tensor]], missing: list[str], extra: list[str], source: str
+    adapter: Adapter, pairs: dict[str, tuple[FileTensor, Tensor]], missing: list[str], extra: list[str], source: str
 ) -> None:
     """Raise unless every key lands and every tensor is filled with its shape."""
     if missing or extra:
@@ -195,7 +195,7 @@ def _few(items: list[str], n: int = 6) -> str:
     return ", ".join(items[:n]) + (f", … ({len(items)} in all)" if len(items) > n else "") if items else "none"
 
 
-def assign(pairs: dict[str, tuple[Slot, Tensor]], adapter: Adapter, adopt: bool = False) -> None:
+def assign(pairs: dict[str, tuple[FileTensor, Tensor]], adapter: Adapter, adopt: bool = False) -> None:
     taken: set[int] = set()
     copies: tuple[list[Tensor], list[Tensor]] = [], []
     with torch.no_grad():
@@ -228,7 +228,7 @@ def load_map(adapter: Adapter, held: Iterator[tuple[str, nn.Module]]) -> dict[st
     firsts = {id(m) for m in {type(m): m for _, m in reversed(adapter.methods)}.values()}
     if not firsts & set(names):
         return {}
-    stored = [(k, s) for k, s in slots(adapter) if id(s.method) in firsts]
+    stored = [(k, s) for k, s in file_tensors(adapter) if id(s.method) in firsts]
     known = [(k.rpartition(".")[2], s) for k, s in stored if s.attr in s.method.state_dict()]
     if not known:
         return {}

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..acting.roster import Adapter
-from ..anatomy.older_layouts import _changes, stacks
+from ..anatomy.older_layouts import _changes, stacked_experts
 from ..anatomy.walk import walk
 from .keys import root_of
 
@@ -18,11 +18,11 @@ def translate(model: nn.Module, adapter: Adapter, tensors: dict[str, Tensor]) ->
     """A file's tensors under the names of the present layout; what is not known to be older stays as it is."""
     root = root_of(adapter.config)
     places = list(walk(model))
-    found = stacks(model, places)
+    found = stacked_experts(model, places)
     renamings, _ = _changes(model)
     methods = dict(adapter.methods)
     paths = {p.path for p in places if p.owner is None}
-    known = {stem if stem in paths else stem.rpartition(".")[0] for stem in methods}
+    known = {disk_path if disk_path in paths else disk_path.rpartition(".")[0] for disk_path in methods}
 
     def fits(body: str) -> bool:
         steps = body.split(".")

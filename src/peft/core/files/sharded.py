@@ -25,7 +25,7 @@ WRAPPERS = ("_fsdp_wrapped_module", "_orig_mod", "_checkpoint_wrapped_module")  
 Gathered = Callable[[Method, str], Tensor | None]
 
 
-def plain(name: str) -> str:
+def unwrapped_name(name: str) -> str:
     """A name in a state dict without the steps that wrappers add."""
     steps = [s for s in name.split(".") if s not in WRAPPERS]
     return ".".join(steps[1:] if steps[:1] == ["module"] else steps)
@@ -43,16 +43,16 @@ def bare(model: nn.Module) -> nn.Module:
         model = inner
 
 
-def names(model: nn.Module) -> dict[int, str]:
+def names_of_methods(model: nn.Module) -> dict[int, str]:
     """id(method) -> its name in the model's state dict."""
-    return {id(m): plain(n) for n, m in model.named_modules() if isinstance(m, Method)}
+    return {id(m): unwrapped_name(n) for n, m in model.named_modules() if isinstance(m, Method)}
 
 
 def gathered(model: nn.Module, state_dict: Mapping[str, Tensor] | None) -> Gathered | None:
     """How to find a method's tensor among values gathered for the whole model."""
     if state_dict is None:
         return None
-    where, values = names(model), {plain(k): v for k, v in state_dict.items()}
+    where, values = names_of_methods(model), {unwrapped_name(k): v for k, v in state_dict.items()}
 
     def find(method: Method, attr: str) -> Tensor | None:
         return values.get(f"{where[id(method)]}.{attr}") if id(method) in where else None

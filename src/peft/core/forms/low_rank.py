@@ -9,11 +9,11 @@ from torch import nn
 
 from ...contract.method import Method
 from ...contract.site import Site
-from ..anatomy.ties import end_of, followers, shared
+from ..anatomy.ties import end_of, followers, shared_by_ends
 from ..anatomy.walk import Place
 
 
-class Pair(Method):
+class LowRank(Method):
     """A method of two free factors, ΔW = s·B A with A[r, fan_in] and B[out, r]. Tied ends share them: ΔWᵀ = s·Aᵀ Bᵀ."""
 
     pair_names: ClassVar[tuple[str, str]]  # the attributes that hold A and B
@@ -35,8 +35,8 @@ class Pair(Method):
         return dict(zip(cls.pair_names, (site.empty(r, g.fan_in), site.empty(g.out, r)), strict=True))
 
     @classmethod
-    def shared(cls, config: Any, sites: list[Site], rng: torch.Generator) -> dict[str, nn.Parameter]:
-        return shared(config, sites, lambda s: cls.factors_for(config, s))
+    def shared_tensors(cls, config: Any, sites: list[Site], rng: torch.Generator) -> dict[str, nn.Parameter]:
+        return shared_by_ends(config, sites, lambda s: cls.factors_for(config, s))
 
     def place_factors(self, config: Any, site: Site) -> None:
         """Make the factors, or take those of the first end, which alone writes them to the file."""

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...config import DeltaConfig, extra, require, require_ranks
+from ...config import DeltaConfig, own_field, require, require_ranks
 from ...contract.method import Method
 from ...contract.site import Op, Site
 from ..anatomy.patterns import for_path
@@ -35,7 +35,7 @@ class LycorisConfig(DeltaConfig):
     module_dropout: float = 0.0
     use_effective_conv2d: bool = False
     init_weights: bool | str = True
-    bias: str = extra("none")
+    bias: str = own_field("none")
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -15,7 +15,7 @@ from ...config import require
 from ...contract.method import Method
 from ...contract.site import Site
 from ...errors import Refusal
-from ..anatomy.language import is_pair, number, text_config, token_embeddings
+from ..anatomy.language import is_encoder_decoder, number, text_config, token_embeddings
 
 
 class Table(nn.Module):
@@ -75,7 +75,7 @@ class PromptMethod(Method):
             )
         task = getattr(config.task_type, "value", config.task_type)
         if config.num_transformer_submodules is None:
-            pair = task == "SEQ_2_SEQ_LM" or (task is None and is_pair(model))
+            pair = task == "SEQ_2_SEQ_LM" or (task is None and is_encoder_decoder(model))
             config.num_transformer_submodules = 2 if pair else 1
         for name, value in cls.sizes(text, model).items():
             if getattr(config, name) is None:
@@ -121,12 +121,12 @@ class Encoded(PromptMethod):
         raise AttributeError(f"{type(self).__name__} has no network")
 
     @property
-    def plain(self) -> bool:
+    def lacks_network(self) -> bool:
         return all(getattr(self, n) is None for n in self.networks)
 
     def result(self, part: slice | None = None) -> Tensor:
         table = self.embedding.weight
-        if not self.plain:
+        if not self.lacks_network:
             return self.encode(table, part)
         return table if part is None else table[:, part]
 
@@ -135,7 +135,7 @@ class Encoded(PromptMethod):
         return self.result()
 
     def disk_keys(self) -> dict[str, str]:
-        if self.plain:
+        if self.lacks_network:
             return self.keys
         own = {"prompt_embeddings": "prompt_embeddings"}
         if self.config.save_encoder:
@@ -144,7 +144,7 @@ class Encoded(PromptMethod):
 
     def resize(self, state: dict[str, Tensor]) -> None:
         held = [n for n, _ in self.named_parameters()]
-        if self.plain or "prompt_embeddings" not in state or all(n in state for n in held):
+        if self.lacks_network or "prompt_embeddings" not in state or all(n in state for n in held):
             return
         old = self.embedding.weight
         weight = state["prompt_embeddings"].to(old.dtype)

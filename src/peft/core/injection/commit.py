@@ -11,7 +11,7 @@ from ...contract.cheap_modules import uninterrupted
 from ...contract.tree import Composite, tree
 from ...registry import kinds
 from ..acting.on_model import _rebind_later
-from ..acting.roster import Hub
+from ..acting.roster import Roster
 from ..acting.watch import watch
 from ..adapted.layer import Adapted, adapted_layers
 from ..anatomy.walk import Place
@@ -19,26 +19,26 @@ from ..prompts.attach import attach
 from .plan import Plan, plan
 
 
-def commit(model: nn.Module, plan: Plan) -> Hub:
+def commit(model: nn.Module, plan: Plan) -> Roster:
     """Hang the planned methods into the model."""
-    hub = plan.hub or Hub()
+    roster = plan.roster or Roster()
     modules = list(tree(model))
-    if not hub.adapters:
+    if not roster.adapters:
         for module in modules:
             for p in module._parameters.values():
                 if p is not None:
                     p.requires_grad = False
-    model.__dict__["_peft_hub"] = hub
-    if plan.name in hub.forgotten:
+    model.__dict__["_peft_roster"] = roster
+    if plan.name in roster.forgotten:
         for wrapped in adapted_layers(model):
             if plan.name in wrapped.methods:
                 wrapped.detach(plan.name)  # left behind where loading an adapter of this name had failed
-        hub.forgotten.discard(plan.name)
+        roster.forgotten.discard(plan.name)
     dtype = _floating(model)
     for item in plan.items:
         assert item.method is not None
         if item.place is None:
-            attach(model, hub, plan.name, item.method)
+            attach(model, roster, plan.name, item.method)
             continue
         place, owner = item.place, item.place.owner
         if owner is not None:
@@ -48,28 +48,28 @@ def commit(model: nn.Module, plan: Plan) -> Hub:
         if not isinstance(layer, Adapted):
             assert item.kind is not None
             held = layer if isinstance(layer, Composite) else place.module
-            layer = Adapted(held, item.kind, hub, place.path, item.site.geometry)
+            layer = Adapted(held, item.kind, roster, place.path, item.site.geometry)
             place.parent._modules[place.attr] = layer
             item.kind.adopted(place.module, dtype)
-        layer.attach(plan.name, item.part, item.method)
+        layer.attach(plan.name, item.brought_by, item.method)
         if item.method.training != layer.training:
             item.method.train(layer.training)
-    first = not hub.adapters
-    hub.adapters[plan.name] = plan.adapter()
-    hub.configs[plan.name] = plan.config
-    hub.composites.update(plan.composites())
+    first = not roster.adapters
+    roster.adapters[plan.name] = plan.adapter()
+    roster.configs[plan.name] = plan.config
+    roster.composites.update(plan.composites())
     if first:
-        hub.activate([plan.name])
-    hub.set_trainable(plan.name, plan.name in hub.chosen and not plan.config.inference_mode)
-    if any(item.cls.located for item in plan.items):
-        watch(model, hub)
+        roster.activate([plan.name])
+    roster.set_trainable(plan.name, plan.name in roster.chosen and not plan.config.inference_mode)
+    if any(item.cls.takes_span for item in plan.items):
+        watch(model, roster)
     if any(item.place is not None and item.place.composite is not None for item in plan.items):
         modules = list(tree(model))  # stand-ins stand where modules stood
     for kind in kinds().values():
         kind.installed(modules)
-    hub.bind_checkpointing(modules)
-    _rebind_later(model, hub)
-    return hub
+    roster.bind_checkpointing(modules)
+    _rebind_later(model, roster)
+    return roster
 
 
 def _stand_in(owner: Place, composite: Composite) -> None:
@@ -92,7 +92,7 @@ def _floating(model: nn.Module) -> torch.dtype:
     return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.get_default_dtype())
 
 
-def inject(model: nn.Module, config: Any, name: str = "default", **options: Any) -> Hub:
+def inject(model: nn.Module, config: Any, name: str = "default", **options: Any) -> Roster:
     """Plan and commit."""
     with uninterrupted():
         return commit(model, plan(model, config, name, **options))

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from torch import nn
 
 from ...errors import Refusal
-from ..acting.on_model import hub_of
-from ..acting.roster import Hub
+from ..acting.on_model import roster_of
+from ..acting.roster import Roster
 from ..adapted.layer import Adapted, adapted_layers
 from ..adapted.merge import Record
 from ..anatomy.ties import shared_parameters, shared_storages
@@ -18,21 +18,21 @@ from ..files.tensors import finite
 # -- merging --------------------------------------------------------------------------------------------------------------
 def merge(model: nn.Module, names: list[str] | None = None, safe: bool = False, keep: bool = True) -> Iterator[str]:
     """Write adapters into the base weights, layer by layer, yielding paths. All refusals come before any write."""
-    hub = hub_of(model)
-    if hub is None:
+    roster = roster_of(model)
+    if roster is None:
         raise ValueError("This model has no adapters to merge.")
-    wanted = list(names) if names is not None else list(hub.chosen)
-    hub.known(wanted)
+    wanted = list(names) if names is not None else list(roster.chosen)
+    roster.known(wanted)
 
     for name in wanted:
-        for stem, m in hub.adapters[name].methods:
+        for disk_path, m in roster.adapters[name].methods:
             if not m.mergeable:
                 raise Refusal(
-                    m.peft_type, f"{stem or 'the model'} (merge)", "its effect is no change of the base weights"
+                    m.peft_type, f"{disk_path or 'the model'} (merge)", "its effect is no change of the base weights"
                 )
             for attr, p in m.named_parameters():
                 if p.is_floating_point() and not finite(p):
-                    raise ValueError(f"Adapter {name!r}: {stem}.{attr} holds NaN or inf; nothing was merged.")
+                    raise ValueError(f"Adapter {name!r}: {disk_path}.{attr} holds NaN or inf; nothing was merged.")
     layers = [x for x in adapted_layers(model) if any(n in x.methods and n not in x.merged_adapters for n in wanted)]
     for layer in layers:
         if layer.kind.merge_refusal(layer.base_layer):
@@ -47,7 +47,7 @@ def merge(model: nn.Module, names: list[str] | None = None, safe: bool = False, 
         for layer in layers:
             before = layer.record
             if not (taken is not None and layer.merge_in_place(wanted, taken)) and layer.merge_also(wanted, keep, tied):
-                _untie_config(model, hub)
+                _untie_config(model, roster)
             done.append((layer, before))
             yield layer.path
     except ValueError:
@@ -60,18 +60,18 @@ def _also(layer: Adapted, wanted: list[str]) -> list[str]:
     return [*layer.merged_adapters, *(n for n in wanted if n in layer.methods and n not in layer.merged_adapters)]
 
 
-def _untie_config(model: nn.Module, hub: Hub) -> None:
+def _untie_config(model: nn.Module, roster: Roster) -> None:
     config = getattr(model, "config", None)
     if config is not None and getattr(config, "tie_word_embeddings", False):
         config.tie_word_embeddings = False
-        hub.untied = True
+        roster.untied = True
 
 
 def unmerge(model: nn.Module) -> None:
     """Restore the kept weights of every merged layer, and tied weights with them."""
     for layer in adapted_layers(model):
         layer.unmerge()
-    hub = hub_of(model)
-    if hub is not None and hub.untied:
+    roster = roster_of(model)
+    if roster is not None and roster.untied:
         model.config.tie_word_embeddings = True  # type: ignore[union-attr]
-        hub.untied = False
+        roster.untied = False

@@ -23,8 +23,8 @@ from ...contract.site import Site
 from ...contract.tree import Composite
 from ...errors import NoMatchingPeftModuleError, Refusal
 from ...registry import companions, method, wrappers
-from ..acting.on_model import hub_of
-from ..acting.roster import Adapter, Hub
+from ..acting.on_model import roster_of
+from ..acting.roster import Adapter, Roster
 from ..anatomy.bare_parameters import find_parameters
 from ..anatomy.language import embed, vocab_size, where
 from ..anatomy.older_layouts import retarget
@@ -40,7 +40,7 @@ class Item:
     """One method at one place, planned."""
 
     place: Place | None  # None: the whole model
-    part: str  # "" for the adapter's own method, else the config field that brought it
+    brought_by: str  # "" for the adapter's own method, else the config field that brought it
     cls: type[Method]
     kind: LayerKind | None
     config: Any
@@ -70,24 +70,24 @@ class Plan:
     config: Any
     items: list[Item]
     shared: dict[str, nn.Parameter] = field(default_factory=dict)
-    hub: Hub | None = None  # that of the model, where it has adapters already
+    roster: Roster | None = None  # that of the model, where it has adapters already
 
     def adapter(self) -> Adapter:
-        methods = [(i.place.stem if i.place else "", i.method) for i in self.items]
-        targeted = [i.path for i in self.items if not i.part]
-        parts = [i.part for i in self.items]
+        methods = [(i.place.disk_path if i.place else "", i.method) for i in self.items]
+        targeted = [i.path for i in self.items if not i.brought_by]
+        parts = [i.brought_by for i in self.items]
         return Adapter(self.config, methods, parts, self.shared, targeted=targeted)  # type: ignore[arg-type]
 
     def composites(self) -> dict[str, Composite]:
-        return {p.owner.stem: p.composite for i in self.items if (p := i.place) and p.owner and p.composite}
+        return {p.owner.disk_path: p.composite for i in self.items if (p := i.place) and p.owner and p.composite}
 
 
-def check_name(hub: Hub | None, name: str) -> None:
+def check_name(roster: Roster | None, name: str) -> None:
     if not isinstance(name, str) or not name or name in (".", "..") or "/" in name or "\\" in name or "\0" in name:
         raise ValueError(f"Adapter name {name!r}: expected a name that a folder may have.")
-    if hub is not None and name in hub.adapters:
+    if roster is not None and name in roster.adapters:
         raise ValueError(
-            f"Adapter with name {name} already exists. Loaded: {sorted(hub.adapters)}. Use another name, or delete it first."
+            f"Adapter with name {name} already exists. Loaded: {sorted(roster.adapters)}. Use another name, or delete it first."
         )
 
 
@@ -113,8 +113,8 @@ def plan(
     autocast_adapter_dtype: keep fp32 master weights on half-precision bases. strict: refuse target names that match
     nothing, else warn. only: the paths to target, whatever the config says.
     """
-    hub = hub_of(model)
-    check_name(hub, name)
+    roster = roster_of(model)
+    check_name(roster, name)
     cls = method(config.peft_type)
     cls.prepare(config, model)
     _default_targets(cls, config, model)
@@ -153,7 +153,7 @@ def plan(
                 add(place, field_name, companion, sub)
     for item in items:
         item.cls.check(item.config, item.site)
-    _build(items, plan_ := Plan(name, config, items, hub=hub), init, meta)
+    _build(items, plan_ := Plan(name, config, items, roster=roster), init, meta)
     for item in items:
         if item.kind is not None and item.place is not None:
             item.kind.admit(item.place.module, item.method, item.path)
@@ -257,13 +257,13 @@ def _build(items: list[Item], plan: Plan, init: bool, meta: bool) -> None:
         real = [s.device for s in sites]
         for s in sites:
             s.device = build_on if s.device.type != "meta" else s.device
-        shared = cls.shared(group[0].config, sites, rng)
+        shared = cls.shared_tensors(group[0].config, sites, rng)
         plan.shared.update(shared)
         for item, site, device in zip(group, sites, real, strict=True):
             site.shared = shared
             item.method = m = _made(item.cls, item.config, site)
-            m.set(home=device)
-            path = f"{item.part}:{site.path}" if item.part else site.path
+            m.set(device=device)
+            path = f"{item.brought_by}:{site.path}" if item.brought_by else site.path
             if site.device.type != "meta":
                 if m.derives:
                     m.derive(rng.manual_seed(seed_for(0, path)), site)
@@ -278,7 +278,7 @@ def _build(items: list[Item], plan: Plan, init: bool, meta: bool) -> None:
 def dry_run(model: nn.Module, config: Any) -> list[Item]:
     """What `config` would adapt, as rows with .path, .kind, .shape, .parameters; raises what get_peft_model would."""
     base = getattr(model, "base_model", model)
-    base = getattr(base, "model", base) if hub_of(model) is not None and hasattr(base, "model") else model
+    base = getattr(base, "model", base) if roster_of(model) is not None and hasattr(base, "model") else model
     rows = plan(base, copy.deepcopy(config), name="%dry", init=False, meta=True).items
     if not rows:
         raise NoMatchingPeftModuleError("the config targets nothing")

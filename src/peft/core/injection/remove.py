@@ -6,7 +6,7 @@ from torch import nn
 
 from ...contract.tree import Composite, tree
 from ...registry import kinds
-from ..acting.on_model import _clear, hub_of
+from ..acting.on_model import _clear, roster_of
 from ..adapted.calls import move_recorders
 from ..adapted.layer import Adapted, adapted_layers
 from ..prompts.attach import detach
@@ -14,22 +14,22 @@ from ..prompts.attach import detach
 
 def delete(model: nn.Module, name: str) -> None:
     """Remove an adapter everywhere; the base layers of places without adapters stay wrapped until `unload`."""
-    hub = hub_of(model)
-    if hub is None or name not in hub.adapters:
-        raise ValueError(f"Adapter {name} does not exist. Loaded: {sorted(hub.adapters) if hub else 'none'}.")
+    roster = roster_of(model)
+    if roster is None or name not in roster.adapters:
+        raise ValueError(f"Adapter {name} does not exist. Loaded: {sorted(roster.adapters) if roster else 'none'}.")
     for layer in adapted_layers(model):
         if name in layer.merged_adapters:
             raise ValueError(f"Adapter {name} is merged into {layer.path}: call unmerge_adapter() before deleting it.")
     for layer in adapted_layers(model):
         layer.detach(name)
-    if any(m.form == "prompt" for _, m in hub.adapters[name].methods):
-        detach(model, hub, name)
-    hub.forget(name)
+    if any(m.form == "prompt" for _, m in roster.adapters[name].methods):
+        detach(model, roster, name)
+    roster.forget(name)
 
 
 def unload(model: nn.Module) -> nn.Module:
     """Take all wrappers out; the base layers are what they hold now (merged or not)."""
-    hub = hub_of(model)
+    roster = roster_of(model)
     for parent in list(model.modules()):
         for attr, child in list(parent._modules.items()):
             while isinstance(child, (Adapted, Composite)):
@@ -39,8 +39,8 @@ def unload(model: nn.Module) -> nn.Module:
                 parent._modules[attr] = child
     for kind in kinds().values():
         kind.removed(tree(model))
-    if hub is not None and any(m.form == "prompt" for a in hub.adapters.values() for _, m in a.methods):
-        for name in list(hub.adapters):
-            detach(model, hub, name)
+    if roster is not None and any(m.form == "prompt" for a in roster.adapters.values() for _, m in a.methods):
+        for name in list(roster.adapters):
+            detach(model, roster, name)
     _clear(model)
     return model

@@ -5,7 +5,7 @@
 themselves, weighted by √|wᵢsᵢ| each, which brings cross terms BᵢAⱼ with it; with the ending `_svd` they work on
 the dense ΔWᵢ instead. TIES: arXiv 2306.01708; DARE: arXiv 2311.03099.
 
-Methods meet this file by `Method.pair`, `pair_config` and `set_pair` (two thin factors), or `blend` (effects linear in the
+Methods meet this file by `Method.two_factors`, `pair_config` and `set_pair` (two thin factors), or `blend` (effects linear in the
 parameters).
 """
 
@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from ...contract.method import Method
 from ...errors import Refusal, near
 from ...registry import method
-from ..acting.on_model import hub_of
-from ..acting.roster import Adapter, Hub
+from ..acting.on_model import roster_of
+from ..acting.roster import Adapter, Roster
 from ..anatomy.targets import find
 from ..anatomy.walk import walk
 from ..injection.commit import commit
@@ -54,31 +54,31 @@ def add_weighted_adapter(
 
     Raises Refusal where the sum is no adapter of the sources' method; the model is then as it was.
     """
-    hub = hub_of(model)
-    if hub is None:
+    roster = roster_of(model)
+    if roster is None:
         raise ValueError("This model has no adapters to combine.")
     if not adapters or len(adapters) != len(weights):
         raise ValueError(f"Expected one weight per adapter, got {len(adapters)} adapters and {len(weights)} weights.")
-    hub.known(adapters)
-    check_name(hub, adapter_name)
+    roster.known(adapters)
+    check_name(roster, adapter_name)
     kind, svd = _kind(combination_type, density, majority_sign_method)
-    classes = {hub.configs[n].own_type for n in adapters}
+    classes = {roster.configs[n].own_type for n in adapters}
     if len(classes) > 1:
         raise Refusal(
             " and ".join(sorted(classes)),
             "a combination",
             "the sum of deltas of different methods is an adapter of neither; activate them together instead",
         )
-    sources = [(hub.adapters[n], float(w)) for n, w in zip(adapters, weights)]
+    sources = [(roster.adapters[n], float(w)) for n, w in zip(adapters, weights)]
     sites = _by_stem(sources)
-    config = copy.deepcopy(hub.configs[adapters[0]])
-    paths = {p.stem: p.path for p in walk(model)}
+    config = copy.deepcopy(roster.configs[adapters[0]])
+    paths = {p.disk_path: p.path for p in walk(model)}
     mix = _merger(kind, density, majority_sign_method)
     fill: dict[str, Callable[[Method], None]] = {}
     ranks: dict[str, int] = {}
-    every = {id(m): m.pair() for found in sites.values() for m, _ in found}
+    every = {id(m): m.two_factors() for found in sites.values() for m, _ in found}
     largest_rank = max((p[0].shape[0] for p in every.values() if p is not None), default=0)
-    for stem, found in sites.items():
+    for disk_path, found in sites.items():
         pairs = [every[id(m)] for m, _ in found]
         if all(p is not None for p in pairs):
             group: Pairs = [(*p, w) for p, (_, w) in zip(pairs, found)]  # type: ignore[misc]
@@ -86,17 +86,17 @@ def add_weighted_adapter(
                 A, B = (
                     _svd(group, mix, svd_rank or largest_rank, svd_clamp, svd_full_matrices, svd_driver)
                     if svd
-                    else mix(group, stem)
+                    else mix(group, disk_path)
                 )
-            ranks[paths[stem]] = A.shape[0]
-            fill[stem] = _holder(A, B, _bias(found))
+            ranks[paths[disk_path]] = A.shape[0]
+            fill[disk_path] = _holder(A, B, _bias(found))
         elif combination_type in (None, "linear") and (state := _blend(found)) is not None:
-            fill[stem] = _writer(state)
+            fill[disk_path] = _writer(state)
         else:
             m = found[[p is None for p in pairs].index(True)][0]
             raise Refusal(
                 str(m.peft_type),
-                f"{stem} (a combination)",
+                f"{disk_path} (a combination)",
                 "a weighted sum of its effects is not an adapter of this form; activate the adapters together, or merge them",
             )
     if ranks:
@@ -105,20 +105,24 @@ def add_weighted_adapter(
             raise Refusal(
                 str(next(iter(classes))), "a combination", "its adapters cannot hold any two factors of any rank"
             )
-    _target(model, config, [hub.configs[n] for n in adapters], {paths[s] for s in sites})
+    _target(model, config, [roster.configs[n] for n in adapters], {paths[s] for s in sites})
     config.inference_mode = True
     dtypes = {p.dtype for a, _ in sources for p in a.parameters()}
     planned = plan(
         model, config, adapter_name, init=False, autocast_adapter_dtype=torch.float32 in dtypes or len(dtypes) > 1
     )
-    others = _companions(hub, adapters)
+    others = _companions(roster, adapters)
     for item in planned.items:
         assert item.place is not None and item.method is not None
-        if not item.part:
-            fill.pop(item.place.stem)(item.method)
+        if not item.brought_by:
+            fill.pop(item.place.disk_path)(item.method)
         else:
             _carry(
-                item.method, item.place.stem, item.part, others.get((item.place.stem, type(item.method)), []), sources
+                item.method,
+                item.place.disk_path,
+                item.brought_by,
+                others.get((item.place.disk_path, type(item.method)), []),
+                sources,
             )
         item.method.loaded()
     if fill:
@@ -144,8 +148,8 @@ def _by_stem(sources: list[tuple[Adapter, float]]) -> dict[str, list[tuple[Metho
     """The adapters' own methods at each place, in the order of the first that is there."""
     sites: dict[str, list[tuple[Method, float]]] = {}
     for adapter, w in sources:
-        for stem, m in adapter.own():
-            sites.setdefault(stem, []).append((m, w))
+        for disk_path, m in adapter.own():
+            sites.setdefault(disk_path, []).append((m, w))
     return sites
 
 
@@ -261,24 +265,26 @@ def _writer(state: dict[str, Tensor]) -> Callable[[Method], None]:
     return write
 
 
-def _companions(hub: Hub, names: Sequence[str]) -> dict[tuple[str, type[Method]], list[int]]:
+def _companions(roster: Roster, names: Sequence[str]) -> dict[tuple[str, type[Method]], list[int]]:
     """(place, class) -> which of the adapters bring a companion (a head trained whole, …) there."""
     found: dict[tuple[str, type[Method]], list[int]] = {}
     for i, name in enumerate(names):
-        for stem, m in hub.adapters[name].brought():
-            found.setdefault((stem, type(m)), []).append(i)
+        for disk_path, m in roster.adapters[name].brought():
+            found.setdefault((disk_path, type(m)), []).append(i)
     return found
 
 
-def _carry(m: Method, stem: str, part: str, which: list[int], sources: list[tuple[Adapter, float]]) -> None:
+def _carry(m: Method, disk_path: str, part: str, which: list[int], sources: list[tuple[Adapter, float]]) -> None:
     """A companion's weights, from the one adapter that has it; several are mixed where their effect is linear."""
-    found = [(x, sources[i][1]) for i in which for s, x in sources[i][0].methods if s == stem and type(x) is type(m)]
+    found = [
+        (x, sources[i][1]) for i in which for s, x in sources[i][0].methods if s == disk_path and type(x) is type(m)
+    ]
     state = _blend(found) if found else None
     if state is None:
         if len(found) != 1:
             raise Refusal(
                 part,
-                f"{stem} (a combination)",
+                f"{disk_path} (a combination)",
                 f"{len(found)} of the adapters bring it, and copies trained whole have no sum",
             )
         state = dict(found[0][0].named_parameters())

@@ -19,11 +19,11 @@ from torch import Tensor, nn
 from ...contract.method import Method
 from ...errors import CheckpointError, Refusal
 from ...registry import method
-from ..acting.on_model import hub_of
-from ..acting.roster import Hub
+from ..acting.on_model import roster_of
+from ..acting.roster import Roster
 from ..adapted.layer import adapted_layers
 from ..files.header import Loaded, check_base
-from ..files.keys import assign, check_fit, targets
+from ..files.keys import assign, check_fit, modules_in_file
 from ..files.sharded import _unwrapped
 from ..injection.commit import commit
 from ..injection.plan import Plan, plan
@@ -59,18 +59,18 @@ def hotswap_adapter_from_state_dict(
     """The same from tensors, named as in a file or with the adapter's name inside (`…lora_A.default.weight`)."""
     tensors = {_without(k.removeprefix("_orig_mod."), adapter_name): v for k, v in state_dict.items()}
     loaded = Loaded(copy.deepcopy(config), tensors, source="The state dict")
-    swap(model, loaded, adapter_name, targets(tensors, config))
+    swap(model, loaded, adapter_name, modules_in_file(tensors, config))
 
 
 def reload(model: nn.Module, loaded: Loaded, name: str) -> None:
     """New weights for a loaded adapter, as when training resumes; other settings make it a swap."""
-    base, hub = _parts(model)
-    adapter = hub.adapters[name]
+    base, roster = _parts(model)
+    adapter = roster.adapters[name]
     before, after = ({k: v for k, v in c.to_dict().items() if k not in FREE} for c in (adapter.config, loaded.config))
     if before != after or adapter.padded:
         swap(model, loaded, name)
         return
-    pairs, missing, extra, _ = fit_any_layout(base, hub, adapter, loaded.tensors)
+    pairs, missing, extra, _ = fit_any_layout(base, roster, adapter, loaded.tensors)
     check_fit(adapter, pairs, missing, extra, loaded.source)
     assign(pairs, adapter)
 
@@ -86,18 +86,25 @@ def swap(model: nn.Module, loaded: Loaded, name: str, only: set[str] | None = No
     only: the paths it goes to, where they are known better than by the config's target names. What set_scale had asked
     of the old adapter is not asked of the new one.
     """
-    model, hub = _parts(model)
-    hub.known([name])
-    old = hub.adapters[name]
+    model, roster = _parts(model)
+    roster.known([name])
+    old = roster.adapters[name]
     check_hotswap_configs_compatible(old.config, loaded.config)
     for layer in adapted_layers(model):
         if name in layer.merged_adapters:
             raise ValueError(f"Adapter {name!r} is merged into {layer.path}: call unmerge_adapter() before swapping.")
     loaded.config.inference_mode = old.config.inference_mode
-    planned = plan(model, loaded.config, _unused(hub), init=False, autocast_adapter_dtype=_wide(old), only=only or None)
+    planned = plan(
+        model,
+        loaded.config,
+        _unused(roster),
+        init=False,
+        autocast_adapter_dtype=has_fp32_masters(old),
+        only=only or None,
+    )
     new = planned.adapter()
-    scratch = Hub()
-    scratch.composites = {**hub.composites, **planned.composites()}
+    scratch = Roster()
+    scratch.composites = {**roster.composites, **planned.composites()}
     pairs, missing, extra, _ = fit_any_layout(model, scratch, new, loaded.tensors)
     check_base(model, loaded, new)
     check_fit(new, pairs, missing, extra, loaded.source)
@@ -109,30 +116,30 @@ def swap(model: nn.Module, loaded: Loaded, name: str, only: set[str] | None = No
         m.multiplier = 1.0
     if _alike(old.methods, new.methods):
         _copy((a for _, a in old.methods), (b for _, b in new.methods))
-        hub.configs[name] = old.config = loaded.config
+        roster.configs[name] = old.config = loaded.config
         for _, m in old.methods:
             m.loaded()
     else:
-        _replace(model, hub, name, planned)
+        _replace(model, roster, name, planned)
 
 
-def _parts(model: nn.Module) -> tuple[nn.Module, Hub]:
+def _parts(model: nn.Module) -> tuple[nn.Module, Roster]:
 
     base = _unwrapped(model)
-    hub = hub_of(base)
-    if hub is None:
+    roster = roster_of(base)
+    if roster is None:
         raise ValueError("This model has no adapters to swap.")
-    return base, hub
+    return base, roster
 
 
-def _wide(adapter: Any) -> bool:
+def has_fp32_masters(adapter: Any) -> bool:
     """Whether the adapter keeps fp32 masters on a half-precision base."""
     return all(p.dtype not in (torch.float16, torch.bfloat16) for p in adapter.parameters())
 
 
-def _unused(hub: Hub) -> str:
+def _unused(roster: Roster) -> str:
     name = "%swap"
-    while name in hub.adapters:
+    while name in roster.adapters:
         name += "%"
     return name
 
@@ -176,18 +183,18 @@ def _copy(old: Iterable[Method], new: Iterable[Method]) -> None:
                     x.config = y.config  # type: ignore[union-attr]
 
 
-def _replace(model: nn.Module, hub: Hub, name: str, planned: Plan) -> None:
+def _replace(model: nn.Module, roster: Roster, name: str, planned: Plan) -> None:
     """The planned methods in the place of the adapter's present ones; activation and training as they were."""
-    asked, trainable, order = hub.asked, name in hub.training, list(hub.adapters)
+    asked, trainable, order = roster.asked, name in roster.training, list(roster.adapters)
     delete(model, name)
     planned.name = name
     commit(model, planned)
-    for table in (hub.adapters, hub.configs):
+    for table in (roster.adapters, roster.configs):
         entries = {n: table[n] for n in order}
         table.clear()
         table.update(entries)  # type: ignore[arg-type]
-    hub.activate_present(asked)
-    hub.set_trainable(name, trainable)
+    roster.activate_present(asked)
+    roster.set_trainable(name, trainable)
 
 
 # -- padded slots -----------------------------------------------------------------------------------------------------------
@@ -212,12 +219,12 @@ def prepare_model_for_compiled_hotswap(
             raise ValueError(text)
         if check_compiled == "warn":
             warnings.warn(text, stacklevel=2)
-    model, hub = _parts(model)
+    model, roster = _parts(model)
     plans = []
     configs = list(config.values()) if isinstance(config, dict) else [config] if config is not None else []
-    for name, adapter in hub.adapters.items():
+    for name, adapter in roster.adapters.items():
         own = _own(adapter)
-        pairs = {stem: m.pair() for stem, m in own.items()}
+        pairs = {disk_path: m.two_factors() for disk_path, m in own.items()}
         if not pairs or any(p is None for p in pairs.values()):
             raise Refusal(str(adapter.config.own_type), f"adapter {name!r}", "only two-factor deltas can be padded")
         known = [*(p[0].shape[0] for p in pairs.values()), *(r for c in configs for r in _ranks(c))]  # type: ignore[index]
@@ -230,23 +237,23 @@ def prepare_model_for_compiled_hotswap(
         planned = plan(
             model,
             held,
-            _unused(hub),
+            _unused(roster),
             init=False,
-            autocast_adapter_dtype=_wide(adapter),
+            autocast_adapter_dtype=has_fp32_masters(adapter),
             only=None if getattr(held, "target_parameters", None) else set(adapter.targeted),
         )
         twin = planned.adapter()
         twins = _own(twin)
-        for stem, m in own.items():
-            _hold(twins[stem], m)
+        for disk_path, m in own.items():
+            _hold(twins[disk_path], m)
         _copy(
             (m for s, m in twin.methods if m is not twins.get(s)),
             (m for s, m in adapter.methods if m is not own.get(s)),
         )
         plans.append((name, planned))
     for name, planned in plans:
-        _replace(model, hub, name, planned)
-        hub.adapters[name].padded = True
+        _replace(model, roster, name, planned)
+        roster.adapters[name].padded = True
 
 
 def _ranks(config: Any) -> list[int]:
@@ -259,12 +266,12 @@ def _own(adapter: Any) -> dict[str, Method]:
 
 def _hold(slot: Method, m: Method | None) -> None:
     """s·B and A of `m`, or nothing, into a padded slot; what set_scale asked of `m` stays a factor of its own."""
-    A0, B0, _ = slot.pair()  # type: ignore[misc]
+    A0, B0, _ = slot.two_factors()  # type: ignore[misc]
     A, B = torch.zeros_like(A0), torch.zeros_like(B0)
     bias, slot.multiplier = None, 1.0
     if m is not None:
         slot.multiplier, m.multiplier = m.multiplier, 1.0
-        a, b, s = m.pair()  # type: ignore[misc]
+        a, b, s = m.two_factors()  # type: ignore[misc]
         A[: a.shape[0]] = a
         B[:, : b.shape[1]] = s * b
         bias = m.bias_change()
@@ -280,18 +287,18 @@ def _into_padded(old: Any, new: Any, name: str) -> None:
         raise CheckpointError(
             f"The adapter reaches {', '.join(beyond[:5])}, where the prepared adapter {name!r} has no slot."
         )
-    for stem, m in fresh.items():
-        pair, room = m.pair(), slots[stem].pair()
+    for disk_path, m in fresh.items():
+        pair, room = m.two_factors(), slots[disk_path].two_factors()
         if pair is None or room is None:
-            raise Refusal(str(old.config.own_type), stem, "only two-factor deltas fit into padded slots")
+            raise Refusal(str(old.config.own_type), disk_path, "only two-factor deltas fit into padded slots")
         if pair[0].shape[0] > room[0].shape[0]:
-            raise ValueError(f"{stem} has rank {pair[0].shape[0]}, its slot was prepared for {room[0].shape[0]}.")
-        if (m.bias_change() is None) != (slots[stem].bias_change() is None):
-            raise ValueError(f"{stem}: one of the adapters trains a bias of its delta, the other does not.")
+            raise ValueError(f"{disk_path} has rank {pair[0].shape[0]}, its slot was prepared for {room[0].shape[0]}.")
+        if (m.bias_change() is None) != (slots[disk_path].bias_change() is None):
+            raise ValueError(f"{disk_path}: one of the adapters trains a bias of its delta, the other does not.")
     rest_old = [(s, m) for s, m in old.methods if m is not slots.get(s)]
     rest_new = [(s, m) for s, m in new.methods if m is not fresh.get(s)]
     if not _alike(rest_old, rest_new):
         raise ValueError(f"Adapter {name!r} and the new one bring different modules besides their deltas.")
     _copy((m for _, m in rest_old), (m for _, m in rest_new))
-    for stem, slot in slots.items():
-        _hold(slot, fresh.get(stem))
+    for disk_path, slot in slots.items():
+        _hold(slot, fresh.get(disk_path))

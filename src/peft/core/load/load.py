@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from ...contract.cheap_modules import uninterrupted
 from ...errors import CheckpointError
 from ...remote import HUB_KWARGS
-from ..acting.roster import Adapter, Hub
+from ..acting.roster import Adapter, Roster
 from ..anatomy.heads import prepare_head
 from ..anatomy.walk import walk
 from ..files.adapter_files import read
 from ..files.header import Loaded, check_base
-from ..files.keys import ROOT, Slot, assign, check_fit, fit, root_of
+from ..files.keys import ROOT, FileTensor, assign, check_fit, fit, root_of
 from ..files.older_keys import translate
 from ..files.tensors import alone
 from ..injection.commit import commit
@@ -41,8 +41,8 @@ class LoadResult:
 def read_adapter(
     model_id: Any, config: Any, key_mapping: dict[str, str] | None, strict: bool, kwargs: dict[str, Any]
 ) -> Loaded:
-    hub = {k: v for k, v in kwargs.items() if k in HUB_KWARGS}
-    loaded = read(model_id, subfolder=kwargs.get("subfolder"), strict=strict, config=config, **hub)
+    remote = {k: v for k, v in kwargs.items() if k in HUB_KWARGS}
+    loaded = read(model_id, subfolder=kwargs.get("subfolder"), strict=strict, config=config, **remote)
     if key_mapping:
 
         def renamed(key: str) -> str:
@@ -69,7 +69,7 @@ def _load_into(model: nn.Module, loaded: Loaded, name: str, strict: bool, autoca
     prepare_head(model, loaded.config, loading=True)
     planned = plan(model, loaded.config, name, init=False, autocast_adapter_dtype=autocast_adapter_dtype)
     adapter = planned.adapter()
-    scratch = Hub()
+    scratch = Roster()
     scratch.composites = planned.composites()
     pairs, missing, extra, tensors = fit_any_layout(model, scratch, adapter, loaded.tensors)
     base, extra = base_tensors(model, adapter, tensors, extra)
@@ -86,13 +86,13 @@ def _load_into(model: nn.Module, loaded: Loaded, name: str, strict: bool, autoca
 
 
 def fit_any_layout(
-    model: nn.Module, hub: Hub, adapter: Adapter, tensors: dict[str, Tensor]
-) -> tuple[dict[str, tuple[Slot, Tensor]], list[str], list[str], dict[str, Tensor]]:
+    model: nn.Module, roster: Roster, adapter: Adapter, tensors: dict[str, Tensor]
+) -> tuple[dict[str, tuple[FileTensor, Tensor]], list[str], list[str], dict[str, Tensor]]:
     """`fit`, also for files made on an older layout of the model; and the tensors by the present one."""
-    pairs, missing, extra = fit(hub, adapter, tensors)
+    pairs, missing, extra = fit(roster, adapter, tensors)
     if extra:
         tensors = translate(model, adapter, tensors)
-        pairs, missing, extra = fit(hub, adapter, tensors)
+        pairs, missing, extra = fit(roster, adapter, tensors)
     return pairs, missing, extra, tensors
 
 
@@ -132,7 +132,7 @@ def embedding_tensors(model: nn.Module) -> dict[str, Tensor]:
     for place in walk(model):
         if id(place.held) in wanted or id(place.module) in wanted:
             leaf = ".base_layer.weight" if place.adapted is not None else ".weight"
-            out[ROOT + place.stem + leaf] = place.module.weight.detach()  # type: ignore[union-attr,operator]
+            out[ROOT + place.disk_path + leaf] = place.module.weight.detach()  # type: ignore[union-attr,operator]
     size = sum(t.numel() * t.element_size() for t in out.values())
     print(f"Saving {len(out)} whole embedding(s) with the adapter: {size / 2**20:.1f} MiB.")
     return out

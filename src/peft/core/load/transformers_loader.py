@@ -15,8 +15,8 @@ import torch
 from torch import nn
 
 from ...errors import CheckpointError
-from ..acting.on_model import hub_of
-from ..acting.roster import Hub
+from ..acting.on_model import roster_of
+from ..acting.roster import Roster
 from ..files.header import Loaded
 from ..files.keys import ROOT, assign, check_fit
 from ..injection.remove import delete
@@ -84,14 +84,14 @@ def fill(model: nn.Module, name: str, config: Any, tensors: dict[str, torch.Tens
     An adapter with another config than the file's is one to be swapped for it. A file that fills nothing is an error.
     """
 
-    hub: Hub | None = hub_of(model)
-    assert hub is not None
-    if config is not None and hub.configs.get(name) is not config:
+    roster: Roster | None = roster_of(model)
+    assert roster is not None
+    if config is not None and roster.configs.get(name) is not config:
         swap(model, Loaded(config, tensors, source="The adapter file"), name)
         report.missing_keys.clear()
         return
-    adapter = hub.adapters[name]
-    pairs, missing, extra, tensors = fit_any_layout(model, hub, adapter, tensors)
+    adapter = roster.adapters[name]
+    pairs, missing, extra, tensors = fit_any_layout(model, roster, adapter, tensors)
     base, extra = base_tensors(model, adapter, tensors, extra)
     if not pairs:
         delete(model, name)

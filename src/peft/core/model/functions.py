@@ -9,9 +9,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from ...config import PeftConfig
-from ..acting.on_model import hub_of
+from ..acting.on_model import roster_of
 from ..files import sharded
-from ..files.keys import ROOT, assign, check_fit, file_tensors, targets
+from ..files.keys import ROOT, assign, check_fit, modules_in_file, state_dict_of
 from ..files.sharded import _unwrapped
 from ..files.tensors import alone
 from ..injection.commit import inject
@@ -66,19 +66,19 @@ def inject_adapter_in_model(
     nothing, with a warning: what loads the weights tells which of them found no place. One to be trained is in fp32.
     """
     loading = state_dict is not None or peft_config.inference_mode
-    hub = inject(
+    roster = inject(
         model,
         peft_config,
         adapter_name,
         meta=low_cpu_mem_usage,
         autocast_adapter_dtype=not loading,
         strict=not loading,
-        only=None if state_dict is None else targets(state_dict, peft_config),
+        only=None if state_dict is None else modules_in_file(state_dict, peft_config),
     )
-    hub.activate([adapter_name])
-    hub.train_only([adapter_name], peft_config.inference_mode)
+    roster.activate([adapter_name])
+    roster.train_only([adapter_name], peft_config.inference_mode)
     if not isinstance(model, PeftModel):
-        model.__dict__.setdefault("peft_config", hub.configs)
+        model.__dict__.setdefault("peft_config", roster.configs)
     return model
 
 
@@ -91,12 +91,12 @@ def get_peft_model_state_dict(
 ) -> dict[str, Tensor]:
     """An adapter's tensors under the keys of its file. state_dict: gathered values to take instead of the live ones."""
     base = _unwrapped(model)
-    hub = hub_of(base)
-    if hub is None:
+    roster = roster_of(base)
+    if roster is None:
         raise ValueError("This model has no adapters.")
     if state_dict is None and sharded.flat(model):
         state_dict = model.state_dict()
-    out = file_tensors(hub, adapter_name, sharded.gathered(model, state_dict))
+    out = state_dict_of(roster, adapter_name, sharded.gathered(model, state_dict))
     if save_embedding_layers is True:
         out.update(embedding_tensors(base))
     if not isinstance(sharded.bare(model), PeftModel):  # injected without a wrapper: no wrapper's prefix
@@ -113,13 +113,13 @@ def set_peft_model_state_dict(
 ) -> LoadResult:
     """Fill an adapter from tensors; returns what was missing and what was not used, with a warning, as upstream does."""
     base = _unwrapped(model)
-    hub = hub_of(base)
-    if hub is None or adapter_name not in hub.adapters:
+    roster = roster_of(base)
+    if roster is None or adapter_name not in roster.adapters:
         raise ValueError(f"Adapter {adapter_name!r} is not in this model.")
-    adapter = hub.adapters[adapter_name]
-    pairs, missing, extra, _ = fit_any_layout(base, hub, adapter, peft_model_state_dict)
+    adapter = roster.adapters[adapter_name]
+    pairs, missing, extra, _ = fit_any_layout(base, roster, adapter, peft_model_state_dict)
     if sharded.flat(model):
-        where = sharded.names(model)
+        where = sharded.names_of_methods(model)
         model.load_state_dict({f"{where[id(s.method)]}.{s.attr}": t for s, t in pairs.values()}, strict=False)
         return _told(model, adapter_name, peft_model_state_dict, missing, extra)
     wrong = [k for k, (s, t) in pairs.items() if tuple(t.shape) not in (s.disk_shape, tuple(s.tensor.shape))]

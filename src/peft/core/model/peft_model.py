@@ -15,7 +15,7 @@ from ...config import PeftConfig
 from ...contract.tree import tree
 from ...remote import push_folder
 from ..acting.mix import Mix
-from ..acting.roster import Hub
+from ..acting.roster import Roster
 from ..acting.rows import Rows
 from ..adapted.layer import adapted_layers
 from ..anatomy.heads import prepare_head
@@ -62,7 +62,7 @@ class PeftModel(nn.Module):
 
     def _wrap(self, model: nn.Module) -> None:
         self.base_model = Tuner(model)
-        model.__dict__["peft_config"] = self.base_model.hub.configs
+        model.__dict__["peft_config"] = self.base_model.roster.configs
         self.training = model.training
         if hasattr(model, "config"):
             self.config = model.config
@@ -72,12 +72,12 @@ class PeftModel(nn.Module):
 
     # -- state ----------------------------------------------------------------------------------------------------------
     @property
-    def hub(self) -> Hub:
-        return self.base_model.hub
+    def roster(self) -> Roster:
+        return self.base_model.roster
 
     @property
     def peft_config(self) -> dict[str, PeftConfig]:
-        return self.hub.configs
+        return self.roster.configs
 
     @property
     def peft_type(self) -> Any:
@@ -89,19 +89,19 @@ class PeftModel(nn.Module):
 
     @property
     def active_adapter(self) -> str:
-        return self.hub.chosen[0]
+        return self.roster.chosen[0]
 
     @active_adapter.setter
     def active_adapter(self, name: str) -> None:
-        self.hub.activate([name])
+        self.roster.activate([name])
 
     @property
     def active_adapters(self) -> list[str]:
-        return list(self.hub.chosen)
+        return list(self.roster.chosen)
 
     @property
     def has_active_enabled_adapter(self) -> bool:
-        return self.hub.enabled and bool(self.hub.chosen)
+        return self.roster.enabled and bool(self.roster.chosen)
 
     @property
     def _is_prompt_learning(self) -> bool:
@@ -180,7 +180,7 @@ class PeftModel(nn.Module):
         if task_ids is None:
             yield
             return
-        with self.hub.using(dataclasses.replace(self.hub.mix, tasks=task_ids)):
+        with self.roster.using(dataclasses.replace(self.roster.mix, tasks=task_ids)):
             yield
 
     def get_prompt(self, batch_size: int, task_ids: Tensor | None = None, max_cache_len: int | None = None) -> Any:
@@ -189,7 +189,7 @@ class PeftModel(nn.Module):
 
     def get_prompt_embedding_to_save(self, adapter_name: str) -> Tensor:
         """The tensor that the file calls `prompt_embeddings`."""
-        return embedding_to_save(self.hub, adapter_name)
+        return embedding_to_save(self.roster, adapter_name)
 
     @property
     def word_embeddings(self) -> nn.Module | None:
@@ -201,8 +201,8 @@ class PeftModel(nn.Module):
         if names is None:
             yield
             return
-        hub = self.hub
-        hub.known(names)
+        roster = self.roster
+        roster.known(names)
         tensors = _check_rows(names, args, kwargs)
         if any(layer.merged for layer in adapted_layers(self)):
             raise ValueError(
@@ -211,24 +211,24 @@ class PeftModel(nn.Module):
         tokens = None
         if tensors and tensors[0].dim() >= 2 and kwargs.get("pixel_values") is None:
             tokens = int(tensors[0].shape[1])
-        with hub.using(Mix((), Rows(names, tokens)) if hub.enabled else Mix()):
+        with roster.using(Mix((), Rows(names, tokens)) if roster.enabled else Mix()):
             yield
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
         """Within, the model is the base model, bit for bit; requires_grad is left alone."""
-        hub = self.hub
+        roster = self.roster
         merged = list(dict.fromkeys(n for layer in adapted_layers(self) for n in layer.merged_adapters))
-        was, mix = hub.enabled, hub.mix
+        was, mix = roster.enabled, roster.mix
         if merged:
             self.base_model.unmerge_adapter()
-        hub.enable(False)
+        roster.enable(False)
         try:
             yield
         finally:
-            hub.enable(was)
+            roster.enable(was)
             if was and mix.rows is not None:
-                hub.mix = mix
+                roster.mix = mix
             if merged:
                 self.base_model.merge_adapter(merged)
 
@@ -268,17 +268,17 @@ class PeftModel(nn.Module):
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         """Say which adapters train, whatever is active."""
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
-        self.hub.known(names)
+        self.roster.known(names)
         for name in names:
-            self.hub.set_trainable(name, requires_grad)
+            self.roster.set_trainable(name, requires_grad)
 
     def delete_adapter(self, adapter_name: str) -> None:
         self.base_model.delete_adapter(adapter_name)
 
     def adapter_parameters(self, adapter_name: str) -> Iterator[nn.Parameter]:
         """The parameters of one adapter."""
-        self.hub.known([adapter_name])
-        return self.hub.adapters[adapter_name].parameters()
+        self.roster.known([adapter_name])
+        return self.roster.adapters[adapter_name].parameters()
 
     # -- saving and loading -----------------------------------------------------------------------------------------------
     def save_pretrained(
@@ -302,8 +302,8 @@ class PeftModel(nn.Module):
         """
         if os.path.isfile(save_directory):
             raise ValueError(f"Provided path ({save_directory}) should be a directory, not a file")
-        names = list(self.hub.adapters) if selected_adapters is None else list(selected_adapters)
-        self.hub.known(names)
+        names = list(self.roster.adapters) if selected_adapters is None else list(selected_adapters)
+        self.roster.known(names)
         if not is_main_process:
             return
         base = self.get_base_model()
@@ -313,7 +313,7 @@ class PeftModel(nn.Module):
         for name in names:
             folder = os.path.join(save_directory, name) if name != "default" else os.fspath(save_directory)
             with written(self.base_model, name) as saved:
-                save(base, self.hub, saved, folder, safe=safe_serialization, extra=extra, gathered=gathered)
+                save(base, self.roster, saved, folder, safe=safe_serialization, extra=extra, gathered=gathered)
             if model_card:
                 self.create_or_update_model_card(folder)
 
@@ -374,7 +374,7 @@ class PeftModel(nn.Module):
         loaded = read_adapter(model_id, None, key_mapping, strict, kwargs)
         loaded.config.inference_mode = not is_trainable
         base = self.get_base_model()
-        if adapter_name in self.hub.adapters:
+        if adapter_name in self.roster.adapters:
             reload(base, loaded, adapter_name)
             return LoadResult([], [])
         return load_into(base, loaded, adapter_name, strict=strict, autocast_adapter_dtype=autocast_adapter_dtype)

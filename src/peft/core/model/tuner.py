@@ -11,7 +11,7 @@ from torch import nn
 from ...config import PeftConfig
 from ...contract.method import Method
 from ...registry import method
-from ..acting.roster import Hub
+from ..acting.roster import Roster
 from ..adapted.layer import Adapted, adapted_layers
 from ..injection.commit import inject
 from ..injection.merge import merge, unmerge
@@ -29,15 +29,15 @@ class Tuner(nn.Module):
         self.model = model
 
     @property
-    def hub(self) -> Hub:
-        hub = self.model.__dict__.get("_peft_hub")
-        if hub is None:
+    def roster(self) -> Roster:
+        roster = self.model.__dict__.get("_peft_roster")
+        if roster is None:
             raise ValueError("This model has no adapters (they were unloaded).")
-        return hub
+        return roster
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         out = self.model(*args, **kwargs)
-        return add_penalties(self.hub, out) if self.training and torch.is_grad_enabled() else out
+        return add_penalties(self.roster, out) if self.training and torch.is_grad_enabled() else out
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         return self.model.generate(*args, **kwargs)  # type: ignore[operator]
@@ -45,51 +45,51 @@ class Tuner(nn.Module):
     # -- which adapters act -------------------------------------------------------------------------------------------
     @property
     def peft_config(self) -> dict[str, PeftConfig]:
-        return self.hub.configs
+        return self.roster.configs
 
     @property
     def active_adapter(self) -> str | list[str]:
-        chosen = self.hub.chosen
+        chosen = self.roster.chosen
         return chosen[0] if len(chosen) == 1 else list(chosen)
 
     @property
     def active_adapters(self) -> list[str]:
-        return list(self.hub.chosen)
+        return list(self.roster.chosen)
 
     @property
     def prefix(self) -> str:
-        """What tells adapter parameters by their names: the method's stem, or the container where further parts hang."""
-        stem = method(next(iter(self.hub.configs.values())).peft_type).prefix
-        for adapter in self.hub.adapters.values():  # companions come last; all sites of one method are named alike
+        """What tells adapter parameters by their names: the method's disk_path, or the container where further parts hang."""
+        disk_path = method(next(iter(self.roster.configs.values())).peft_type).prefix
+        for adapter in self.roster.adapters.values():  # companions come last; all sites of one method are named alike
             for _, first in adapter.methods[:1]:
-                named = all(stem in n for n, _ in first.named_parameters())
-                if adapter.parts[-1] or not (named or first.form == "prompt"):
+                named = all(disk_path in n for n, _ in first.named_parameters())
+                if adapter.brought_by[-1] or not (named or first.form == "prompt"):
                     return ".adapters."
-        return stem
+        return disk_path
 
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
         """Activate one adapter or several together, and train exactly those."""
         names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
-        self.hub.activate(names)
-        self.hub.train_only(names, inference_mode)
+        self.roster.activate(names)
+        self.roster.train_only(names, inference_mode)
 
     def enable_adapter_layers(self) -> None:
-        self.hub.enable(True)
+        self.roster.enable(True)
 
     def disable_adapter_layers(self) -> None:
-        self.hub.enable(False)
+        self.roster.enable(False)
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         """Say which adapters train, whatever is active."""
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
-        self.hub.known(names)
+        self.roster.known(names)
         for name in names:
-            self.hub.set_trainable(name, requires_grad)
+            self.roster.set_trainable(name, requires_grad)
 
     @property
     def targeted_module_names(self) -> list[str]:
         """Paths of the modules that the adapters' own methods change."""
-        return list(dict.fromkeys(path for a in self.hub.adapters.values() for path in a.targeted if path))
+        return list(dict.fromkeys(path for a in self.roster.adapters.values() for path in a.targeted if path))
 
     @staticmethod
     def get_model_config(model: nn.Module) -> dict[str, Any]:
@@ -167,10 +167,10 @@ class Tuner(nn.Module):
 
     def update_and_allocate(self, global_step: int) -> None:
         """After backward and before zero_grad: lets methods with a budget schedule (AdaLoRA) follow it."""
-        for name in self.hub.chosen:
-            adapter = self.hub.adapters[name]
-            table: dict[str, Any] = {stem: m.nested()[-1] for stem, m in adapter.own()}
-            method(adapter.config.peft_type).step(table, adapter.config, global_step)
+        for name in self.roster.chosen:
+            adapter = self.roster.adapters[name]
+            table: dict[str, Any] = {disk_path: m.nested()[-1] for disk_path, m in adapter.own()}
+            method(adapter.config.peft_type).after_step(table, adapter.config, global_step)
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -181,19 +181,19 @@ class Tuner(nn.Module):
             return getattr(self.model, name)
 
 
-def add_penalties(hub: Hub, out: Any) -> Any:
+def add_penalties(roster: Roster, out: Any) -> Any:
     """The loss plus what the acting adapters' methods ask for (AdaLoRA's orthogonality, L0)."""
     loss = getattr(out, "loss", None)
     if loss is None:
         return out
-    for name in hub.mix.active:
+    for name in roster.mix.active:
         terms = []
-        for _, m in hub.adapters[name].methods:  # no comprehension: torch.compile has no cells for what it assigns
+        for _, m in roster.adapters[name].methods:  # no comprehension: torch.compile has no cells for what it assigns
             if type(m).penalty is not Method.penalty and (term := m("penalty")) is not None:
                 terms.append(term)
         if terms:
-            loss = loss + method(hub.adapters[name].config.peft_type).combine(terms, hub.adapters[name].config).to(
-                loss.device
-            )
+            loss = loss + method(roster.adapters[name].config.peft_type).total_penalty(
+                terms, roster.adapters[name].config
+            ).to(loss.device)
     out.loss = loss
     return out

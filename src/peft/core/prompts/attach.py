@@ -9,20 +9,20 @@ import torch
 from torch import Tensor, nn
 
 from ...contract.method import Method
-from ...contract.tree import Slots
-from ..acting.roster import Hub
+from ...contract.tree import AdapterContainer
+from ..acting.roster import Roster
 from ..adapted.switch import Switch, escape
-from ..anatomy.language import attentions, floating, stacks
+from ..anatomy.language import attentions, floating, token_and_cache_stacks
 from ..forms.prompt import PromptMethod
 from .hooks import Prompts
 
 
-class Encoders(Slots, Switch):
+class Encoders(AdapterContainer, Switch):
     """The container of a model's prompt methods, `prompt_encoder.<adapter>`."""
 
-    def __init__(self, hub: Hub) -> None:
+    def __init__(self, roster: Roster) -> None:
         super().__init__()
-        self.hub, self.merged_adapters = hub, []
+        self.roster, self.merged_adapters = roster, []
 
     def held(self) -> Iterator[tuple[str, Method]]:
         return ((n, m) for n, m in self._modules.items() if isinstance(m, Method))
@@ -53,13 +53,13 @@ def hooks_of(model: nn.Module) -> Prompts | None:
     return model.__dict__.get("_peft_prompts")
 
 
-def attach(model: nn.Module, hub: Hub, name: str, method: Method) -> None:
+def attach(model: nn.Module, roster: Roster, name: str, method: Method) -> None:
     """Hang a method into the model as `prompt_encoder.<name>`; the first one installs the hooks."""
     assert isinstance(method, PromptMethod)
     prompts = hooks_of(model)
     if prompts is None:
-        prompts = model.__dict__["_peft_prompts"] = Prompts(model, hub)
-        model.add_module("prompt_encoder", Encoders(hub))
+        prompts = model.__dict__["_peft_prompts"] = Prompts(model, roster)
+        model.add_module("prompt_encoder", Encoders(roster))
         model.prompt_encoder.__dict__["prompts"] = prompts
         prompts.install(model)
     model.prompt_encoder.put(escape(name), method)  # type: ignore[union-attr,operator]
@@ -67,7 +67,7 @@ def attach(model: nn.Module, hub: Hub, name: str, method: Method) -> None:
     method.train(model.training)
 
 
-def detach(model: nn.Module, hub: Hub, name: str) -> None:
+def detach(model: nn.Module, roster: Roster, name: str) -> None:
     """Take a method out; the last one takes the hooks along."""
     prompts = hooks_of(model)
     if prompts is None or name not in prompts.methods:
@@ -86,7 +86,7 @@ def get_prompt(model: nn.Module, rows: int, tasks: Tensor | None = None) -> Any:
     front = prompts.front(rows) if prompts is not None else None
     if prompts is None or front is None:
         raise ValueError("No prompt method is active: there is no prompt to get.")
-    last = stacks(model)[1]
+    last = token_and_cache_stacks(model)[1]
     if front.S:
         prompts.tasks = tasks
         pieces = [m("prompt", None if tasks is None else tasks) for m in front.groups[0] if m.inputs]
@@ -96,10 +96,10 @@ def get_prompt(model: nn.Module, rows: int, tasks: Tensor | None = None) -> Any:
     return cache
 
 
-def embedding_to_save(hub: Hub, name: str) -> Tensor:
+def embedding_to_save(roster: Roster, name: str) -> Tensor:
     """The tensor that upstream's file calls `prompt_embeddings`."""
-    hub.known([name])
-    method = hub.adapters[name].methods[0][1]
+    roster.known([name])
+    method = roster.adapters[name].methods[0][1]
     if not isinstance(method, PromptMethod):
         raise ValueError(f"Adapter {name!r} ({method.peft_type}) has no prompt.")
     return method.prompt_embeddings.detach().cpu()

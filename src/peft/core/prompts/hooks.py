@@ -29,7 +29,7 @@ from torch.nn import functional as F
 from ...errors import Refusal
 from ...signatures import arguments_of
 from ..acting.mix import BASE
-from ..acting.roster import Hub
+from ..acting.roster import Roster
 from ..anatomy.language import (
     CACHE,
     LAYER_CACHE,
@@ -38,9 +38,9 @@ from ..anatomy.language import (
     counting,
     first_position,
     floating,
-    is_pair,
+    is_encoder_decoder,
     placeholder,
-    stacks,
+    token_and_cache_stacks,
     token_embeddings,
     where,
 )
@@ -51,12 +51,14 @@ from .front import Front, batch, before, flat_mask, refuse_gap, refuse_packed, s
 class Prompts:
     """The hooks of one model. Picklable: bound methods of this object, no closures."""
 
-    def __init__(self, model: nn.Module, hub: Hub) -> None:
-        self.hub = hub
+    def __init__(self, model: nn.Module, roster: Roster) -> None:
+        self.roster = roster
         self.methods: dict[str, PromptMethod] = {}
-        self.pair = is_pair(model)
-        self.trailing = not self.pair and bidirectional(stacks(model)[0])  # padding lies behind the text
-        self.config = stacks(model)[1].config
+        self.is_encoder_decoder = is_encoder_decoder(model)
+        self.trailing = not self.is_encoder_decoder and bidirectional(
+            token_and_cache_stacks(model)[0]
+        )  # padding lies behind the text
+        self.config = token_and_cache_stacks(model)[1].config
         self.filler = placeholder(model)
         self.names: dict[type[nn.Module], tuple[str, ...]] = {}
         self.entered = False  # the model's hook has made room in this call; the stack's fills it
@@ -68,9 +70,9 @@ class Prompts:
     # -- installing -----------------------------------------------------------------------------------------------------
     def install(self, model: nn.Module) -> None:
         """Hooks run before any other's: who counts tokens must see the virtual ones. The model's runs first."""
-        first, last = stacks(model)
+        first, last = token_and_cache_stacks(model)
         hooks: list[tuple[nn.Module, Any]] = [(m, self.enter_attention) for m in attentions(last)]
-        if self.pair:
+        if self.is_encoder_decoder:
             hooks += [(first, self.enter_encoder), (last, self.enter_decoder), (model, self.enter_pair)]
         else:
             hooks += [(first, self.enter_stack), (model, self.enter_model)]
@@ -92,7 +94,7 @@ class Prompts:
 
     # -- which methods act ------------------------------------------------------------------------------------------------
     def front(self, rows: int) -> Front | None:
-        mix = self.hub.mix
+        mix = self.roster.mix
         if mix.rows is None:
             acting = [self.methods[n] for n in mix.active if n in self.methods]
             return Front(rows, [acting]) if acting else None
@@ -121,7 +123,7 @@ class Prompts:
         if self.awaited:
             self.entered = self.awaited = False
             raise RuntimeError(
-                f"{type(module).__name__} ran without calling {type(stacks(module)[0]).__name__}: prompts have no way in."
+                f"{type(module).__name__} ran without calling {type(token_and_cache_stacks(module)[0]).__name__}: prompts have no way in."
             )
 
     def enter_stack(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
@@ -233,8 +235,8 @@ class Prompts:
                 t = kwargs.get(name)
                 if torch.is_tensor(t) and t.shape[:2] == (front.rows, length + S):
                     kwargs[name] = front.turn(t)
-        rows = self.hub.mix.rows
-        if rows is not None and rows.tokens is not None and not past and not self.pair:
+        rows = self.roster.mix.rows
+        if rows is not None and rows.tokens is not None and not past and not self.is_encoder_decoder:
             rows.tokens = length + S
 
     def place(self, module: nn.Module, kwargs: dict[str, Any], front: Front) -> None:
@@ -253,7 +255,7 @@ class Prompts:
 
     def soft(self, front: Front, x: Tensor, decoder: bool = False) -> Tensor:
         """[rows, S, d]: each row's virtual tokens, padded on the left."""
-        tasks = self.tasks if self.tasks is not None else self.hub.mix.tasks
+        tasks = self.tasks if self.tasks is not None else self.roster.mix.tasks
         if tasks is not None:
             tasks = torch.stack(spread(list(tasks.reshape(-1)), front.rows, "task_ids")).to(x.device)
         parts = []
@@ -381,13 +383,13 @@ class Prompts:
         from transformers import DynamicCache, EncoderDecoderCache
 
         one: Callable[[], Any] = lambda: DynamicCache(config=self.config)  # noqa: E731
-        return EncoderDecoderCache(one(), one()) if self.pair else one()
+        return EncoderDecoderCache(one(), one()) if self.is_encoder_decoder else one()
 
     def roomy(self, cache: Any, front: Front) -> Any:
         """The cache to fill: one of fixed size was made without knowing of virtual tokens, so it gets a larger one."""
         if cache is None:
             return self.empty_cache()
-        if getattr(cache, "is_compileable", False) and not self.pair:
+        if getattr(cache, "is_compileable", False) and not self.is_encoder_decoder:
             longest = max(getattr(x, "max_cache_len", 0) for x in cache.layers)
             return type(cache)(config=self.config, max_cache_len=longest + front.width)
         return cache

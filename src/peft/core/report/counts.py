@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ...contract.method import Method
-from ..acting.on_model import hub_of
+from ..acting.on_model import roster_of
 from ..anatomy.walk import walk
 
 
@@ -30,26 +30,26 @@ class Counts:
 def counts(model: nn.Module, adapter: str | None = None) -> Counts:
     """The survey's counts for one adapter, or for all that are active."""
 
-    hub = hub_of(model)
-    if hub is None:
+    roster = roster_of(model)
+    if roster is None:
         raise ValueError("This model has no adapters.")
-    names = [adapter] if adapter is not None else list(hub.chosen)
-    hub.known(names)
-    paths = {p.stem: p for p in walk(model.get_base_model() if hasattr(model, "get_base_model") else model)}
+    names = [adapter] if adapter is not None else list(roster.chosen)
+    roster.known(names)
+    paths = {p.disk_path: p for p in walk(model.get_base_model() if hasattr(model, "get_base_model") else model)}
     trainable = {
         id(p): count(p)
         for n in names
-        for _, m in hub.adapters[n].methods
+        for _, m in roster.adapters[n].methods
         for attr, p in m.named_parameters()
         if attr not in m.frozen()
     }
     updated: dict[int, int] = {}
     ranks: dict[str, int | None] = {}
     for name in names:
-        for stem, m in hub.adapters[name].methods:
-            if not stem:
+        for disk_path, m in roster.adapters[name].methods:
+            if not disk_path:
                 continue
-            place = paths[stem]
+            place = paths[disk_path]
             ranks[place.path] = _add(ranks.get(place.path), m.rank(), m.geometry.out, m.geometry.fan_in)
             for p in _changed(m, place.module):
                 updated[id(p)] = count(p)

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from ..acting.on_model import hub_of
+from ..acting.on_model import roster_of
 from ..adapted.layer import Adapted
 from .counts import trainable_and_total
 
@@ -50,7 +50,7 @@ class TunerModelStatus:
 def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
     """The status of every adapted layer, in model order. Raises ValueError for a model without adapters."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    if hub_of(base) is None:
+    if roster_of(base) is None:
         raise ValueError("No adapter layers found in the model, please ensure that it's a PEFT model.")
     return [_layer(name, m) for name, m in base.named_modules() if isinstance(m, Adapted)]
 
@@ -76,21 +76,21 @@ def get_model_status(model: nn.Module) -> TunerModelStatus:
 
     layers = get_layer_status(model)
     wrapped = hasattr(model, "get_base_model")
-    hub = hub_of(model.get_base_model() if wrapped else model)
-    assert hub is not None
+    roster = roster_of(model.get_base_model() if wrapped else model)
+    assert roster is not None
     trainable, total = trainable_and_total(model)
     merged = {n for layer in layers for n in layer.merged_adapters}
     partly = any(merged & (set(x.available_adapters) - set(x.merged_adapters)) for x in layers)
-    names = sorted({n for layer in layers for n in layer.available_adapters} | set(hub.adapters))
+    names = sorted({n for layer in layers for n in layer.available_adapters} | set(roster.adapters))
     return TunerModelStatus(
         base_model_type=type(model.get_base_model() if wrapped else model).__name__,
         adapter_model_type=type(model.base_model).__name__ if wrapped else "None",
-        peft_types={n: getattr(c.peft_type, "value", str(c.peft_type)) for n, c in hub.configs.items()},
+        peft_types={n: getattr(c.peft_type, "value", str(c.peft_type)) for n, c in roster.configs.items()},
         trainable_params=trainable,
         total_params=total,
         num_adapter_layers=len(layers),
-        enabled=hub.enabled,
-        active_adapters=list(hub.chosen),
+        enabled=roster.enabled,
+        active_adapters=list(roster.chosen),
         merged_adapters="irregular" if partly else sorted(merged),
         requires_grad={n: _one(x.requires_grad[n] for x in layers if n in x.requires_grad) for n in names},
         available_adapters=names,
