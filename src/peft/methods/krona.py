@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from ..config import DeltaConfig, require
-from ..core.kron import apply_kron, factorization, kron, plain
 from ..core.method import Method, Op, Site
+from ..maths.kron import apply_kron, factorization, kron
 
 __all__ = ["KronAConfig"]
 
@@ -72,7 +72,7 @@ class KronA(Method):
         return (kron(self.scaling * self.krona_A, self.krona_B),)
 
     def term(self, x: Tensor, op: Op, dtype: torch.dtype) -> Tensor:
-        if not plain(op.geometry):
+        if not op.geometry.is_matrix:
             return super().term(x, op, dtype)
         return apply_kron(x.to(dtype), (self.scaling * self.krona_A).to(dtype), self.krona_B.to(dtype))
 

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from ..config import TunerConfig
 from ..core.errors import Refusal
-from ..core.kron import apply_kron, kron, plain
 from ..core.method import Method, Site
+from ..maths.kron import apply_kron, kron
 from .krona import check_shape, sizes, start
 
 __all__ = ["KronAResConfig"]
@@ -62,7 +62,7 @@ class KronARes(Method):
     @classmethod
     def check(cls, config: KronAResConfig, site: Site) -> None:
         g, where = site.geometry, f"{site.path} ({site.layer})"
-        if not g.weightless and not plain(g):
+        if not g.weightless and not g.is_matrix:
             reason = "a branch beside the layer needs its input as channels at the same positions as its output"
             raise Refusal(cls.peft_type, where, reason)
         if g.out != g.inputs:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ..config import require
 from ..core.errors import Refusal
 from ..core.method import Site
+from ..maths.kron import kronecker_sum
 from .bottleneck import Bottleneck, BottleneckConfig
 
 __all__ = ["PhmConfig"]
@@ -45,11 +46,6 @@ class PhmConfig(BottleneckConfig):
 
     def size(self, width: int) -> int:
         return -(-super().size(width) // self.phm_dim) * self.phm_dim
-
-
-def kronecker_sum(A: Tensor, B: Tensor) -> Tensor:
-    """Σ_i A_i ⊗ B_i of A[n, p, q] and B[n, r, s]: [p·r, q·s]."""
-    return torch.einsum("npq,nrs->prqs", A, B).reshape(A.shape[1] * B.shape[1], A.shape[2] * B.shape[2])
 
 
 class Phm(Bottleneck):
