@@ -15,6 +15,7 @@ from torch import Tensor
 from ..config import TunerConfig, require
 from ..core.errors import Refusal
 from ..core.method import Method, Op, Site
+from ..maths.rotations import butterfly, cayley, identity_like
 
 __all__ = ["BOFTConfig"]
 
@@ -112,30 +113,17 @@ class BOFT(Method):
     def rotations(self) -> Tensor:
         """The blocks of every factor, [m, blocks, b, b]."""
         R = self.boft_R
-        A = (R - R.mT) / 2
-        eye = torch.eye(R.shape[-1], device=R.device, dtype=R.dtype).expand_as(A)
-        Q = torch.linalg.solve(eye + A, eye - A, left=False)
+        Q = cayley((R - R.mT) / 2)
         if self.training and (left_out := int(self.config.boft_dropout * R.shape[1])):
             kept = (torch.randperm(R.shape[1], device=R.device) >= left_out)[:, None, None]
             factor = torch.randint(len(R), (1,), device=R.device)
             other = torch.arange(len(R), device=R.device)[:, None, None, None] != factor
-            Q = torch.where(kept | other, Q, eye)
+            Q = torch.where(kept | other, Q, identity_like(Q))
         return Q
 
     def rotate(self, rows: Tensor) -> Tensor:
         """rows Bᵀ for rows[..., width], factor by factor."""
-        Q = self.rotations().to(rows.dtype)
-        n, b = rows.shape[-1], self.boft_block_size
-        order = torch.arange(n, device=rows.device)
-        for i, blocks in enumerate(Q):
-            if i:  # halves of blocks that are 2^i apart come together: even halves first, then odd ones
-                perm = order.view(-1, 2**i, 2, b // 2).transpose(1, 2).reshape(n)
-                back = torch.argsort(perm)
-                rows = torch.einsum("...nk,nck->...nc", rows[..., back].unflatten(-1, (-1, b)), blocks).flatten(-2)
-                rows = rows[..., perm]
-            else:
-                rows = torch.einsum("...nk,nck->...nc", rows.unflatten(-1, (-1, b)), blocks).flatten(-2)
-        return rows
+        return butterfly(rows, self.rotations().to(rows.dtype))
 
     def weight(self, W: Tensor) -> Tensor:
         turned = self.rotate(W.T).T if self.geometry.indexed else self.rotate(W)

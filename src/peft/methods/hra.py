@@ -17,6 +17,7 @@ from torch import Tensor
 from ..config import TunerConfig, require
 from ..core.errors import Refusal
 from ..core.method import Method, Site
+from ..maths.rotations import reflect, reflect_orthonormalised
 
 __all__ = ["HRAConfig"]
 
@@ -81,13 +82,8 @@ class HRA(Method):
     def before(self, x: Tensor) -> Tensor:
         u = self.hra_u
         rows = x.to(u.dtype)
-        if self.config.apply_GS:
-            Q = torch.linalg.qr(u).Q
-            return (rows - 2 * (rows @ Q) @ Q.T).to(x.dtype)
-        U = u / u.norm(dim=0)
-        eye = torch.eye(U.shape[1], device=U.device, dtype=U.dtype)
-        T = torch.linalg.solve_triangular(eye / 2 + torch.triu(U.T @ U, 1), eye, upper=True)
-        return (rows - (rows @ U) @ (T.T @ U.T)).to(x.dtype)
+        turned = reflect_orthonormalised(rows, u) if self.config.apply_GS else reflect(rows, u)
+        return turned.to(x.dtype)
 
     def rank(self) -> int:
         return min(self.config.r, self.geometry.out, self.geometry.width)

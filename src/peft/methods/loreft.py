@@ -31,6 +31,7 @@ from ..config import TunerConfig, require
 from ..core.errors import Refusal
 from ..core.method import Method, Site
 from ..core.span import Span
+from ..maths.rotations import orthonormal_rows
 
 __all__ = ["LoReftConfig"]
 
@@ -123,9 +124,7 @@ class LoReft(Method):
         if self.config.variant != "loreft":
             return self.reft_R
         V = self.reft_R if self.reft_R.dtype == torch.float64 else self.reft_R.float()
-        Q, upper = torch.linalg.qr(V.mT)
-        signs = torch.where(torch.diagonal(upper, dim1=-2, dim2=-1) < 0, -1.0, 1.0).to(Q.dtype)
-        return (Q * signs[:, None]).mT
+        return orthonormal_rows(V)
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """(P, R) with the edit h ← h + Rᵀ(P h + b), for each of the edits."""
