@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from ..config import TunerConfig, require
-from ..core.errors import Refusal
 from ..core.method import Method, Op, Site
 from ..maths.rotations import butterfly, cayley, identity_like
+from .refusals import refusal
 
 __all__ = ["BOFTConfig"]
 
@@ -78,19 +78,19 @@ class BOFT(Method):
     @classmethod
     def check(cls, config: BOFTConfig, site: Site) -> None:
         super().check(config, site)
-        width, where = site.geometry.width, f"{site.path} ({site.layer})"
+        width = site.geometry.width
         field = "boft_block_size" if config.boft_block_size else "boft_block_num"
         value = getattr(config, field)
         if width % value:
-            raise Refusal(cls.peft_type, where, f"its input width {width} must be divisible by {field} ({value})")
+            raise refusal(cls, site, f"its input width {width} must be divisible by {field} ({value})")
         b = config.boft_block_size or width // config.boft_block_num
         furthest = 2 ** (config.boft_n_butterfly_factor - 1)
         if b == 1:
-            raise Refusal(cls.peft_type, where, "blocks of size 1 cannot rotate: choose larger blocks")
+            raise refusal(cls, site, "blocks of size 1 cannot rotate: choose larger blocks")
         if furthest > 1 and (b % 2 or (width // b) % furthest):
-            raise Refusal(
-                cls.peft_type,
-                where,
+            raise refusal(
+                cls,
+                site,
                 f"{config.boft_n_butterfly_factor} butterfly factors need an even block size (here {b}) and a number of "
                 f"blocks (here {width // b}) that {furthest} divides",
             )

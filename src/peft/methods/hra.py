@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from ..config import TunerConfig, require
-from ..core.errors import Refusal
 from ..core.method import Method, Site
 from ..maths.rotations import reflect, reflect_orthonormalised
+from .refusals import refusal
 
 __all__ = ["HRAConfig"]
 
@@ -61,11 +61,8 @@ class HRA(Method):
     def check(cls, config: HRAConfig, site: Site) -> None:
         super().check(config, site)
         if config.apply_GS and config.r > site.geometry.width:
-            raise Refusal(
-                cls.peft_type,
-                f"{site.path} ({site.layer})",
-                f"r={config.r} directions cannot be orthogonal in {site.geometry.width} dimensions",
-            )
+            reason = f"r={config.r} directions cannot be orthogonal in {site.geometry.width} dimensions"
+            raise refusal(cls, site, reason)
 
     @torch.no_grad()
     def reset(self, rng: torch.Generator, site: Site) -> None:

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from ..config import TunerConfig, extra
-from ..core.errors import NoMatchingPeftModuleError, Refusal
+from ..core.errors import NoMatchingPeftModuleError
 from ..core.method import Method, Site
 from ..core.roles import default_targets
+from .refusals import refusal
 
 __all__ = ["IA3Config"]
 
@@ -94,9 +95,9 @@ class IA3(Method):
     def check(cls, config: IA3Config, site: Site) -> None:
         super().check(config, site)
         if config.scales_input(site.path) and site.geometry.weightless:
-            raise Refusal(
-                cls.peft_type,
-                f"{site.path} ({site.layer})",
+            raise refusal(
+                cls,
+                site,
                 "the width of this module's input is not known, so it cannot be scaled; scale its output instead by "
                 "leaving it out of feedforward_modules",
             )

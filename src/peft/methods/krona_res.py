@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from ..config import TunerConfig
-from ..core.errors import Refusal
 from ..core.method import Method, Site
 from ..maths.kron import apply_kron, kron
 from .krona import check_shape, sizes, start
+from .refusals import refusal
 
 __all__ = ["KronAResConfig"]
 
@@ -61,16 +61,16 @@ class KronARes(Method):
 
     @classmethod
     def check(cls, config: KronAResConfig, site: Site) -> None:
-        g, where = site.geometry, f"{site.path} ({site.layer})"
+        g = site.geometry
         if not g.weightless and not g.is_matrix:
             reason = "a branch beside the layer needs its input as channels at the same positions as its output"
-            raise Refusal(cls.peft_type, where, reason)
+            raise refusal(cls, site, reason)
         if g.out != g.inputs:
             reason = (
                 f"the residual adds the input to the output, but they have {g.inputs} and {g.out} channels: "
                 "target the whole feed-forward block"
             )
-            raise Refusal(cls.peft_type, where, reason)
+            raise refusal(cls, site, reason)
         sizes(config, g.out, g.inputs, site.path)
 
     @torch.no_grad()

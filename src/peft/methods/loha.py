@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from ..core.method import Site
-from .lycoris import Lycoris, LycorisConfig, kaiming, tucker
+from ..maths.tucker import tucker
+from .lycoris import Lycoris, LycorisConfig, kaiming
 
 __all__ = ["LoHaConfig"]
 

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from ..config import require
 from ..core.method import Op, Site
 from ..maths.kron import apply_kron, factorization, kron
-from .lycoris import Lycoris, LycorisConfig, kaiming, tucker
+from ..maths.tucker import tucker
+from .lycoris import Lycoris, LycorisConfig, kaiming
 
 __all__ = ["LoKrConfig", "factorization"]
 

@@ -28,10 +28,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..config import TunerConfig, require
-from ..core.errors import Refusal
 from ..core.method import Method, Site
 from ..core.span import Span
 from ..maths.rotations import orthonormal_rows
+from .refusals import refusal, require_channels
 
 __all__ = ["LoReftConfig"]
 
@@ -98,12 +98,10 @@ class LoReft(Method):
     @classmethod
     def check(cls, config: LoReftConfig, site: Site) -> None:
         super().check(config, site)
-        out, where = site.geometry.out, f"{site.path} ({site.layer})"
-        if out == 0:
-            raise Refusal(cls.peft_type, where, "the number of channels of its output cannot be told from the module")
-        if config.r > out:
+        require_channels(cls, site)
+        if config.r > (out := site.geometry.out):
             reason = f"its output has {out} channels, in which there is no subspace of r={config.r} dimensions"
-            raise Refusal(cls.peft_type, where, reason)
+            raise refusal(cls, site, reason)
 
     @torch.no_grad()
     def reset(self, rng: torch.Generator, site: Site) -> None:
@@ -123,8 +121,7 @@ class LoReft(Method):
         """R[edits, r, width]."""
         if self.config.variant != "loreft":
             return self.reft_R
-        V = self.reft_R if self.reft_R.dtype == torch.float64 else self.reft_R.float()
-        return orthonormal_rows(V)
+        return orthonormal_rows(self.reft_R if self.reft_R.dtype == torch.float64 else self.reft_R.float())
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """(P, R) with the edit h ← h + Rᵀ(P h + b), for each of the edits."""

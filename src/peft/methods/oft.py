@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from ..config import TunerConfig, require
-from ..core.errors import Refusal
 from ..core.method import Method, Site
 from ..maths.rotations import ball_factors, cayley, cayley_neumann, identity_like, rotate_blocks, skew_symmetric
+from .refusals import refusal
 
 __all__ = ["OFTConfig"]
 
@@ -105,9 +105,9 @@ class OFT(Method):
         super().check(config, site)
         width = site.geometry.width
         if blocks(config, width)[1] == 1:
-            raise Refusal(
-                cls.peft_type,
-                f"{site.path} ({site.layer})",
+            raise refusal(
+                cls,
+                site,
                 f"blocks of size 1 cannot rotate, and {width} has no better divisor near what the config asks for; "
                 f"choose oft_block_size among the divisors of {width}",
             )

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from ..config import require
-from ..core.errors import Refusal
 from ..core.method import Site
 from ..maths.kron import kronecker_sum
 from .bottleneck import Bottleneck, BottleneckConfig
+from .refusals import refusal
 
 __all__ = ["PhmConfig"]
 
@@ -87,4 +87,4 @@ class Phm(Bottleneck):
                 reason = (
                     f"a sum of A_i ⊗ B_i with {n}×{n} matrices A_i needs a multiple of {n} {what}, there are {size}"
                 )
-                raise Refusal(cls.peft_type, f"{site.path} ({site.layer})", reason)
+                raise refusal(cls, site, reason)
