@@ -21,12 +21,10 @@ from ..config import TunerConfig, one_of, require
 from ..core.errors import Refusal
 from ..core.method import Method, Site
 from ..core.roles import default_targets
-from ..maths.activations import ACTIVATIONS
+from ..maths.networks import ACTIVATIONS, affine
 from .refusals import refusal, require_channels
 
 __all__ = ["BottleneckConfig"]
-
-STARTS = ("bert", "mam", "lora")
 
 
 @dataclass
@@ -61,7 +59,7 @@ class BottleneckConfig(TunerConfig):
         super().__post_init__()
         one_of(self, "variant", self.roles)
         one_of(self, "non_linearity", ACTIVATIONS)
-        one_of(self, "init_weights", STARTS)
+        one_of(self, "init_weights", ("bert", "mam", "lora"))
         if isinstance(self.scaling, str):
             one_of(self, "scaling", ("learned", "gated"))
         if self.bottleneck_size is not None:
@@ -155,19 +153,15 @@ class Bottleneck(Method):
                     p.fill_(value)
 
     def after(self, y: Tensor, x: Any) -> Tensor:
-        def to(p: Tensor | None) -> Tensor | None:
-            return None if p is None else p.to(y.dtype)
-
         h = x.to(y.dtype) if self.parallel else y
         if self.parallel and h.shape[:-1] != y.shape[:-1]:
-            raise Refusal(
-                self.peft_type, "a parallel branch", f"{tuple(h.shape)} does not go to {tuple(y.shape)} row by row"
-            )
-        if self.adapter_norm is not None:
-            h = F.layer_norm(h, (self.width,), to(self.adapter_norm), to(self.adapter_norm_bias))
+            reason = f"{tuple(h.shape)} does not go to {tuple(y.shape)} row by row"
+            raise Refusal(self.peft_type, "a parallel branch", reason)
+        if self.adapter_norm is not None and self.adapter_norm_bias is not None:
+            h = F.layer_norm(h, (self.width,), self.adapter_norm.to(h.dtype), self.adapter_norm_bias.to(h.dtype))
         down, up = self.matrices()
-        z = ACTIVATIONS[self.config.non_linearity](F.linear(h, down.to(y.dtype), to(self.adapter_down_bias)))
-        z = F.linear(F.dropout(z, self.config.dropout, self.training), up.to(y.dtype), to(self.adapter_up_bias))
+        z = ACTIVATIONS[self.config.non_linearity](affine(h, down, self.adapter_down_bias))
+        z = affine(F.dropout(z, self.config.dropout, self.training), up, self.adapter_up_bias)
         return y + self.multiplier * self.scaled(z, h)
 
     def scaled(self, z: Tensor, h: Tensor) -> Tensor:
@@ -175,5 +169,5 @@ class Bottleneck(Method):
         if self.adapter_scaling is not None:
             return z * self.adapter_scaling.to(z.dtype)
         if self.adapter_gate is not None and self.adapter_gate_bias is not None:
-            return z * torch.sigmoid(F.linear(h, self.adapter_gate.to(z.dtype), self.adapter_gate_bias.to(z.dtype)))
+            return z * torch.sigmoid(affine(h, self.adapter_gate, self.adapter_gate_bias))
         return z * self.config.scaling

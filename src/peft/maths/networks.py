@@ -1,4 +1,4 @@
-"""The functions between two linear maps, by the names that configs and checkpoints give them."""
+"""Pieces of small networks: affine maps, and the functions between them by the names that configs give them."""
 
 from __future__ import annotations
 
@@ -18,3 +18,8 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "leaky_relu": F.leaky_relu,
     "linear": lambda h: h,
 }
+
+
+def affine(h: Tensor, W: Tensor, b: Tensor) -> Tensor:
+    """W h + b over the last axis of h[..., n], for W[m, n] and b[m], computed in h's precision."""
+    return F.linear(h, W.to(h.dtype), b.to(h.dtype))
