@@ -71,11 +71,8 @@ class IA3(Method):
         if self.is_feedforward:
             self.form = "before"
         size = g.inputs if self.is_feedforward else g.out
-        if g.shape:
-            shape = (1, size, *(1 for _ in g.shape))
-        else:
-            shape = (1, size) if self.is_feedforward else (size, 1)
-        self.ia3_l = site.empty(*shape)
+        row = self.is_feedforward or g.shape
+        self.ia3_l = site.empty(*((1, size) if row else (size, 1)), *(1 for _ in g.shape))
         self.identity = config.init_ia3_weights  # type: ignore[misc]
 
     @classmethod
