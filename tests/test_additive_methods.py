@@ -18,7 +18,7 @@ from torch import nn
 import peft
 from peft import PeftModel, Refusal, get_peft_model
 from peft.core.adapted.layer import adapted_layers
-from peft.core.kron import apply_kron, factorization, kron
+from peft.maths.kron import apply_kron, factorization, kron
 
 GOLDEN = Path(__file__).parent / "golden" / "additive_methods"
 EXPECTED = load_file(GOLDEN / "expected.safetensors")

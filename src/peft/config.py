@@ -8,6 +8,7 @@ import inspect
 import json
 import os
 import warnings
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -277,6 +278,13 @@ def require(config: Any, name: str, least: float = 1, below: float | None = None
         raise ValueError(f"`{name}` should be at least {least} but the value passed is {value}")
     if below is not None and value >= below:
         raise ValueError(f"`{name}` should be less than {below} but the value passed is {value}")
+
+
+def one_of(config: Any, name: str, allowed: Collection[Any]) -> None:
+    """Raise a clear error unless `config.name` is one of the `allowed` values."""
+    value = getattr(config, name)
+    if value not in allowed:
+        raise ValueError(f"`{name}` should be one of {', '.join(map(repr, allowed))} but the value passed is {value!r}")
 
 
 def require_ranks(config: Any) -> None:

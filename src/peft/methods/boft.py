@@ -14,8 +14,9 @@ from torch import Tensor
 
 from ..config import TunerConfig, require
 from ..contract.method import Method
+from ..contract.refusals import refusal
 from ..contract.site import Op, Site
-from ..errors import Refusal
+from ..maths.rotations import butterfly, cayley, identity_like
 
 __all__ = ["BOFTConfig"]
 
@@ -78,19 +79,19 @@ class BOFT(Method):
     @classmethod
     def check(cls, config: BOFTConfig, site: Site) -> None:
         super().check(config, site)
-        width, where = site.geometry.width, f"{site.path} ({site.layer})"
+        width = site.geometry.width
         field = "boft_block_size" if config.boft_block_size else "boft_block_num"
         value = getattr(config, field)
         if width % value:
-            raise Refusal(cls.peft_type, where, f"its input width {width} must be divisible by {field} ({value})")
+            raise refusal(cls, site, f"its input width {width} must be divisible by {field} ({value})")
         b = config.boft_block_size or width // config.boft_block_num
         furthest = 2 ** (config.boft_n_butterfly_factor - 1)
         if b == 1:
-            raise Refusal(cls.peft_type, where, "blocks of size 1 cannot rotate: choose larger blocks")
+            raise refusal(cls, site, "blocks of size 1 cannot rotate: choose larger blocks")
         if furthest > 1 and (b % 2 or (width // b) % furthest):
-            raise Refusal(
-                cls.peft_type,
-                where,
+            raise refusal(
+                cls,
+                site,
                 f"{config.boft_n_butterfly_factor} butterfly factors need an even block size (here {b}) and a number of "
                 f"blocks (here {width // b}) that {furthest} divides",
             )
@@ -113,30 +114,17 @@ class BOFT(Method):
     def rotations(self) -> Tensor:
         """The blocks of every factor, [m, blocks, b, b]."""
         R = self.boft_R
-        A = (R - R.mT) / 2
-        eye = torch.eye(R.shape[-1], device=R.device, dtype=R.dtype).expand_as(A)
-        Q = torch.linalg.solve(eye + A, eye - A, left=False)
+        Q = cayley((R - R.mT) / 2)
         if self.training and (left_out := int(self.config.boft_dropout * R.shape[1])):
             kept = (torch.randperm(R.shape[1], device=R.device) >= left_out)[:, None, None]
             factor = torch.randint(len(R), (1,), device=R.device)
             other = torch.arange(len(R), device=R.device)[:, None, None, None] != factor
-            Q = torch.where(kept | other, Q, eye)
+            Q = torch.where(kept | other, Q, identity_like(Q))
         return Q
 
     def rotate(self, rows: Tensor) -> Tensor:
         """rows Bᵀ for rows[..., width], factor by factor."""
-        Q = self.rotations().to(rows.dtype)
-        n, b = rows.shape[-1], self.boft_block_size
-        order = torch.arange(n, device=rows.device)
-        for i, blocks in enumerate(Q):
-            if i:  # halves of blocks that are 2^i apart come together: even halves first, then odd ones
-                perm = order.view(-1, 2**i, 2, b // 2).transpose(1, 2).reshape(n)
-                back = torch.argsort(perm)
-                rows = torch.einsum("...nk,nck->...nc", rows[..., back].unflatten(-1, (-1, b)), blocks).flatten(-2)
-                rows = rows[..., perm]
-            else:
-                rows = torch.einsum("...nk,nck->...nc", rows.unflatten(-1, (-1, b)), blocks).flatten(-2)
-        return rows
+        return butterfly(rows, self.rotations().to(rows.dtype))
 
     def weight(self, W: Tensor) -> Tensor:
         turned = self.rotate(W.T).T if self.geometry.indexed else self.rotate(W)

@@ -10,7 +10,6 @@ the identity. f is not linear, so nothing merges.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -18,25 +17,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..config import TunerConfig, require
+from ..config import TunerConfig, one_of, require
 from ..contract.method import Method
+from ..contract.refusals import refusal, require_channels
 from ..contract.site import Site
 from ..core.anatomy.roles import default_targets
 from ..errors import Refusal
+from ..maths.networks import ACTIVATIONS, affine
 
 __all__ = ["BottleneckConfig"]
-
-NON_LINEARITIES: dict[str, Callable[[Tensor], Tensor]] = {
-    "relu": F.relu,
-    "gelu": F.gelu,
-    "gelu_new": lambda h: F.gelu(h, approximate="tanh"),
-    "silu": F.silu,
-    "swish": F.silu,
-    "tanh": torch.tanh,
-    "leaky_relu": F.leaky_relu,
-    "linear": lambda h: h,
-}
-STARTS = ("bert", "mam", "lora")
 
 
 @dataclass
@@ -70,8 +59,8 @@ class BottleneckConfig(TunerConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         one_of(self, "variant", self.roles)
-        one_of(self, "non_linearity", NON_LINEARITIES)
-        one_of(self, "init_weights", STARTS)
+        one_of(self, "non_linearity", ACTIVATIONS)
+        one_of(self, "init_weights", ("bert", "mam", "lora"))
         if isinstance(self.scaling, str):
             one_of(self, "scaling", ("learned", "gated"))
         if self.bottleneck_size is not None:
@@ -82,12 +71,6 @@ class BottleneckConfig(TunerConfig):
     def size(self, width: int) -> int:
         """b for inputs of `width` channels."""
         return self.bottleneck_size or max(1, int(width / self.reduction_factor))
-
-
-def one_of(config: Any, name: str, allowed: Any) -> None:
-    value = getattr(config, name)
-    if value not in allowed:
-        raise ValueError(f"`{name}` should be one of {', '.join(map(repr, allowed))} but the value passed is {value!r}")
 
 
 class Bottleneck(Method):
@@ -154,42 +137,32 @@ class Bottleneck(Method):
     @classmethod
     def check(cls, config: Any, site: Site) -> None:
         super().check(config, site)
-        g, where = site.geometry, f"{site.path} ({site.layer})"
-        if g.out == 0:
-            raise Refusal(cls.peft_type, where, "the number of channels of its output cannot be told from the module")
-        if config.variant == "parallel" and g.indexed:
-            raise Refusal(cls.peft_type, where, "its input holds indices, and W_down needs vectors to project")
-        if config.variant == "parallel" and g.kernel > 1:
-            raise Refusal(
-                cls.peft_type, where, "its kernel gathers several positions, so no position of the input is an output's"
-            )
+        require_channels(cls, site)
+        if config.variant == "parallel" and site.geometry.indexed:
+            raise refusal(cls, site, "its input holds indices, and W_down needs vectors to project")
+        if config.variant == "parallel" and site.geometry.kernel > 1:
+            reason = "its kernel gathers several positions, so no position of the input is an output's"
+            raise refusal(cls, site, reason)
 
     @torch.no_grad()
     def reset(self, rng: torch.Generator, site: Site) -> None:
         self.start(rng)
-        for p in (self.adapter_down_bias, self.adapter_up_bias, self.adapter_gate, self.adapter_gate_bias):
-            if p is not None:
-                p.zero_()
-        if self.adapter_norm is not None and self.adapter_norm_bias is not None:
-            self.adapter_norm.fill_(1)
-            self.adapter_norm_bias.zero_()
-        if self.adapter_scaling is not None:
-            self.adapter_scaling.fill_(1)
+        biases = (self.adapter_down_bias, self.adapter_up_bias, self.adapter_gate_bias, self.adapter_norm_bias)
+        for value, tensors in ((0, (*biases, self.adapter_gate)), (1, (self.adapter_norm, self.adapter_scaling))):
+            for p in tensors:
+                if p is not None:
+                    p.fill_(value)
 
     def after(self, y: Tensor, x: Any) -> Tensor:
-        def to(p: Tensor | None) -> Tensor | None:
-            return None if p is None else p.to(y.dtype)
-
         h = x.to(y.dtype) if self.parallel else y
         if self.parallel and h.shape[:-1] != y.shape[:-1]:
-            raise Refusal(
-                self.peft_type, "a parallel branch", f"{tuple(h.shape)} does not go to {tuple(y.shape)} row by row"
-            )
-        if self.adapter_norm is not None:
-            h = F.layer_norm(h, (self.width,), to(self.adapter_norm), to(self.adapter_norm_bias))
+            reason = f"{tuple(h.shape)} does not go to {tuple(y.shape)} row by row"
+            raise Refusal(self.peft_type, "a parallel branch", reason)
+        if self.adapter_norm is not None and self.adapter_norm_bias is not None:
+            h = F.layer_norm(h, (self.width,), self.adapter_norm.to(h.dtype), self.adapter_norm_bias.to(h.dtype))
         down, up = self.matrices()
-        z = NON_LINEARITIES[self.config.non_linearity](F.linear(h, down.to(y.dtype), to(self.adapter_down_bias)))
-        z = F.linear(F.dropout(z, self.config.dropout, self.training), up.to(y.dtype), to(self.adapter_up_bias))
+        z = ACTIVATIONS[self.config.non_linearity](affine(h, down, self.adapter_down_bias))
+        z = affine(F.dropout(z, self.config.dropout, self.training), up, self.adapter_up_bias)
         return y + self.multiplier * self.scaled(z, h)
 
     def scaled(self, z: Tensor, h: Tensor) -> Tensor:
@@ -197,5 +170,5 @@ class Bottleneck(Method):
         if self.adapter_scaling is not None:
             return z * self.adapter_scaling.to(z.dtype)
         if self.adapter_gate is not None and self.adapter_gate_bias is not None:
-            return z * torch.sigmoid(F.linear(h, self.adapter_gate.to(z.dtype), self.adapter_gate_bias.to(z.dtype)))
+            return z * torch.sigmoid(affine(h, self.adapter_gate, self.adapter_gate_bias))
         return z * self.config.scaling

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from ..config import require
 from ..contract.site import Site
+from ..maths.kron import kronecker_sum
 from .bottleneck import Bottleneck
-from .phm import Phm, PhmConfig, kronecker_sum
+from .phm import Phm, PhmConfig
 
 __all__ = ["CompacterConfig"]
 

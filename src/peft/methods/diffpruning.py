@@ -10,7 +10,6 @@ fixed positions, which can be trained on; only then is the adapter small.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +19,7 @@ from ..config import TunerConfig, own_field, require
 from ..contract.site import Site
 from ..core.forms.copies import put, take
 from ..core.forms.sparse import SparseCopies, top_entries
+from ..maths.hard_concrete import gates, open_probability
 from ..measure.examples import originals
 
 __all__ = ["DiffPruningConfig", "prune_diff"]
@@ -93,13 +93,14 @@ class DiffPruning(SparseCopies):
         for key in self.keys:
             take(self, key).fill_(0 if key.startswith("diff_delta.") else self.config.alpha_init)
 
+    @property
+    def stretch(self) -> tuple[float, float]:
+        """(l, r)."""
+        return self.config.concrete_lower, self.config.concrete_upper
+
     def mask(self, alpha: Tensor) -> Tensor:
         """z for log-odds α: a draw in training, its noiseless value in evaluation."""
-        low, high = self.config.concrete_lower, self.config.concrete_upper
-        if self.training:
-            u = torch.rand_like(alpha).clamp(1e-6, 1 - 1e-6)
-            alpha = alpha + torch.log(u) - torch.log1p(-u)
-        return (torch.sigmoid(alpha) * (high - low) + low).clamp(0, 1)
+        return gates(alpha, *self.stretch, noisy=self.training)
 
     def difference(self, name: str) -> Tensor:
         """z ⊙ δ of one tensor."""
@@ -113,12 +114,11 @@ class DiffPruning(SparseCopies):
         """λ times the expected number of nonzero entries of z."""
         if self.pruned:
             return None
-        shift = math.log(-self.config.concrete_lower / self.config.concrete_upper)
         expected = []
         for name in self.shapes:
-            nonzero = torch.sigmoid(take(self.diff_alpha, name) - shift)
+            nonzero = open_probability(take(self.diff_alpha, name), *self.stretch)
             if self.config.structured:
-                nonzero = nonzero * torch.sigmoid(take(self.diff_group, name) - shift)
+                nonzero = nonzero * open_probability(take(self.diff_group, name), *self.stretch)
             expected.append(nonzero.sum())
         return self.config.sparsity_penalty * torch.stack(expected).sum()
 

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from ..config import TunerConfig, own_field
 from ..contract.method import Method
+from ..contract.refusals import refusal
 from ..contract.site import Site
 from ..core.anatomy.roles import default_targets
-from ..errors import NoMatchingPeftModuleError, Refusal
+from ..errors import NoMatchingPeftModuleError
 
 __all__ = ["IA3Config"]
 
@@ -71,11 +72,8 @@ class IA3(Method):
         if self.is_feedforward:
             self.form = "before"
         size = g.inputs if self.is_feedforward else g.out
-        if g.shape:
-            shape = (1, size, *(1 for _ in g.shape))
-        else:
-            shape = (1, size) if self.is_feedforward else (size, 1)
-        self.ia3_l = site.empty(*shape)
+        row = self.is_feedforward or g.shape
+        self.ia3_l = site.empty(*((1, size) if row else (size, 1)), *(1 for _ in g.shape))
         self.identity = config.init_ia3_weights  # type: ignore[misc]
 
     @classmethod
@@ -95,9 +93,9 @@ class IA3(Method):
     def check(cls, config: IA3Config, site: Site) -> None:
         super().check(config, site)
         if config.scales_input(site.path) and site.geometry.weightless:
-            raise Refusal(
-                cls.peft_type,
-                f"{site.path} ({site.layer})",
+            raise refusal(
+                cls,
+                site,
                 "the width of this module's input is not known, so it cannot be scaled; scale its output instead by "
                 "leaving it out of feedforward_modules",
             )

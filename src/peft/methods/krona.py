@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..config import DeltaConfig, require
 from ..contract.method import Method
 from ..contract.site import Op, Site
-from ..core.kron import apply_kron, factorization, kron, plain
+from ..maths.kron import apply_kron, factorization, kron
 
 __all__ = ["KronAConfig"]
 
@@ -73,7 +73,7 @@ class KronA(Method):
         return (kron(self.scaling * self.krona_A, self.krona_B),)
 
     def term(self, x: Tensor, op: Op, dtype: torch.dtype) -> Tensor:
-        if not plain(op.geometry):
+        if not op.geometry.is_matrix:
             return super().term(x, op, dtype)
         return apply_kron(x.to(dtype), (self.scaling * self.krona_A).to(dtype), self.krona_B.to(dtype))
 

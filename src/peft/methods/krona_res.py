@@ -13,9 +13,9 @@ from torch import Tensor
 
 from ..config import TunerConfig
 from ..contract.method import Method
+from ..contract.refusals import refusal
 from ..contract.site import Site
-from ..core.kron import apply_kron, kron, plain
-from ..errors import Refusal
+from ..maths.kron import apply_kron, kron
 from .krona import check_shape, sizes, start
 
 __all__ = ["KronAResConfig"]
@@ -62,16 +62,16 @@ class KronARes(Method):
 
     @classmethod
     def check(cls, config: KronAResConfig, site: Site) -> None:
-        g, where = site.geometry, f"{site.path} ({site.layer})"
-        if not g.weightless and not plain(g):
+        g = site.geometry
+        if not g.weightless and not g.is_matrix:
             reason = "a branch beside the layer needs its input as channels at the same positions as its output"
-            raise Refusal(cls.peft_type, where, reason)
+            raise refusal(cls, site, reason)
         if g.out != g.inputs:
             reason = (
                 f"the residual adds the input to the output, but they have {g.inputs} and {g.out} channels: "
                 "target the whole feed-forward block"
             )
-            raise Refusal(cls.peft_type, where, reason)
+            raise refusal(cls, site, reason)
         sizes(config, g.out, g.inputs, site.path)
 
     @torch.no_grad()

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from ..contract.site import Site
-from ..core.forms.lycoris import Lycoris, LycorisConfig, kaiming, tucker
+from ..core.forms.lycoris import Lycoris, LycorisConfig, kaiming
+from ..maths.tucker import tucker
 
 __all__ = ["LoHaConfig"]
 

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from ..config import require
 from ..contract.site import Op, Site
-from ..core.forms.lycoris import Lycoris, LycorisConfig, kaiming, tucker
-from ..core.kron import apply_kron, factorization, kron, plain
+from ..core.forms.lycoris import Lycoris, LycorisConfig, kaiming
+from ..maths.kron import apply_kron, factorization, kron
+from ..maths.tucker import tucker
 
 __all__ = ["LoKrConfig", "factorization"]
 
@@ -107,7 +108,7 @@ class LoKr(Lycoris):
         return (kron(self.scaling * w1, w2),)
 
     def product(self, x: Tensor, op: Op, dtype: torch.dtype) -> Tensor:
-        if not plain(op.geometry):
+        if not op.geometry.is_matrix:
             return super().product(x, op, dtype)
         w1, w2 = self.factors()
         return apply_kron(x.to(dtype), (self.scaling * w1).to(dtype), w2.to(dtype))

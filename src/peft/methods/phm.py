@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from ..config import require
+from ..contract.refusals import refusal
 from ..contract.site import Site
-from ..errors import Refusal
+from ..maths.kron import kronecker_sum
 from .bottleneck import Bottleneck, BottleneckConfig
 
 __all__ = ["PhmConfig"]
@@ -45,11 +46,6 @@ class PhmConfig(BottleneckConfig):
 
     def size(self, width: int) -> int:
         return -(-super().size(width) // self.phm_dim) * self.phm_dim
-
-
-def kronecker_sum(A: Tensor, B: Tensor) -> Tensor:
-    """Σ_i A_i ⊗ B_i of A[n, p, q] and B[n, r, s]: [p·r, q·s]."""
-    return torch.einsum("npq,nrs->prqs", A, B).reshape(A.shape[1] * B.shape[1], A.shape[2] * B.shape[2])
 
 
 class Phm(Bottleneck):
@@ -91,4 +87,4 @@ class Phm(Bottleneck):
                 reason = (
                     f"a sum of A_i ⊗ B_i with {n}×{n} matrices A_i needs a multiple of {n} {what}, there are {size}"
                 )
-                raise Refusal(cls.peft_type, f"{site.path} ({site.layer})", reason)
+                raise refusal(cls, site, reason)

@@ -92,8 +92,3 @@ class Lycoris(Method):
 def kaiming(tensor: Tensor, rng: torch.Generator) -> None:
     """Uniform in ±1/√fan_in."""
     nn.init.kaiming_uniform_(tensor, a=math.sqrt(5), generator=rng)
-
-
-def tucker(core: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """The matrix [out, inputs·taps] of Σᵢⱼ core[i, j, taps] a[i, out] b[j, inputs]."""
-    return torch.einsum("ijk,ip,jq->pqk", core.flatten(2), a, b).flatten(1)

@@ -1,4 +1,7 @@
-"""Kronecker products: choosing factor sizes, and applying A ⊗ B without forming it."""
+"""Kronecker products: choosing factor sizes, sums of products, and applying A ⊗ B without forming it.
+
+(A ⊗ B)[i·b1 + k, j·b2 + l] = A[i, j] B[k, l] for A[a1, a2], B[b1, b2]; its rank is rank(A)·rank(B).
+"""
 
 from __future__ import annotations
 
@@ -6,8 +9,6 @@ import math
 
 import torch
 from torch import Tensor
-
-from ..contract.geometry import Geometry
 
 
 def factorization(dimension: int, factor: int = -1) -> tuple[int, int]:
@@ -29,12 +30,12 @@ def kron(A: Tensor, B: Tensor) -> Tensor:
     return torch.einsum("ij,kl->ikjl", A, B).reshape(A.shape[0] * B.shape[0], A.shape[1] * B.shape[1])
 
 
+def kronecker_sum(A: Tensor, B: Tensor) -> Tensor:
+    """Σ_i A_i ⊗ B_i of A[n, p, q] and B[n, r, s]: [p·r, q·s], the matrix of a PHM layer (arXiv 2102.08597)."""
+    return torch.einsum("npq,nrs->prqs", A, B).reshape(A.shape[1] * B.shape[1], A.shape[2] * B.shape[2])
+
+
 def apply_kron(x: Tensor, A: Tensor, B: Tensor) -> Tensor:
     """(A ⊗ B) x over the last axis of x, in two small products: with x as a matrix X[a2, b2] it is A X Bᵀ."""
     X = x.reshape(*x.shape[:-1], A.shape[1], B.shape[1])
     return (A @ X @ B.T).flatten(-2)
-
-
-def plain(geometry: Geometry) -> bool:
-    """Whether the layer is one matrix on the last axis of its input, so that `apply_kron` stands for `op`."""
-    return geometry.pointwise and not geometry.shape
