@@ -95,7 +95,7 @@ def test_no_code_outside_the_methods_asks_for_one():
 
 def test_no_code_outside_the_methods_knows_their_parameters():
     """Nor by the names of their tensors, which say as much."""
-    own = {a.split(".")[-1] for m in METHODS.values() for a in m.keys if m.prefix and a.startswith(m.prefix)}
+    own = {a.split(".")[-1] for m in METHODS.values() for a in m.table.own if m.prefix and a.startswith(m.prefix)}
     own |= {m.prefix for m in METHODS.values() if m.prefix.endswith("_")}
     found = []
     for file, tree in outside(*METHOD_ROOMS, *DOORS).items():

@@ -60,9 +60,9 @@ def register_method(cls: type[Method]) -> None:
         _METHODS[cls.peft_type] = cls
         _add_member(cls.peft_type)
     if cls.__dict__.get("companion"):
-        _COMPANIONS[cls.companion] = cls
+        _COMPANIONS[cls.__dict__["companion"]] = cls
     if cls.__dict__.get("wraps"):
-        _WRAPPERS[cls.wraps] = cls
+        _WRAPPERS[cls.__dict__["wraps"]] = cls
 
 
 def _follow() -> None:

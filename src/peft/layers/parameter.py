@@ -29,7 +29,7 @@ class Stacked(Composite):
     """A stand-in whose parts are the matrices of some parameters: `name` for a 2-D one, `name[e]` for each of a stack.
 
     On disk upstream nests one wrapper for each adapted parameter, in the module's order, the last one outermost: the
-    keys of the others stand below `base_layer.`, and the tensors of a stack are one tensor (`Method.stacking`).
+    keys of the others stand below `base_layer.`, and the tensors of a stack are one tensor (`Stored.stack`).
     """
 
     def __init__(self, module: nn.Module, slices: dict[str, list[WeightSlice]]) -> None:
@@ -81,9 +81,11 @@ class Stacked(Composite):
             for key in [k.removeprefix(parts[0] + ".") for k in state if k.startswith(parts[0] + ".")]:
                 tensors = [state[f"{p}.{key}"] for p in parts]
                 target = key
-                if self.flipped and key in like.transposed:
-                    target, tensors = like.transposed[key], [t.T for t in tensors]
-                out[prefix + target] = tensors[0] if self.single[name] else _stack(tensors, like.stacking.get(target))
+                if self.flipped and key in like.table.turned:
+                    target, tensors = like.table.turned[key], [t.T for t in tensors]
+                out[prefix + target] = (
+                    tensors[0] if self.single[name] else _stack(tensors, like.table.stacks.get(target))
+                )
         return out
 
     def from_disk(self, state: dict[str, Tensor], methods: dict[str, Method]) -> dict[str, Tensor]:
@@ -91,13 +93,13 @@ class Stacked(Composite):
         for name, prefix in self._nest(methods).items():
             parts = self.part_names(name)
             like = methods[parts[0]]
-            for key in like.disk_keys().values():
-                flip = self.flipped and key in like.transposed
-                source = like.transposed[key] if flip else key
+            for key in like.table.keys.values():
+                flip = self.flipped and key in like.table.turned
+                source = like.table.turned[key] if flip else key
                 whole = out.pop(prefix + source, None) if prefix + source in state else None
                 if whole is None:
                     continue
-                tensors = [whole] if self.single[name] else _unstack(whole, len(parts), like.stacking.get(source))
+                tensors = [whole] if self.single[name] else _unstack(whole, len(parts), like.table.stacks.get(source))
                 out.update({f"{p}.{key}": t.T if flip else t for p, t in zip(parts, tensors, strict=True)})
         return out
 

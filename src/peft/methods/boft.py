@@ -16,6 +16,7 @@ from ..config import TunerConfig, require
 from ..contract.method import Method
 from ..contract.refusals import refusal
 from ..contract.site import Op, Site
+from ..contract.tensors import Shown, Stored
 from ..maths.rotations import butterfly, cayley, identity_like
 
 __all__ = ["BOFTConfig"]
@@ -58,23 +59,27 @@ class BOFT(Method):
     formula = "W' = s ⊙ (W Bᵀ), B = ∏ P_i blockdiag(Cayley(R_i)) P_iᵀ"
     paper = "arXiv 2311.06243"
     prefix = "boft_"
-    keys = {"boft_R": "boft_R", "boft_s": "boft_s"}
+    tensors = {
+        # where upstream finds no CUDA compiler it trains and saves one factor, whatever the config asks for
+        "boft_R": Stored(
+            shape="config.boft_n_butterfly_factor boft_block_num boft_block_size boft_block_size", shrinks=0
+        ),
+        "boft_s": Stored(shape="out", disk="-1 1", kernel="1 -1"),
+    }
+    shown = Shown(settings=("boft_block_size", "boft_block_num"))
     examples = (
         {"boft_block_size": 4},
         {"boft_block_size": 2, "boft_n_butterfly_factor": 2, "boft_dropout": 0.5},
         {"boft_block_size": 0, "boft_block_num": 2},
     )
-    view_attributes = ("boft_block_size", "boft_block_num")
 
     def __init__(self, config: BOFTConfig, site: Site) -> None:
         super().__init__(config, site)
         width = site.geometry.width
         self.boft_block_size: int = config.boft_block_size or width // config.boft_block_num
         self.boft_block_num = width // self.boft_block_size
-        b = self.boft_block_size
-        self.boft_R = site.empty(config.boft_n_butterfly_factor, self.boft_block_num, b, b)
-        self.boft_s = site.empty(site.geometry.out)
-        self.identity = config.init_weights  # type: ignore[misc]
+        self.create(site)
+        self.identity = config.init_weights
 
     @classmethod
     def check(cls, config: BOFTConfig, site: Site) -> None:
@@ -105,12 +110,6 @@ class BOFT(Method):
             self.boft_R.normal_(0, 0.1, generator=rng)
             self.boft_s.normal_(1, 0.1, generator=rng)
 
-    def resize(self, state: dict[str, Tensor]) -> None:
-        """Where upstream finds no CUDA compiler it trains and saves one factor, whatever the config asks for."""
-        stored = state.get("boft_R")
-        if stored is not None and stored.shape[1:] == self.boft_R.shape[1:] and len(stored) < len(self.boft_R):
-            self.boft_R = torch.nn.Parameter(self.boft_R.detach()[: len(stored)].clone())
-
     def rotations(self) -> Tensor:
         """The blocks of every factor, [m, blocks, b, b]."""
         R = self.boft_R
@@ -135,11 +134,6 @@ class BOFT(Method):
             return super().add(x, y, op)
         base = op(x, op.read())  # the looked-up rows, not the whole table
         return y + (self.boft_s.to(y.dtype) * self.rotate(base) - base).to(y.dtype)
-
-    def disk_shape(self, attr: str) -> tuple[int, ...] | None:
-        if attr == "boft_s":
-            return (1, -1) if self.geometry.shape else (-1, 1)
-        return None
 
     def rank(self) -> int:
         return min(self.geometry.out, self.geometry.width)

@@ -21,7 +21,7 @@ from ..config import TunerConfig, one_of, require
 from ..contract.method import Method
 from ..contract.refusals import refusal, require_channels
 from ..contract.site import Site
-from ..core.anatomy.roles import default_targets
+from ..contract.tensors import Stored
 from ..errors import Refusal
 from ..maths.networks import ACTIVATIONS, affine
 
@@ -68,9 +68,24 @@ class BottleneckConfig(TunerConfig):
         require(self, "reduction_factor", 1e-6)
         require(self, "dropout", 0, 1)
 
+    @property
+    def role(self) -> str:
+        return self.roles[self.variant]
+
     def size(self, width: int) -> int:
         """b for inputs of `width` channels."""
         return self.bottleneck_size or max(1, int(width / self.reduction_factor))
+
+
+BESIDE_THE_MATRICES = {
+    "adapter_down_bias": Stored("adapter_down.bias", "size"),
+    "adapter_up_bias": Stored("adapter_up.bias", "out"),
+    "adapter_scaling": Stored(shape="1", when="learned"),
+    "adapter_gate": Stored("adapter_gate.weight", "1 channels", when="gated"),
+    "adapter_gate_bias": Stored("adapter_gate.bias", "1", when="gated"),
+    "adapter_norm": Stored("adapter_norm.weight", "channels", when="config.layer_norm"),
+    "adapter_norm_bias": Stored("adapter_norm.bias", "channels", when="config.layer_norm"),
+}
 
 
 class Bottleneck(Method):
@@ -80,16 +95,10 @@ class Bottleneck(Method):
     formula = "y ← y + s·W_up f(W_down h), h = y, or x in parallel"
     paper = "arXiv 1902.00751, 2005.00247, 2110.04366"
     prefix = "adapter_"
-    keys = {
-        "adapter_down": "adapter_down.weight",
-        "adapter_up": "adapter_up.weight",
-        "adapter_down_bias": "adapter_down.bias",
-        "adapter_up_bias": "adapter_up.bias",
-        "adapter_scaling": "adapter_scaling",
-        "adapter_gate": "adapter_gate.weight",
-        "adapter_gate_bias": "adapter_gate.bias",
-        "adapter_norm": "adapter_norm.weight",
-        "adapter_norm_bias": "adapter_norm.bias",
+    tensors: ClassVar[dict[str, Stored]] = {
+        "adapter_down": Stored("adapter_down.weight", "size channels"),
+        "adapter_up": Stored("adapter_up.weight", "out size"),
+        **BESIDE_THE_MATRICES,
     }
     examples: ClassVar[tuple[dict[str, Any], ...]] = (
         {"bottleneck_size": 4, "scaling": 2.0},
@@ -97,24 +106,29 @@ class Bottleneck(Method):
         {"bottleneck_size": 4, "variant": "parallel", "scaling": "gated", "init_weights": "mam"},
     )
 
+    adapter_down: Tensor
+    adapter_up: Tensor
+    adapter_down_bias: Tensor
+    adapter_up_bias: Tensor
+    adapter_scaling: Tensor | None
+    adapter_gate: Tensor | None
+    adapter_gate_bias: Tensor | None
+    adapter_norm: Tensor | None
+    adapter_norm_bias: Tensor | None
+
     def __init__(self, config: BottleneckConfig, site: Site) -> None:
         super().__init__(config, site)
         g = site.geometry
         self.parallel = config.variant == "parallel"
-        self.width = g.inputs if self.parallel else g.out
-        self.size = config.size(self.width)
+        self.channels = g.inputs if self.parallel else g.out
+        self.size = config.size(self.channels)
         self.make(site)
-        self.adapter_down_bias, self.adapter_up_bias = site.empty(self.size), site.empty(g.out)
-        gated, learned = config.scaling == "gated", config.scaling == "learned"
-        self.adapter_scaling = site.empty(1) if learned else None
-        self.adapter_gate = site.empty(1, self.width) if gated else None
-        self.adapter_gate_bias = site.empty(1) if gated else None
-        self.adapter_norm = site.empty(self.width) if config.layer_norm else None
-        self.adapter_norm_bias = site.empty(self.width) if config.layer_norm else None
+        self.gated, self.learned = config.scaling == "gated", config.scaling == "learned"
+        self.create(site)
 
     # -- the two matrices: what the PHM adapters state in another way -------------------------------------------------
     def make(self, site: Site) -> None:
-        self.adapter_down, self.adapter_up = site.empty(self.size, self.width), site.empty(site.geometry.out, self.size)
+        """Tensors that the table does not make."""
 
     def start(self, rng: torch.Generator) -> None:
         if self.config.init_weights == "bert":
@@ -128,12 +142,6 @@ class Bottleneck(Method):
         return self.adapter_down, self.adapter_up
 
     # -- the method -----------------------------------------------------------------------------------------------------
-    @classmethod
-    def prepare(cls, config: BottleneckConfig, model: nn.Module) -> None:
-        if config.target_modules is None and not config.target_parameters:
-            model_type = getattr(getattr(model, "config", None), "model_type", None)
-            config.target_modules = default_targets(config.roles[config.variant], model_type, cls.peft_type)
-
     @classmethod
     def check(cls, config: Any, site: Site) -> None:
         super().check(config, site)
@@ -159,7 +167,7 @@ class Bottleneck(Method):
             reason = f"{tuple(h.shape)} does not go to {tuple(y.shape)} row by row"
             raise Refusal(self.peft_type, "a parallel branch", reason)
         if self.adapter_norm is not None and self.adapter_norm_bias is not None:
-            h = F.layer_norm(h, (self.width,), self.adapter_norm.to(h.dtype), self.adapter_norm_bias.to(h.dtype))
+            h = F.layer_norm(h, (self.channels,), self.adapter_norm.to(h.dtype), self.adapter_norm_bias.to(h.dtype))
         down, up = self.matrices()
         z = ACTIVATIONS[self.config.non_linearity](affine(h, down, self.adapter_down_bias))
         z = affine(F.dropout(z, self.config.dropout, self.training), up, self.adapter_up_bias)

@@ -16,7 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from ..config import TunerConfig, own_field, require
+from ..contract.capabilities import Penalised
 from ..contract.site import Site
+from ..contract.tensors import TensorTable
 from ..core.forms.copies import put, take
 from ..core.forms.sparse import SparseCopies, top_entries
 from ..maths.hard_concrete import gates, open_probability
@@ -55,7 +57,7 @@ class DiffPruningConfig(TunerConfig):
             )
 
 
-class DiffPruning(SparseCopies):
+class DiffPruning(Penalised, SparseCopies):
     peft_type = "DIFFPRUNING"
     config_class = DiffPruningConfig
     summary = "Learns a sparse difference to the frozen weights under an L0 penalty, then prunes it."
@@ -75,22 +77,18 @@ class DiffPruning(SparseCopies):
             self.add_module(tree, nn.Module())
             for name, shape in self.shapes.items():
                 put(getattr(self, tree), name, site.empty(*(() if tree == "diff_group" else shape)))
-        self.keys = {f"{tree}.{n}": f"{tree}.{n}" for tree in trees for n in self.shapes}  # type: ignore[misc]
+        keys = {k: k for k in (f"{tree}.{n}" for tree in trees for n in self.shapes)}
+        self.set(table=TensorTable(keys=keys, own=keys))
 
     @property
     def pruned(self) -> bool:
         return self.holder in self._modules
 
-    @classmethod
-    def prepare(cls, config: DiffPruningConfig, model: nn.Module) -> None:
-        if config.target_modules is None and not config.target_parameters:
-            config.target_modules = "all-linear"
-
     @torch.no_grad()
     def reset(self, rng: torch.Generator, site: Site) -> None:
         if self.pruned:
             return super().reset(rng, site)
-        for key in self.keys:
+        for key in self.table.keys:
             take(self, key).fill_(0 if key.startswith("diff_delta.") else self.config.alpha_init)
 
     @property

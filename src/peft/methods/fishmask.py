@@ -59,11 +59,6 @@ class FishMask(SparseCopies):
         self.make_room(config.keep_ratio, site.device, site.dtype)
         self.probes: dict[str, Tensor] = {}  # zeros added to whole parameters while their gradients are measured
 
-    @classmethod
-    def prepare(cls, config: FishMaskConfig, model: nn.Module) -> None:
-        if config.target_modules is None and not config.target_parameters:
-            config.target_modules = "all-linear"
-
     def replace(self, name: str, P: Tensor) -> Tensor:
         if name in self.probes:
             return P + self.probes[name].to(P.dtype)

@@ -18,6 +18,7 @@ from ..config import TunerConfig, require
 from ..contract.method import Method
 from ..contract.refusals import refusal
 from ..contract.site import Site
+from ..contract.tensors import Stored
 from ..maths.rotations import reflect, reflect_orthonormalised
 
 __all__ = ["HRAConfig"]
@@ -49,14 +50,16 @@ class HRA(Method):
     formula = "W' = W ∏(I − 2 u_i u_iᵀ)"
     paper = "arXiv 2405.17484"
     prefix = "hra_"
-    keys = {"hra_u": "hra_u"}
+    tensors = {"hra_u": Stored(shape="width config.r")}
     examples = ({"r": 4}, {"r": 4, "apply_GS": True})
+
+    hra_u: Tensor
 
     def __init__(self, config: HRAConfig, site: Site) -> None:
         super().__init__(config, site)
-        self.hra_u = site.empty(site.geometry.width, config.r)
+        self.create(site)
         self.paired = config.init_weights and not config.apply_GS and config.r % 2 == 0
-        self.identity = self.paired  # type: ignore[misc]
+        self.identity = self.paired
 
     @classmethod
     def check(cls, config: HRAConfig, site: Site) -> None:

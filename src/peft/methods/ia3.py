@@ -7,6 +7,7 @@ The output form scales the bias, too: W' = diag(l) W, b' = l ⊙ b. The input fo
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,9 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from ..config import TunerConfig, own_field
+from ..contract.capabilities import Blends
 from ..contract.method import Method
 from ..contract.refusals import refusal
 from ..contract.site import Site
+from ..contract.tensors import Stored
 from ..core.anatomy.roles import default_targets
 from ..errors import NoMatchingPeftModuleError
 
@@ -53,7 +56,7 @@ class IA3Config(TunerConfig):
         return re.fullmatch(names, path) is not None if isinstance(names, str) else path.endswith(tuple(names))
 
 
-class IA3(Method):
+class IA3(Blends, Method):
     peft_type = "IA3"
     config_class = IA3Config
     form = "after"  # `before` at feed-forward sites
@@ -61,7 +64,8 @@ class IA3(Method):
     formula = "y' = l ⊙ y (feed-forward: y = W (l ⊙ x))"
     paper = "arXiv 2205.05638"
     prefix = "ia3_"
-    keys = {"ia3_l": "ia3_l"}
+    channelwise = True
+    tensors = {"ia3_l": Stored()}
     role = "keys_values_ffn"
     examples = ({"feedforward_modules": []}, {"feedforward_modules": ".*"})
 
@@ -74,7 +78,7 @@ class IA3(Method):
         size = g.inputs if self.is_feedforward else g.out
         row = self.is_feedforward or g.shape
         self.ia3_l = site.empty(*((1, size) if row else (size, 1)), *(1 for _ in g.shape))
-        self.identity = config.init_ia3_weights  # type: ignore[misc]
+        self.identity = config.init_ia3_weights
 
     @classmethod
     def prepare(cls, config: IA3Config, model: nn.Module) -> None:
@@ -104,10 +108,6 @@ class IA3(Method):
     def reset(self, rng: torch.Generator, site: Site) -> None:
         self.ia3_l.fill_(1) if self.config.init_ia3_weights else self.ia3_l.normal_(generator=rng)
 
-    @property
-    def channelwise(self) -> bool:
-        return True
-
     def before(self, x: Tensor) -> Tensor:
         return (x * self.ia3_l.flatten()).to(x.dtype)
 
@@ -121,7 +121,7 @@ class IA3(Method):
         return W * scale[:, None], None if b is None else b * scale
 
     @classmethod
-    def blend(cls, methods: list[Method], weights: list[float]) -> dict[str, Tensor]:
+    def blend(cls, methods: Sequence[Method], weights: Sequence[float]) -> dict[str, Tensor]:
         """Σ wᵢ lᵢ: the effect is linear in l."""
         return {"ia3_l": torch.stack([w * m.get_parameter("ia3_l") for m, w in zip(methods, weights)]).sum(0)}
 

@@ -31,6 +31,7 @@ from ..config import TunerConfig, require
 from ..contract.method import Method
 from ..contract.refusals import refusal, require_channels
 from ..contract.site import Site
+from ..contract.tensors import Stored
 from ..core.acting.span import Span
 from ..maths.rotations import orthonormal_rows
 
@@ -79,7 +80,11 @@ class LoReft(Method):
     prefix = "reft_"
     role = "blocks"
     takes_span = True
-    keys = {"reft_R": "reft_R", "reft_W": "reft_W", "reft_b": "reft_b"}
+    tensors = {
+        "reft_R": Stored(shape="edits config.r out"),  # V
+        "reft_W": Stored(shape="edits config.r out"),
+        "reft_b": Stored(shape="edits config.r"),
+    }
     examples = (
         {"r": 2, "prefix_positions": 1, "suffix_positions": 1},
         {"r": 2, "prefix_positions": 1, "suffix_positions": 2, "tied_weights": False, "dropout": 0.1},
@@ -88,13 +93,14 @@ class LoReft(Method):
         {"r": 2, "all_positions": True},
     )
 
+    reft_R: Tensor
+    reft_W: Tensor
+    reft_b: Tensor
+
     def __init__(self, config: LoReftConfig, site: Site) -> None:
         super().__init__(config, site)
         self.edits = 1 if config.all_positions or config.tied_weights else 2  # one for all, or first and last apart
-        out = site.geometry.out
-        self.reft_R = site.empty(self.edits, config.r, out)  # V
-        self.reft_W = site.empty(self.edits, config.r, out)
-        self.reft_b = site.empty(self.edits, config.r)
+        self.create(site)
 
     @classmethod
     def check(cls, config: LoReftConfig, site: Site) -> None:

@@ -18,6 +18,7 @@ from ..config import TunerConfig, require
 from ..contract.method import Method
 from ..contract.refusals import refusal
 from ..contract.site import Site
+from ..contract.tensors import Shown, Stored
 from ..maths.rotations import ball_factors, cayley, cayley_neumann, identity_like, rotate_blocks, skew_symmetric
 
 __all__ = ["OFTConfig"]
@@ -75,15 +76,16 @@ class OFT(Method):
     formula = "W' = W Rᵀ, R = blockdiag(Cayley(Q₁), …)"
     paper = "arXiv 2306.07280"
     prefix = "oft_"
-    keys = {"oft_R": "oft_R.weight"}
+    tensors = {"oft_R": Stored("oft_R.weight", "blocks entries", indexed="oft_embedding_R.weight")}
+    shown = Shown(settings=("r", "oft_block_size"))
     examples = (
         {"oft_block_size": 4},
         {"r": 4, "oft_block_size": 0, "use_cayley_neumann": False},
         {"oft_block_size": 8, "block_share": True, "module_dropout": 0.5},
         {"oft_block_size": 4, "coft": True, "eps": 0.5},
     )
-    view_names = ("oft_embedding_R",)
-    view_attributes = ("r", "oft_block_size")
+
+    oft_R: Tensor
 
     def __init__(self, config: OFTConfig, site: Site) -> None:
         super().__init__(config, site)
@@ -96,10 +98,9 @@ class OFT(Method):
                 stacklevel=2,
             )
         b = self.oft_block_size
-        self.oft_R = site.empty(1 if config.block_share else self.r, b * (b - 1) // 2)
-        if site.geometry.indexed:
-            self.keys = {"oft_R": "oft_embedding_R.weight"}  # type: ignore[misc]
-        self.identity = config.init_weights  # type: ignore[misc]
+        self.blocks, self.entries = 1 if config.block_share else self.r, b * (b - 1) // 2
+        self.create(site)
+        self.identity = config.init_weights
 
     @classmethod
     def check(cls, config: OFTConfig, site: Site) -> None:

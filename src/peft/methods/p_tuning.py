@@ -87,6 +87,7 @@ class PTuning(Encoded):
         for i, o in zip(widths, widths[1:], strict=False):
             layers += [skip_init(nn.Linear, i, o, **made), nn.ReLU()]
         self.mlp_head: nn.Sequential | None = nn.Sequential(*layers[:-1])
+        self.choose_table()
 
     def encode(self, table: Tensor, part: slice | None = None) -> Tensor:
         if self.lstm_head is not None:

@@ -84,6 +84,7 @@ class PrefixTuning(Encoded):
         if config.prefix_projection:
             first = skip_init(nn.Linear, kv, config.encoder_hidden_size, **made)
             self.transform = nn.Sequential(first, nn.Tanh(), skip_init(nn.Linear, first.out_features, out, **made))
+        self.choose_table()
 
     @torch.no_grad()
     def reset(self, rng: torch.Generator, site: Site) -> None:

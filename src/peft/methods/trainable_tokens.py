@@ -17,8 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from ..config import TunerConfig, own_field
+from ..contract.capabilities import NeedsTokens
 from ..contract.method import Method
 from ..contract.site import Op, Site
+from ..contract.tensors import Stored
 from ..core.anatomy.language import input_embedding
 from ..core.anatomy.ties import other_ends
 from ..core.anatomy.walk import Place
@@ -53,13 +55,13 @@ class TrainableTokensConfig(TunerConfig):
         return self.token_indices
 
 
-class TrainableTokens(Method):
+class TrainableTokens(NeedsTokens, Method):
     peft_type = "TRAINABLE_TOKENS"
     config_class = TrainableTokensConfig
     summary = "Trains the embeddings of chosen tokens only."
     formula = "W'[i] = δ_k for chosen rows i"
     prefix = "trainable_tokens_"
-    keys = {"trainable_tokens_delta": "trainable_tokens_delta"}
+    tensors: ClassVar[dict[str, Stored]] = {"trainable_tokens_delta": Stored()}
     examples: ClassVar[tuple[dict[str, Any], ...]] = ({"token_indices": [0, 1, 2, 3, 4, 5, 7]},)
 
     def __init__(self, config: Any, site: Site) -> None:
@@ -75,7 +77,7 @@ class TrainableTokens(Method):
         self.trainable_tokens_delta = site.shared[self.source(config, site)]
         self.follows = self.source(config, site) != site.path
         if self.follows:
-            self.unwritten = ("trainable_tokens_delta",)
+            self.set(table=self.table.of_another("trainable_tokens_delta"))
 
     @classmethod
     def source(cls, config: Any, site: Site) -> str:

@@ -128,9 +128,11 @@ def door(
     names = {n: getattr(source, n) for n in getattr(source, "__all__", ())}
     for cls in own:
         known_as = cls.config_class.__name__.removesuffix("Config")
-        keys = tuple(dict.fromkeys((*(k.split(".")[0] for k in cls.keys.values()), *cls.view_names)))
         names[f"{known_as}Layer"] = layer_view(
-            f"{known_as}Layer", cls.prefix, adapter_layer_names=keys, other_param_names=cls.view_attributes
+            f"{known_as}Layer",
+            cls.prefix,
+            adapter_layer_names=cls.table.layer_names(),
+            other_param_names=cls.shown.settings,
         )
         names[f"{known_as}Model"] = model_view(f"{known_as}Model", cls.prefix)
     names.update(extra or {})

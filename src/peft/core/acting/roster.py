@@ -60,7 +60,7 @@ class Adapter:
         if self.walked != len(self.methods):
             found: list[tuple[dict[str, Any], str]] = []
             for _, method in self.methods:
-                frozen = method.frozen()
+                frozen = method.table.frozen
                 found += [(table, leaf) for attr, table, leaf in entries(method) if attr not in frozen]
             self._leaves = [table for table, _ in found], [leaf for _, leaf in found]
             self.walked = len(self.methods)

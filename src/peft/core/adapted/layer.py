@@ -83,7 +83,7 @@ class Adapted(Switch, UpstreamLayer):
     def detach(self, adapter: str) -> None:
         self._last = (None, ())
         for m in (inner for outer in self.methods.pop(adapter, ()) for inner in outer.nested()):
-            self.former.update((*m.adapter_layer_names, *m.other_param_names))
+            self.former.update((*m.table.layer_names(), *m.shown.names))
         for part in ("", *self.brought_by):
             slots = self._slots(part)
             if escape(adapter) in slots._modules:

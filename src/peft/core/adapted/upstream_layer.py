@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ...contract.capabilities import Companion
 from ...errors import Refusal
 from . import views
 from .merge import Merging
@@ -53,12 +54,12 @@ class UpstreamLayer(Merging):
     @property
     def adapter_layer_names(self) -> tuple[str, ...]:
         """Upstream's names of the tensors that the adapters hold here."""
-        return tuple(dict.fromkeys(n for m in self.nested_methods() for n in m.adapter_layer_names))
+        return tuple(dict.fromkeys(n for m in self.nested_methods() for n in m.table.layer_names()))
 
     @property
     def other_param_names(self) -> tuple[str, ...]:
         """Upstream's names of their settings."""
-        return tuple(dict.fromkeys(n for m in self.nested_methods() for n in m.other_param_names))
+        return tuple(dict.fromkeys(n for m in self.nested_methods() for n in m.shown.names))
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         for name in [adapter_names] if isinstance(adapter_names, str) else adapter_names:
@@ -96,8 +97,10 @@ class UpstreamLayer(Merging):
             # code that reads a parameter instead of calling the module sees what the module computes with
             methods = () if self.merged_adapters else self.active_methods(self.roster.mix.active)
             replaced = [m for m in methods if m.form == "replace" and name in m.replaced_names]
-            if name == "weight" and any(m.companion and m.form != "replace" and m.mergeable for m in methods):
-                W, _ = self.compose([m for m in methods if m.companion], self.kind.dtype(self.base_layer))
+            if name == "weight" and any(
+                isinstance(m, Companion) and m.form != "replace" and m.mergeable for m in methods
+            ):
+                W, _ = self.compose([m for m in methods if isinstance(m, Companion)], self.kind.dtype(self.base_layer))
                 return self.kind.native(W, self.base_layer)
             return self.replaced(replaced)[name] if replaced else getattr(self.base_layer, name)
 

@@ -3,7 +3,7 @@
 Renamed modules: transformers knows the old names of its models, and they are tried on keys that fit nowhere. Experts
 that were separate linear layers, and are stacked in one parameter now: U = [W₁; W₃] of each expert. ΔU = [s·B₁A₁; s·B₃A₃]
 is one product again, of the factors A = [A₁; A₃] and B = diag(B₁, B₃), so an old adapter becomes a new one with the very
-same ΔW and the sum of the ranks. A method says by `Method.joins` that its tensors can be put together like this.
+same ΔW and the sum of the ranks. A method says by `Stored.join` that its tensors can be put together like this.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import nn
 
+from ...contract.capabilities import TwoFactors
 from ...contract.method import Method
 from ...contract.tree import Composite, tree
 from .patterns import matches, means
@@ -91,7 +92,7 @@ def _former_path(path: str, renamings: list[Any]) -> str:
 def retarget(model: nn.Module, config: Any, cls: type[Method]) -> None:
     """Point a config that names layers of the older layout (or all linear ones) at the parameters that hold them now."""
     wanted = config.target_modules
-    if not wanted or not cls.joins or not hasattr(getattr(model, "config", None), "model_type"):
+    if not wanted or not cls.table.joins or not hasattr(getattr(model, "config", None), "model_type"):
         return
     if not any(p.dim() == 3 for m in tree(model) for p in m._parameters.values() if p is not None):
         return
@@ -120,6 +121,7 @@ def retarget(model: nn.Module, config: Any, cls: type[Method]) -> None:
                 f"target_modules name {', '.join(hit)}, but {stack.full} holds these layers together with {rest}: "
                 f"name {rest}, too, or {stack.name} in target_parameters."
             )
+        assert issubclass(cls, TwoFactors)
         cls.join(config, stack.full, [next(iter(stack.layers(f))) for f in stack.former])
         add.append(stack.name)
     blocks = {s.path.rpartition(".")[0]: s.was.rpartition(".")[0] for s in found}

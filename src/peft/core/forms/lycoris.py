@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ...config import DeltaConfig, own_field, require, require_ranks
 from ...contract.method import Method
 from ...contract.site import Op, Site
+from ...contract.tensors import Shown
 from ..anatomy.patterns import for_path
 
 
@@ -48,8 +49,10 @@ class LycorisConfig(DeltaConfig):
 class Lycoris(Method):
     """The part of LoHa and LoKr that is not the formula of ΔW."""
 
-    view_attributes = ("r", "alpha", "scaling", "rank_dropout", "module_dropout")
-    assignable = ("alpha", "rank_dropout", "module_dropout")
+    shown = Shown(
+        settings=("r", "alpha", "scaling", "rank_dropout", "module_dropout"),
+        assignable=("alpha", "rank_dropout", "module_dropout"),
+    )
     rescaled = True  # the rows that rank_dropout keeps grow to make up for the others
 
     def __init__(self, config: Any, site: Site) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ...contract.capabilities import Companion
 from ...contract.geometry import Geometry
 from ...contract.kind import LayerKind
 from ...contract.method import Method
@@ -59,7 +60,7 @@ class Item:
     @property
     def parameters(self) -> int:
         assert self.method is not None
-        return sum(p.numel() for n, p in self.method.named_parameters() if n not in self.method.frozen())
+        return sum(p.numel() for n, p in self.method.named_parameters() if n not in self.method.table.frozen)
 
 
 @dataclass
@@ -148,6 +149,7 @@ def plan(
             add(place, "", cls, config)
     for field_name, companion in companions().items():
         if getattr(config, field_name, None) and getattr(config, field_name) != "none":
+            assert issubclass(companion, Companion)
             places, sub = companion.accompany(config, model)
             for place in places:
                 add(place, field_name, companion, sub)
@@ -168,7 +170,7 @@ def _default_targets(cls: type[Method], config: Any, model: nn.Module) -> None:
         and not getattr(config, "target_parameters", None)
     ):
         model_type = getattr(getattr(model, "config", None), "model_type", None)
-        config.target_modules = default_targets(cls.role, model_type, cls.peft_type)
+        config.target_modules = default_targets(getattr(config, "role", cls.role), model_type, cls.peft_type)
 
 
 def _followers(cls: type[Method], config: Any, model: nn.Module, places: list[Place]) -> list[Place]:

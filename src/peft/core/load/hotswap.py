@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...contract.capabilities import TwoFactors
 from ...contract.method import Method
 from ...errors import CheckpointError, Refusal
 from ...registry import method
@@ -117,8 +118,6 @@ def swap(model: nn.Module, loaded: Loaded, name: str, only: set[str] | None = No
     if _alike(old.methods, new.methods):
         _copy((a for _, a in old.methods), (b for _, b in new.methods))
         roster.configs[name] = old.config = loaded.config
-        for _, m in old.methods:
-            m.loaded()
     else:
         _replace(model, roster, name, planned)
 
@@ -197,7 +196,7 @@ def _replace(model: nn.Module, roster: Roster, name: str, planned: Plan) -> None
     roster.set_trainable(name, trainable)
 
 
-# -- padded slots -----------------------------------------------------------------------------------------------------------
+# -- padded twins -----------------------------------------------------------------------------------------------------------
 def prepare_model_for_compiled_hotswap(
     model: nn.Module,
     *,
@@ -224,16 +223,17 @@ def prepare_model_for_compiled_hotswap(
     configs = list(config.values()) if isinstance(config, dict) else [config] if config is not None else []
     for name, adapter in roster.adapters.items():
         own = _own(adapter)
-        pairs = {disk_path: m.two_factors() for disk_path, m in own.items()}
-        if not pairs or any(p is None for p in pairs.values()):
+        pairs = {path: m.two_factors() for path, m in own.items() if isinstance(m, TwoFactors)}
+        held_by = method(adapter.config.peft_type)
+        if not pairs or len(pairs) < len(own) or not issubclass(held_by, TwoFactors):
             raise Refusal(str(adapter.config.own_type), f"adapter {name!r}", "only two-factor deltas can be padded")
-        known = [*(p[0].shape[0] for p in pairs.values()), *(r for c in configs for r in _ranks(c))]  # type: ignore[index]
+        known = [*(p[0].shape[0] for p in pairs.values()), *(r for c in configs for r in _ranks(c))]
         rank = target_rank if target_rank is not None else max(known)
-        largest = max(p[0].shape[0] for p in pairs.values())  # type: ignore[index]
+        largest = max(p[0].shape[0] for p in pairs.values())
         if largest > rank:
             raise ValueError(f"target_rank={rank} is smaller than the rank {largest} of adapter {name!r}.")
         paths = dict(zip(own, adapter.targeted))
-        held = method(adapter.config.peft_type).pair_config(adapter.config, dict.fromkeys(paths.values(), rank))
+        held = held_by.config_for_ranks(adapter.config, dict.fromkeys(paths.values(), rank))
         planned = plan(
             model,
             held,
@@ -264,41 +264,44 @@ def _own(adapter: Any) -> dict[str, Method]:
     return dict(adapter.own())
 
 
-def _hold(slot: Method, m: Method | None) -> None:
-    """s·B and A of `m`, or nothing, into a padded slot; what set_scale asked of `m` stays a factor of its own."""
-    A0, B0, _ = slot.two_factors()  # type: ignore[misc]
+def _hold(twin: Method, m: Method | None) -> None:
+    """s·B and A of `m`, or nothing, into a padded twin; what set_scale asked of `m` stays a factor of its own."""
+    assert isinstance(twin, TwoFactors)
+    A0, B0, _ = twin.two_factors()
     A, B = torch.zeros_like(A0), torch.zeros_like(B0)
-    bias, slot.multiplier = None, 1.0
+    bias, twin.multiplier = None, 1.0
     if m is not None:
-        slot.multiplier, m.multiplier = m.multiplier, 1.0
-        a, b, s = m.two_factors()  # type: ignore[misc]
+        assert isinstance(m, TwoFactors)
+        twin.multiplier, m.multiplier = m.multiplier, 1.0
+        a, b, s = m.two_factors()
         A[: a.shape[0]] = a
         B[:, : b.shape[1]] = s * b
         bias = m.bias_change()
-        m.multiplier = slot.multiplier
+        m.multiplier = twin.multiplier
     with torch.no_grad():
-        slot.set_pair(A.detach(), B.detach(), None if bias is None else bias.detach())
+        twin.set_factors(A.detach(), B.detach(), None if bias is None else bias.detach())
 
 
 def _into_padded(old: Any, new: Any, name: str) -> None:
-    slots, fresh = _own(old), _own(new)
-    beyond = [s for s in fresh if s not in slots]
+    twins, fresh = _own(old), _own(new)
+    beyond = [s for s in fresh if s not in twins]
     if beyond:
         raise CheckpointError(
             f"The adapter reaches {', '.join(beyond[:5])}, where the prepared adapter {name!r} has no slot."
         )
     for disk_path, m in fresh.items():
-        pair, room = m.two_factors(), slots[disk_path].two_factors()
-        if pair is None or room is None:
+        twin = twins[disk_path]
+        if not isinstance(m, TwoFactors) or not isinstance(twin, TwoFactors):
             raise Refusal(str(old.config.own_type), disk_path, "only two-factor deltas fit into padded slots")
-        if pair[0].shape[0] > room[0].shape[0]:
-            raise ValueError(f"{disk_path} has rank {pair[0].shape[0]}, its slot was prepared for {room[0].shape[0]}.")
-        if (m.bias_change() is None) != (slots[disk_path].bias_change() is None):
+        rank, room = m.two_factors()[0].shape[0], twin.two_factors()[0].shape[0]
+        if rank > room:
+            raise ValueError(f"{disk_path} has rank {rank}, its slot was prepared for {room}.")
+        if (m.bias_change() is None) != (twin.bias_change() is None):
             raise ValueError(f"{disk_path}: one of the adapters trains a bias of its delta, the other does not.")
-    rest_old = [(s, m) for s, m in old.methods if m is not slots.get(s)]
+    rest_old = [(s, m) for s, m in old.methods if m is not twins.get(s)]
     rest_new = [(s, m) for s, m in new.methods if m is not fresh.get(s)]
     if not _alike(rest_old, rest_new):
         raise ValueError(f"Adapter {name!r} and the new one bring different modules besides their deltas.")
     _copy((m for _, m in rest_old), (m for _, m in rest_new))
-    for disk_path, slot in slots.items():
-        _hold(slot, fresh.get(disk_path))
+    for disk_path, twin in twins.items():
+        _hold(twin, fresh.get(disk_path))

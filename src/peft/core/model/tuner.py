@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ...config import PeftConfig
-from ...contract.method import Method
+from ...contract.capabilities import Penalised, Scheduled
 from ...registry import method
 from ..acting.roster import Roster
 from ..adapted.layer import Adapted, adapted_layers
@@ -170,7 +170,8 @@ class Tuner(nn.Module):
         for name in self.roster.chosen:
             adapter = self.roster.adapters[name]
             table: dict[str, Any] = {disk_path: m.nested()[-1] for disk_path, m in adapter.own()}
-            method(adapter.config.peft_type).after_step(table, adapter.config, global_step)
+            if issubclass(cls := method(adapter.config.peft_type), Scheduled):
+                cls.after_step(table, adapter.config, global_step)
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -187,13 +188,12 @@ def add_penalties(roster: Roster, out: Any) -> Any:
     if loss is None:
         return out
     for name in roster.mix.active:
+        adapter = roster.adapters[name]
         terms = []
-        for _, m in roster.adapters[name].methods:  # no comprehension: torch.compile has no cells for what it assigns
-            if type(m).penalty is not Method.penalty and (term := m("penalty")) is not None:
+        for _, m in adapter.methods:  # no comprehension: torch.compile has no cells for what it assigns
+            if isinstance(m.nested()[-1], Penalised) and (term := m("penalty")) is not None:
                 terms.append(term)
-        if terms:
-            loss = loss + method(roster.adapters[name].config.peft_type).total_penalty(
-                terms, roster.adapters[name].config
-            ).to(loss.device)
+        if terms and issubclass(cls := method(adapter.config.peft_type), Penalised):
+            loss = loss + cls.total_penalty(terms, adapter.config).to(loss.device)
     out.loss = loss
     return out

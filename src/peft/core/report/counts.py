@@ -41,7 +41,7 @@ def counts(model: nn.Module, adapter: str | None = None) -> Counts:
         for n in names
         for _, m in roster.adapters[n].methods
         for attr, p in m.named_parameters()
-        if attr not in m.frozen()
+        if attr not in m.table.frozen
     }
     updated: dict[int, int] = {}
     ranks: dict[str, int | None] = {}
