@@ -6,7 +6,7 @@ main, and of files that git does not know yet:
     src/peft/methods/ssf.py       the laws of its methods, and of those built on them, on linear layers; its tests
     src/peft/variants/dora.py     the laws of all examples whose config has its field; its tests. Companions likewise
     src/peft/layers/conv.py       the laws of LoRA on its kinds; its tests
-    src/peft/core/files/keys.py   tests/core/files/test_keys.py, or tests/files/test_keys.py, where there is one
+    src/peft/core/files/keys.py   tests/core/files/test_keys.py, where there is such a file
     tests/test_api.py             itself
 
 Tests marked slow are left out, and of the laws only these cells run, even where the laws themselves have changed.
@@ -21,7 +21,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 RULES = "tests/test_architecture.py"
-LAWS = "tests/test_laws.py"
+(LAWS,) = (p.relative_to(ROOT).as_posix() for p in (ROOT / "tests").rglob("test_laws.py"))
 METHOD, KIND = "LORA", "linear"  # what is always run
 
 
@@ -63,10 +63,9 @@ def cells_of(file: Path) -> list[str]:
 
 
 def tests_of(file: Path, root: Path = ROOT) -> list[str]:
-    """The test module of a source file, which lies in tests/ as the source lies in src/peft, with or without core/."""
-    folders = dict.fromkeys((file.parent, Path(*(p for p in file.parent.parts if p != "core"))))
-    tests = [Path("tests") / folder / f"test_{file.stem}.py" for folder in folders]
-    return [test.as_posix() for test in tests if (root / test).is_file()]
+    """The test module of a source file, which lies in tests/ as the source lies in src/peft."""
+    test = Path("tests") / file.parent / f"test_{file.stem}.py"
+    return [test.as_posix()] if (root / test).is_file() else []
 
 
 def arguments(files: Iterable[str], root: Path = ROOT) -> list[str]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
+import sys
 from pathlib import Path
 
-import changed
 import pytest
-from cells import cells
+
+from tests import changed
 
 LORA = "([LORA[ and ]-linear[)"
 
@@ -21,9 +23,17 @@ def chosen(*files: str, root: Path = changed.ROOT) -> tuple[list[str], list[str]
     return more, changed.arguments(files, root)[7:]
 
 
-def test_what_always_runs_exists():
-    assert (changed.ROOT / changed.RULES).is_file() and (changed.ROOT / changed.LAWS).is_file()
-    assert sum("[LORA[" in f"[{c.id}" and "]-linear[" in c.id for c in cells()) > 5
+@pytest.mark.slow
+def test_pytest_takes_these_cells_and_all_tests_of_the_other_files():
+    wanted = changed.arguments(["src/peft/methods/hra.py", "src/peft/layers/embedding.py"])
+    command = [sys.executable, "-m", "pytest", "--collect-only", *wanted]
+    done = subprocess.run(command, cwd=changed.ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:]
+    laws = [line for line in done.stdout.splitlines() if line.startswith(changed.LAWS)]
+    cells = {m.groups() for line in laws if (m := re.search(r"\[(\w+)\[.*\]-(\w+)\[", line))}
+    kinds = {("LORA", kind) for kind in ("linear", "embedding", "embedding_max_norm")}  # one file has two of them
+    assert cells == {*kinds, ("HRA", "linear")} and len(laws) > 50
+    assert f"{changed.RULES}::test_imports_go_down_the_stair" in done.stdout
 
 
 def test_nothing_changed_and_nothing_that_python_runs():
@@ -51,7 +61,7 @@ def test_a_source_file_brings_its_cells(file, expected):
 def test_files_bring_their_tests_once(tmp_path):
     for name in (
         "core/files/test_keys.py",
-        "load/test_combine.py",
+        "core/load/test_combine.py",
         "methods/test_oft.py",
         "test_auto.py",
         "test_api.py",
@@ -62,7 +72,7 @@ def test_files_bring_their_tests_once(tmp_path):
     files = [*(f"src/peft/{s}.py" for s in sources), "tests/methods/test_oft.py", "tests/test_api.py", "tests/cells.py"]
     assert chosen(*files, root=tmp_path)[1] == [
         "tests/core/files/test_keys.py",
-        "tests/load/test_combine.py",
+        "tests/core/load/test_combine.py",
         "tests/methods/test_oft.py",
         "tests/test_auto.py",
         "tests/test_api.py",
