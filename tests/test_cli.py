@@ -19,8 +19,11 @@ from typer.testing import CliRunner
 
 from peft import registry
 from peft.cli import console as shared
-from peft.cli import data, job, likelihood, models, text, training
 from peft.cli.main import app
+from peft.recipes import bases as models
+from peft.recipes import data, job, likelihood
+from peft.recipes.tasks import text
+from peft.recipes.trainers import supervised as training
 
 GOOD = "lovely quick friendly helpful warm clean fresh bright calm kind".split()
 BAD = "late broken rude cold dirty lost slow noisy wet wrong".split()
@@ -412,7 +415,7 @@ def test_a_dropped_hub_model_says_so(peft: Any, home: Path, monkeypatch: pytest.
 def test_memory_and_stop_on_a_signal() -> None:
     import signal
 
-    from peft.cli.progress import Stopper, memory
+    from peft.recipes.stopping import Stopper, memory
 
     assert memory()["peak"] >= memory()["now"] > 0
     control, state = (

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from .console import UserError, near
+from ..core.errors import UserError, nearest
 from .job import Data
 
 READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
@@ -67,4 +67,6 @@ def check_columns(part: Any, data: Data, *, target: bool = True) -> None:
     }
     for key, column in used.items():
         if column and column not in part.column_names:
-            raise UserError(f"{key} is {column!r}, but the data has no such column. {near(column, part.column_names)}")
+            raise UserError(
+                f"{key} is {column!r}, but the data has no such column. {nearest(column, part.column_names)}"
+            )
