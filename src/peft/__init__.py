@@ -10,122 +10,151 @@ from __future__ import annotations
 
 __version__ = "1.0.0"
 
-from typing import Any
+import importlib
+import importlib.util
+import pkgutil
+from typing import TYPE_CHECKING, Any
 
-from . import registry
-from .auto import (
-    AutoPeftModel,
-    AutoPeftModelForCausalLM,
-    AutoPeftModelForFeatureExtraction,
-    AutoPeftModelForQuestionAnswering,
-    AutoPeftModelForSeq2SeqLM,
-    AutoPeftModelForSequenceClassification,
-    AutoPeftModelForTokenClassification,
-)
-from .config import PeftConfig, PromptLearningConfig
-from .core.compat import (
-    bloom_model_postprocess_past_key_value,
-    cast_mixed_precision_params,
-    get_base_model_state_dict,
-    set_base_model_state_dict,
-    shift_tokens_right,
-)
-from .core.counts import Counts, counts
-from .core.errors import CheckpointError, NoMatchingPeftModuleError, PeftError, PeftWarning, Refusal
-from .core.inject import dry_run
-from .core.kbit import prepare_model_for_kbit_training
-from .core.model import (
-    MODEL_TYPE_TO_PEFT_MODEL_MAPPING,
-    PeftMixedModel,
-    PeftModel,
-    PeftModelForCausalLM,
-    PeftModelForFeatureExtraction,
-    PeftModelForQuestionAnswering,
-    PeftModelForSeq2SeqLM,
-    PeftModelForSequenceClassification,
-    PeftModelForTokenClassification,
-    get_peft_model,
-    get_peft_model_state_dict,
-    inject_adapter_in_model,
-    load_peft_weights,
-    set_peft_model_state_dict,
-)
-from .core.status import TunerLayerStatus, TunerModelStatus, get_layer_status, get_model_status
-from .mapping import (
-    PEFT_TYPE_TO_CONFIG_MAPPING,
-    PEFT_TYPE_TO_MIXED_MODEL_MAPPING,
-    PEFT_TYPE_TO_PREFIX_MAPPING,
-    PEFT_TYPE_TO_TUNER_MAPPING,
-    get_peft_config,
-)
-from .registry import PeftType, TaskType
+from . import registry as registry
 
-__all__ = [
-    "MODEL_TYPE_TO_PEFT_MODEL_MAPPING",
-    "PEFT_TYPE_TO_CONFIG_MAPPING",
-    "PEFT_TYPE_TO_MIXED_MODEL_MAPPING",
-    "PEFT_TYPE_TO_PREFIX_MAPPING",
-    "PEFT_TYPE_TO_TUNER_MAPPING",
-    "AutoPeftModel",
-    "AutoPeftModelForCausalLM",
-    "AutoPeftModelForFeatureExtraction",
-    "AutoPeftModelForQuestionAnswering",
-    "AutoPeftModelForSeq2SeqLM",
-    "AutoPeftModelForSequenceClassification",
-    "AutoPeftModelForTokenClassification",
-    "CheckpointError",
-    "Counts",
-    "NoMatchingPeftModuleError",
-    "PeftConfig",
-    "PeftError",
-    "PeftMixedModel",
-    "PeftModel",
-    "PeftModelForCausalLM",
-    "PeftModelForFeatureExtraction",
-    "PeftModelForQuestionAnswering",
-    "PeftModelForSeq2SeqLM",
-    "PeftModelForSequenceClassification",
-    "PeftModelForTokenClassification",
-    "PeftType",
-    "PeftWarning",
-    "PromptLearningConfig",
-    "Refusal",
-    "TaskType",
-    "TunerLayerStatus",
-    "TunerModelStatus",
-    "bloom_model_postprocess_past_key_value",
-    "cast_mixed_precision_params",
-    "counts",
-    "dry_run",
-    "get_base_model_state_dict",
-    "get_layer_status",
-    "get_model_status",
-    "get_peft_config",
-    "get_peft_model",
-    "get_peft_model_state_dict",
-    "inject_adapter_in_model",
-    "load_peft_weights",
-    "prepare_model_for_kbit_training",
-    "registry",
-    "set_base_model_state_dict",
-    "set_peft_model_state_dict",
-    "shift_tokens_right",
-]
+if TYPE_CHECKING:
+    from .auto import (
+        AutoPeftModel as AutoPeftModel,
+        AutoPeftModelForCausalLM as AutoPeftModelForCausalLM,
+        AutoPeftModelForFeatureExtraction as AutoPeftModelForFeatureExtraction,
+        AutoPeftModelForQuestionAnswering as AutoPeftModelForQuestionAnswering,
+        AutoPeftModelForSeq2SeqLM as AutoPeftModelForSeq2SeqLM,
+        AutoPeftModelForSequenceClassification as AutoPeftModelForSequenceClassification,
+        AutoPeftModelForTokenClassification as AutoPeftModelForTokenClassification,
+    )
+    from .config import (
+        PeftConfig as PeftConfig,
+        PromptLearningConfig as PromptLearningConfig,
+    )
+    from .core.compat import (
+        bloom_model_postprocess_past_key_value as bloom_model_postprocess_past_key_value,
+        cast_mixed_precision_params as cast_mixed_precision_params,
+        get_base_model_state_dict as get_base_model_state_dict,
+        set_base_model_state_dict as set_base_model_state_dict,
+        shift_tokens_right as shift_tokens_right,
+    )
+    from .core.counts import (
+        Counts as Counts,
+        counts as counts,
+    )
+    from .core.errors import (
+        CheckpointError as CheckpointError,
+        NoMatchingPeftModuleError as NoMatchingPeftModuleError,
+        PeftError as PeftError,
+        PeftWarning as PeftWarning,
+        Refusal as Refusal,
+    )
+    from .core.inject import (
+        dry_run as dry_run,
+    )
+    from .core.kbit import (
+        prepare_model_for_kbit_training as prepare_model_for_kbit_training,
+    )
+    from .core.model import (
+        MODEL_TYPE_TO_PEFT_MODEL_MAPPING as MODEL_TYPE_TO_PEFT_MODEL_MAPPING,
+        PeftMixedModel as PeftMixedModel,
+        PeftModel as PeftModel,
+        PeftModelForCausalLM as PeftModelForCausalLM,
+        PeftModelForFeatureExtraction as PeftModelForFeatureExtraction,
+        PeftModelForQuestionAnswering as PeftModelForQuestionAnswering,
+        PeftModelForSeq2SeqLM as PeftModelForSeq2SeqLM,
+        PeftModelForSequenceClassification as PeftModelForSequenceClassification,
+        PeftModelForTokenClassification as PeftModelForTokenClassification,
+        get_peft_model as get_peft_model,
+        get_peft_model_state_dict as get_peft_model_state_dict,
+        inject_adapter_in_model as inject_adapter_in_model,
+        load_peft_weights as load_peft_weights,
+        set_peft_model_state_dict as set_peft_model_state_dict,
+    )
+    from .core.status import (
+        TunerLayerStatus as TunerLayerStatus,
+        TunerModelStatus as TunerModelStatus,
+        get_layer_status as get_layer_status,
+        get_model_status as get_model_status,
+    )
+    from .mapping import (
+        PEFT_TYPE_TO_CONFIG_MAPPING as PEFT_TYPE_TO_CONFIG_MAPPING,
+        PEFT_TYPE_TO_MIXED_MODEL_MAPPING as PEFT_TYPE_TO_MIXED_MODEL_MAPPING,
+        PEFT_TYPE_TO_PREFIX_MAPPING as PEFT_TYPE_TO_PREFIX_MAPPING,
+        PEFT_TYPE_TO_TUNER_MAPPING as PEFT_TYPE_TO_TUNER_MAPPING,
+        get_peft_config as get_peft_config,
+    )
+    from .registry import (
+        PeftType as PeftType,
+        TaskType as TaskType,
+    )
 
-# The configs (and whatever else a method's file offers) come from the files themselves.
-for _module in registry.modules():
-    for _name in getattr(_module, "__all__", ()):
-        globals()[_name] = getattr(_module, _name)
-        __all__.append(_name)
+# Public name -> the module that it is imported from when it is first asked for: torch takes a second to import, which
+# `import peft`, its version and `peft --help` need not wait for. The imports above say the same to type checkers.
+_HOMES = {
+    "auto": """
+        AutoPeftModel AutoPeftModelForCausalLM AutoPeftModelForFeatureExtraction
+        AutoPeftModelForQuestionAnswering AutoPeftModelForSeq2SeqLM
+        AutoPeftModelForSequenceClassification AutoPeftModelForTokenClassification
+    """,
+    "config": "PeftConfig PromptLearningConfig",
+    "core.compat": """
+        bloom_model_postprocess_past_key_value cast_mixed_precision_params get_base_model_state_dict
+        set_base_model_state_dict shift_tokens_right
+    """,
+    "core.counts": "Counts counts",
+    "core.errors": "CheckpointError NoMatchingPeftModuleError PeftError PeftWarning Refusal",
+    "core.inject": "dry_run",
+    "core.kbit": "prepare_model_for_kbit_training",
+    "core.model": """
+        MODEL_TYPE_TO_PEFT_MODEL_MAPPING PeftMixedModel PeftModel PeftModelForCausalLM
+        PeftModelForFeatureExtraction PeftModelForQuestionAnswering PeftModelForSeq2SeqLM
+        PeftModelForSequenceClassification PeftModelForTokenClassification get_peft_model
+        get_peft_model_state_dict inject_adapter_in_model load_peft_weights set_peft_model_state_dict
+    """,
+    "core.status": "TunerLayerStatus TunerModelStatus get_layer_status get_model_status",
+    "mapping": """
+        PEFT_TYPE_TO_CONFIG_MAPPING PEFT_TYPE_TO_MIXED_MODEL_MAPPING PEFT_TYPE_TO_PREFIX_MAPPING
+        PEFT_TYPE_TO_TUNER_MAPPING get_peft_config
+    """,
+    "registry": "PeftType TaskType",
+}
+HOMES = {name: module for module, names in _HOMES.items() for name in names.split()}
 
 
 def __getattr__(name: str) -> Any:
-    """Upstream's further names, such as `LoraModel`, from the doors that show them."""
-    import importlib
+    """Public names; the configs and whatever else a method's file offers; modules; and upstream's further names."""
+    if name == "__all__":
+        return sorted([*HOMES, "registry"]) + list(_of_methods())
+    if name in HOMES:
+        found = getattr(importlib.import_module(f".{HOMES[name]}", __name__), name)
+    elif name.startswith("_"):
+        raise AttributeError(f"module 'peft' has no attribute {name!r}")
+    elif importlib.util.find_spec(f"{__name__}.{name}") is not None:
+        return importlib.import_module(f".{name}", __name__)
+    else:
+        found = _further(name)
+    globals()[name] = found
+    return found
 
-    if not name.startswith("_"):
-        for door in ("tuners", "utils"):
-            module = importlib.import_module(f".{door}", __name__)
-            if hasattr(module, name):
-                return getattr(module, name)
+
+def __dir__() -> list[str]:
+    modules = (m.name for m in pkgutil.iter_modules(__path__))
+    return sorted({*globals(), "__all__", *HOMES, *_of_methods(), *modules})
+
+
+def _of_methods() -> dict[str, Any]:
+    """What the files of methods list in their `__all__`."""
+    return {name: getattr(m, name) for m in registry.modules() for name in getattr(m, "__all__", ())}
+
+
+def _further(name: str) -> Any:
+    """A name of a method's file, or one that upstream has at its top, such as `LoraModel`, from the doors that show it."""
+    of_methods = _of_methods()
+    if name in of_methods:
+        return of_methods[name]
+    for door in ("tuners", "utils"):
+        module = importlib.import_module(f".{door}", __name__)
+        if hasattr(module, name):
+            return getattr(module, name)
     raise AttributeError(f"module 'peft' has no attribute {name!r}")
