@@ -39,7 +39,7 @@ class Discovered(enum.EnumMeta):
         modules()
         return super().__getitem__(name)
 
-    def __contains__(cls, member: object) -> bool:
+    def __contains__(cls, member: Any) -> bool:
         modules()
         return super().__contains__(member)
 

@@ -37,7 +37,9 @@ def train(
     choice: Annotated[list[str] | None, typer.Option(help="A possible answer; repeat for each.")] = None,
     max_length: Annotated[int | None, typer.Option(help="Tokens kept of a row.")] = None,
     method: Annotated[str | None, typer.Option(help="`peft methods` lists them.")] = None,
-    set: Annotated[list[str] | None, typer.Option("--set", help="A field of the method's config: r=8.")] = None,
+    set: Annotated[
+        list[str] | None, typer.Option("--set", help="A field of the method's config: r=8, layers_to_transform=15-29.")
+    ] = None,
     trainer: Annotated[
         list[str] | None, typer.Option("--trainer", help="A training argument: learning_rate=1e-3.")
     ] = None,

@@ -19,13 +19,13 @@ def load(data: Data, seed: int) -> tuple[Any, Any | None]:
         )
     train = rows(data.train, data.subset, "train")
     held_out = None
-    if isinstance(data.eval, (int, float)) and not isinstance(data.eval, bool):
-        if not 0 < data.eval < 1:
+    if isinstance(data.eval, str):
+        held_out = rows(data.eval, data.subset, "test") if data.eval else None
+    elif data.eval is not None and data.eval is not False:
+        if isinstance(data.eval, bool) or not 0 < data.eval < 1:
             raise UserError(f"data.eval is {data.eval}: expected a file, a data set, or a fraction between 0 and 1.")
         parts = train.train_test_split(test_size=float(data.eval), seed=seed)
         train, held_out = parts["train"], parts["test"]
-    elif data.eval:
-        held_out = rows(data.eval, data.subset, "test")
     if data.limit:
         train = train.select(range(min(data.limit, len(train))))
         held_out = held_out.select(range(min(data.limit, len(held_out)))) if held_out is not None else None

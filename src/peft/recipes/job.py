@@ -50,7 +50,7 @@ class Job:
     model: str = ""  # a hub id, a folder, a GGUF file, or a Python package that ships a model
     task: str | None = None  # causal_lm, seq2seq_lm, seq_cls or token_cls; read off the model when it is plain
     method: str = "lora"
-    config: dict[str, Any] = field(default_factory=dict)  # fields of the method's config class
+    config: dict[str, Any] = field(default_factory=dict)  # fields of the method's config; layers may be ranges: 0-3,8
     data: Data = field(default_factory=Data)
     trainer: dict[str, Any] = field(default_factory=dict)  # fields of transformers' TrainingArguments
     output: str = "runs/peft"

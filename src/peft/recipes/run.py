@@ -77,21 +77,17 @@ class Run:
     def _arguments(self) -> Any:
         import transformers
 
-        given = DEFAULTS | self.job.trainer
-        return transformers.TrainingArguments(
-            **(
-                {"logging_steps": 1, "report_to": "none", "remove_unused_columns": False, "label_names": ["labels"]}
-                | given
-            ),
-            output_dir=str(self.output / saved.CHECKPOINTS),
-            seed=self.job.seed,
-            disable_tqdm=True,
-            **(
-                {}
-                if "dataloader_pin_memory" in given or bases.device().type != "cpu"
-                else {"dataloader_pin_memory": False}
-            ),
-        )
+        usual: dict[str, Any] = {
+            "logging_steps": 1,
+            "report_to": "none",
+            "remove_unused_columns": False,
+            "label_names": ["labels"],
+        }
+        if bases.device().type == "cpu":
+            usual["dataloader_pin_memory"] = False
+        given = usual | DEFAULTS | self.job.trainer
+        checkpoints = str(self.output / saved.CHECKPOINTS)
+        return transformers.TrainingArguments(**given, output_dir=checkpoints, seed=self.job.seed, disable_tqdm=True)
 
     def dry_run(self) -> Plan:
         """What would be adapted; reads the base's config, not its weights."""
@@ -222,9 +218,9 @@ class Run:
 
     def _show(self, model: Any) -> None:
         """Tells what the adapted model answers to a few held-out rows."""
-        count = min(self.job.show, len(self.held_out)) if self.held_out else 0
-        if count <= 0:
+        if not self.held_out or self.job.show <= 0:
             return
+        count = min(self.job.show, len(self.held_out))
         rows = self.held_out.select(range(count))
         if self.task.generates:
             asked = [self.task.prompt(row) for row in rows]

@@ -57,6 +57,13 @@ class Task:
                 f"data.template names the column {missing}, which the row lacks. {nearest(str(missing), row)}"
             ) from None
 
+    @property
+    def target(self) -> str:
+        """The column to learn, for tasks that cannot do without."""
+        if self.data.target is None:
+            raise UserError(f"data.target is null, but {self.type} learns a column: name it.")
+        return self.data.target
+
     def label_index(self, value: Any) -> int:
         assert self.labels is not None
         if str(value) in self.labels:

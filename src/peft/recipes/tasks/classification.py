@@ -45,7 +45,7 @@ class SequenceClassification(Classifier):
     def encode(self, row: dict[str, Any], *, labels: bool = True) -> dict[str, Any]:
         found = self.tokenizer(self.prompt(row), truncation=True, max_length=self.data.max_length)
         found = {k: found[k] for k in ("input_ids", "attention_mask")}
-        return found | ({"labels": self.label_index(_name(row[self.data.target], self.labels))} if labels else {})
+        return found | ({"labels": self.label_index(_name(row[self.target], self.labels))} if labels else {})
 
     def collator(self) -> Any:
         from transformers import DataCollatorWithPadding
@@ -86,7 +86,7 @@ class TokenClassification(Classifier):
         first = [w if w is not None and (i == 0 or owners[i - 1] != w) else None for i, w in enumerate(owners)]
         if not labels:
             return encoded | {"first": first}
-        tags = row[self.data.target]
+        tags = row[self.target]
         if len(tags) != len(words):
             raise UserError(
                 f"A row has {len(words)} words but {len(tags)} labels in column {self.data.target!r}: {words[:8]} ..."

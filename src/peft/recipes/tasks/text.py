@@ -135,9 +135,7 @@ class Seq2SeqLM(Text):
 
     def encode(self, row: dict[str, Any], *, labels: bool = True) -> dict[str, Any]:
         ids = self.prompt_ids(self.prompt(row))
-        target = self.tokenizer(
-            text_target=str(row[self.data.target]), truncation=True, max_length=self.data.max_length
-        )
+        target = self.tokenizer(text_target=str(row[self.target]), truncation=True, max_length=self.data.max_length)
         return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": target.input_ids}
 
     def prompt_ids(self, prompt: str) -> list[int]:
