@@ -15,9 +15,8 @@ import importlib.util
 import pkgutil
 from typing import TYPE_CHECKING, Any
 
-from . import registry as registry
-
 if TYPE_CHECKING:
+    from . import registry as registry
     from .auto import (
         AutoPeftModel as AutoPeftModel,
         AutoPeftModelForCausalLM as AutoPeftModelForCausalLM,
@@ -145,7 +144,8 @@ def __dir__() -> list[str]:
 
 def _of_methods() -> dict[str, Any]:
     """What the files of methods list in their `__all__`."""
-    return {name: getattr(m, name) for m in registry.modules() for name in getattr(m, "__all__", ())}
+    files = importlib.import_module(".registry", __name__).modules()
+    return {name: getattr(file, name) for file in files for name in getattr(file, "__all__", ())}
 
 
 def _further(name: str) -> Any:

@@ -7,7 +7,9 @@ from typing import Annotated, Any
 
 import typer
 
-from .. import recipes, registry
+import peft
+
+from .. import recipes
 from .console import command, console, escape, facts, heading, table
 
 # What follows from the form in which a method states its maths.
@@ -29,12 +31,12 @@ def methods(
     if name is not None:
         return detail(*recipes.saved.method(name))
     grid = table("method", "what it does", "formula", "supports")
-    for key, method in sorted(registry.methods().items()):
+    for key, method in sorted(peft.registry.methods().items()):
         grid.add_row(
             f"[bold]{escape(key.lower())}[/]", escape(method.summary), escape(method.formula), supports(method)
         )
     console.print(grid)
-    facts(((kind, layer.summary) for kind, layer in registry.kinds().items()), "Layers they work on")
+    facts(((kind, layer.summary) for kind, layer in peft.registry.kinds().items()), "Layers they work on")
     return None
 
 
