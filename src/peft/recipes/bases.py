@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from .console import UserError
+from ..errors import UserError
 
 
 @dataclass(frozen=True)

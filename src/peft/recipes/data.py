@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from .console import UserError, near
+from ..errors import UserError, nearest
 from .job import Data
 
 READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
@@ -19,13 +19,13 @@ def load(data: Data, seed: int) -> tuple[Any, Any | None]:
         )
     train = rows(data.train, data.subset, "train")
     held_out = None
-    if isinstance(data.eval, (int, float)) and not isinstance(data.eval, bool):
-        if not 0 < data.eval < 1:
+    if isinstance(data.eval, str):
+        held_out = rows(data.eval, data.subset, "test") if data.eval else None
+    elif data.eval is not None and data.eval is not False:
+        if isinstance(data.eval, bool) or not 0 < data.eval < 1:
             raise UserError(f"data.eval is {data.eval}: expected a file, a data set, or a fraction between 0 and 1.")
         parts = train.train_test_split(test_size=float(data.eval), seed=seed)
         train, held_out = parts["train"], parts["test"]
-    elif data.eval:
-        held_out = rows(data.eval, data.subset, "test")
     if data.limit:
         train = train.select(range(min(data.limit, len(train))))
         held_out = held_out.select(range(min(data.limit, len(held_out)))) if held_out is not None else None
@@ -67,4 +67,6 @@ def check_columns(part: Any, data: Data, *, target: bool = True) -> None:
     }
     for key, column in used.items():
         if column and column not in part.column_names:
-            raise UserError(f"{key} is {column!r}, but the data has no such column. {near(column, part.column_names)}")
+            raise UserError(
+                f"{key} is {column!r}, but the data has no such column. {nearest(column, part.column_names)}"
+            )

@@ -1,7 +1,11 @@
-"""transformers' Trainer with two changes: batches that resume exactly, and logits only where the loss reads them."""
+"""transformers' Trainer with two changes: batches that resume exactly, and logits only where the loss reads them.
+
+Its callbacks tell the run's events and keep methods informed that change with the steps.
+"""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +16,9 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
-from .likelihood import takes
+from ..events import Logged, OnEvent, Step, TrainingEnded
+from ..likelihood import takes
+from ..stopping import memory
 
 
 class LengthGroups(Sampler[int]):
@@ -44,7 +50,7 @@ class AdapterTrainer(Trainer):
     """The Trainer of `peft train`."""
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        dataset = train_dataset if train_dataset is not None else self.train_dataset
+        dataset: Any = train_dataset if train_dataset is not None else self.train_dataset
         if self.args.train_sampling_strategy != "group_by_length" or self.args.world_size > 1:
             return super()._get_train_sampler(train_dataset)
         size = self.args.train_batch_size * self.args.gradient_accumulation_steps
@@ -61,6 +67,29 @@ class Schedule(TrainerCallback):
         update = getattr(model, "update_and_allocate", None)
         if update is not None:
             update(state.global_step)
+
+
+class Teller(TrainerCallback):
+    """Tells steps, and with what the Trainer logs the memory and the time that is left."""
+
+    def __init__(self, on_event: OnEvent) -> None:
+        self.on_event = on_event
+        self.started, self.first = 0.0, 0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.started, self.first = time.monotonic(), state.global_step
+        self.on_event(Step(state.global_step, state.max_steps))
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.on_event(Step(state.global_step, state.max_steps))
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
+        pace = (time.monotonic() - self.started) / max(1, state.global_step - self.first)
+        left = pace * (state.max_steps - state.global_step)
+        self.on_event(Logged(state.global_step, state.max_steps, dict(logs or {}), memory(), left))
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.on_event(TrainingEnded())
 
 
 def answers_only(model: Any, inputs: dict[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The two tasks whose model writes text. With `choices`, answers are scored by their likelihood (`likelihood.py`)."""
+"""The two tasks whose model writes text. With `choices`, answers are scored by their likelihood (`recipes/likelihood.py`)."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from typing import Any, ClassVar
 
 import torch
 
-from . import likelihood
-from .likelihood import batches
-from .tasks import SequenceClassification, Task, TokenClassification
+from .. import likelihood
+from ..likelihood import batches
+from .base import Task
 
 
 class Text(Task):
@@ -33,7 +33,8 @@ class Text(Task):
     def likelihoods(self, model: Any, rows: Any, batch_size: int, title: str) -> torch.Tensor:
         model.eval()
         prompts, given = self.answers(rows)
-        return type(self).score(model, prompts, given, self.tokenizer.pad_token_id, batch_size, title)
+        pad_id = self.tokenizer.pad_token_id
+        return type(self).score(model, prompts, given, pad_id, batch_size, title, self.on_event)
 
     def evaluate(self, model: Any, rows: Any, batch_size: int) -> dict[str, float]:
         if self.labels and self.data.target:
@@ -49,7 +50,7 @@ class Text(Task):
         model.eval()
         encoded = [self.encode(row) for row in rows]
         collate, total, count = self.collator(), 0.0, 0
-        for chosen in batches([len(e["input_ids"]) for e in encoded], batch_size, "evaluating"):
+        for chosen in batches([len(e["input_ids"]) for e in encoded], batch_size, "evaluating", self.on_event):
             batch = collate([encoded[i] for i in chosen]).to(model.device)
             tokens = int((batch["labels"] != -100).sum())
             total, count = total + float(model(**batch).loss) * tokens, count + tokens
@@ -63,7 +64,7 @@ class Text(Task):
 
     @torch.no_grad()
     def generate(self, model: Any, prompts: list[str], **settings: Any) -> list[str]:
-        """What the model writes after each prompt; greedy unless told otherwise."""
+        """Greedy unless told otherwise."""
         model.eval()
         settings = {"do_sample": False, "max_new_tokens": 32, "pad_token_id": self.tokenizer.pad_token_id} | settings
         found = []
@@ -134,38 +135,8 @@ class Seq2SeqLM(Text):
 
     def encode(self, row: dict[str, Any], *, labels: bool = True) -> dict[str, Any]:
         ids = self.prompt_ids(self.prompt(row))
-        target = self.tokenizer(
-            text_target=str(row[self.data.target]), truncation=True, max_length=self.data.max_length
-        )
+        target = self.tokenizer(text_target=str(row[self.target]), truncation=True, max_length=self.data.max_length)
         return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": target.input_ids}
 
     def prompt_ids(self, prompt: str) -> list[int]:
         return self.tokenizer(prompt, truncation=True, max_length=self.data.max_length).input_ids
-
-
-TASKS: dict[str, type[Task]] = {t.type: t for t in (CausalLM, Seq2SeqLM, SequenceClassification, TokenClassification)}
-SHORT = {"CAUSAL_LM": "causal_lm", "SEQ_2_SEQ_LM": "seq2seq_lm", "SEQ_CLS": "seq_cls", "TOKEN_CLS": "token_cls"}
-
-
-def find(name: str | None, config: Any, gguf: bool) -> type[Task]:
-    """The task by its name, or by what the model's config says about it."""
-    from .console import UserError, near
-
-    if name is not None:
-        wanted = name.lower().replace("-", "_")
-        for kind, short in SHORT.items():
-            if wanted in (short, kind.lower()):
-                return TASKS[kind]
-        raise UserError(f"Unknown task {name!r}. {near(wanted, SHORT.values())}")
-    if getattr(config, "is_encoder_decoder", False):
-        return Seq2SeqLM
-    built = (getattr(config, "architectures", None) or [""])[0]
-    if gguf or built.endswith(("ForCausalLM", "LMHeadModel")):
-        return CausalLM
-    if built.endswith("ForSequenceClassification"):
-        return SequenceClassification
-    if built.endswith("ForTokenClassification"):
-        return TokenClassification
-    raise UserError(
-        f"The task cannot be read off this model ({built or 'no architecture given'}). Give --task: {', '.join(SHORT.values())}."
-    )

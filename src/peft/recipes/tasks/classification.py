@@ -1,65 +1,15 @@
-"""What a task makes of a row: the model's inputs and labels, the score of a model, its predictions."""
+"""The tasks whose model has one output for each label: of a whole text, or of each of its words."""
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 
-from .console import UserError, near
-from .job import Data
-from .likelihood import batches
-
-
-class Task:
-    """One kind of job. `columns` says how rows become inputs; `labels` are the answers it knows, if it has a closed set."""
-
-    type: ClassVar[str]  # peft's TaskType
-    auto: ClassVar[str]  # transformers' auto class
-    generates: ClassVar[bool] = False
-
-    def __init__(self, data: Data, tokenizer: Any, labels: list[str] | None = None) -> None:
-        self.data, self.tokenizer, self.labels = data, tokenizer, labels
-
-    @classmethod
-    def find_labels(cls, data: Data, rows: Any) -> list[str] | None:
-        """The closed set of answers: as the job gives it, or as the training rows have it."""
-        return data.choices
-
-    def model_arguments(self) -> dict[str, Any]:
-        return {}
-
-    def encode(self, row: dict[str, Any], *, labels: bool = True) -> dict[str, Any]:
-        raise NotImplementedError
-
-    def collator(self) -> Any:
-        from transformers import DataCollatorForSeq2Seq
-
-        return DataCollatorForSeq2Seq(self.tokenizer, padding=True)
-
-    def evaluate(self, model: Any, rows: Any, batch_size: int) -> dict[str, float]:
-        raise NotImplementedError
-
-    def predict(self, model: Any, rows: Any, batch_size: int) -> list[dict[str, Any]]:
-        raise NotImplementedError
-
-    def prompt(self, row: dict[str, Any]) -> str:
-        """The row's text in the template."""
-        template = self.data.template
-        if not template:
-            return str(row[self.data.text])
-        try:
-            return template.format_map({**row, "text": row.get(self.data.text, row.get("text"))})
-        except (KeyError, IndexError) as missing:
-            raise UserError(
-                f"data.template names the column {missing}, which the row lacks. {near(str(missing), row)}"
-            ) from None
-
-    def label_index(self, value: Any) -> int:
-        assert self.labels is not None
-        if str(value) in self.labels:
-            return self.labels.index(str(value))
-        raise UserError(f"The label {value!r} in column {self.data.target!r} is none of: {', '.join(self.labels)}.")
+from ...errors import UserError
+from ..job import Data
+from ..likelihood import batches
+from .base import Task
 
 
 class Classifier(Task):
@@ -75,7 +25,7 @@ class Classifier(Task):
         model.eval()
         encoded = [self.encode(row, labels=False) for row in rows]
         found: list[torch.Tensor] = [torch.empty(0)] * len(encoded)
-        for chosen in batches([len(e["input_ids"]) for e in encoded], batch_size, title):
+        for chosen in batches([len(e["input_ids"]) for e in encoded], batch_size, title, self.on_event):
             features = {k: [encoded[i][k] for i in chosen] for k in ("input_ids", "attention_mask")}
             batch = self.tokenizer.pad(features, padding_side="right", return_tensors="pt").to(model.device)
             out = model(**batch).logits.float().cpu()
@@ -95,7 +45,7 @@ class SequenceClassification(Classifier):
     def encode(self, row: dict[str, Any], *, labels: bool = True) -> dict[str, Any]:
         found = self.tokenizer(self.prompt(row), truncation=True, max_length=self.data.max_length)
         found = {k: found[k] for k in ("input_ids", "attention_mask")}
-        return found | ({"labels": self.label_index(_name(row[self.data.target], self.labels))} if labels else {})
+        return found | ({"labels": self.label_index(_name(row[self.target], self.labels))} if labels else {})
 
     def collator(self) -> Any:
         from transformers import DataCollatorWithPadding
@@ -136,7 +86,7 @@ class TokenClassification(Classifier):
         first = [w if w is not None and (i == 0 or owners[i - 1] != w) else None for i, w in enumerate(owners)]
         if not labels:
             return encoded | {"first": first}
-        tags = row[self.data.target]
+        tags = row[self.target]
         if len(tags) != len(words):
             raise UserError(
                 f"A row has {len(words)} words but {len(tags)} labels in column {self.data.target!r}: {words[:8]} ..."

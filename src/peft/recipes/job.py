@@ -10,10 +10,11 @@ from typing import Any
 
 import yaml
 
-from .console import UserError, near
+from ..errors import UserError, nearest
 
 # Keys that may differ between an interrupted run and the one that continues it.
 NOT_PART_OF_THE_RUN = ("output", "keep_checkpoints", "show")
+LAYERS = "layers_to_transform"  # the field of configs that takes ranges in a job
 
 
 class Loader(yaml.SafeLoader):
@@ -49,7 +50,7 @@ class Job:
     model: str = ""  # a hub id, a folder, a GGUF file, or a Python package that ships a model
     task: str | None = None  # causal_lm, seq2seq_lm, seq_cls or token_cls; read off the model when it is plain
     method: str = "lora"
-    config: dict[str, Any] = field(default_factory=dict)  # fields of the method's config class
+    config: dict[str, Any] = field(default_factory=dict)  # fields of the method's config; layers may be ranges: 0-3,8
     data: Data = field(default_factory=Data)
     trainer: dict[str, Any] = field(default_factory=dict)  # fields of transformers' TrainingArguments
     output: str = "runs/peft"
@@ -63,8 +64,9 @@ class Job:
         return dataclasses.asdict(self)
 
     def differences(self, other: dict[str, Any]) -> list[str]:
-        """The keys, dotted, in which `other` is another run than this one."""
-        return [k for k in _differing(self.as_dict(), other) if k.split(".")[0] not in NOT_PART_OF_THE_RUN]
+        """The keys, dotted, in which `other` is another run than this one; ranges of layers may be written otherwise."""
+        found = _differing(_with_layers(self.as_dict()), _with_layers(other))
+        return [k for k in found if k.split(".")[0] not in NOT_PART_OF_THE_RUN]
 
 
 def read(path: Path | None, flags: dict[str, Any]) -> Job:
@@ -90,6 +92,7 @@ def read(path: Path | None, flags: dict[str, Any]) -> Job:
     for value in data.get("choices") or []:
         if not isinstance(value, str):
             raise UserError(f"data.choices: {value!r} is a {type(value).__name__} in YAML; put it in quotes.")
+    layers(raw["config"].get(LAYERS))
     job = _make(Job, raw | {"data": _make(Data, data, "data.")})
     if not job.model:
         raise UserError("No model. Give --model (or `model:` in the job file): a hub id, a folder or a GGUF file.")
@@ -116,6 +119,29 @@ def parse(text: str, where: str) -> Any:
         raise UserError(f"{where} is not YAML: {error}") from None
 
 
+def layers(given: Any) -> Any:
+    """Layer numbers as configs take them: `15-29` and `0-3,8` as a list, likewise a list of numbers and such ranges.
+
+    Both ends of a range belong to it. A single number and None stay as they are.
+    """
+    if given is None or (isinstance(given, int) and not isinstance(given, bool)):
+        return given
+    found: list[int] = []
+    parts = given.split(",") if isinstance(given, str) else given if isinstance(given, (list, tuple)) else [given]
+    for part in parts:
+        ends = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", str(part), re.ASCII)
+        if ends is None:
+            raise UserError(
+                f"config.{LAYERS}: {str(part)!r} is neither a layer's number nor a range of them. "
+                "Expected such as 7, 15-29 or 0-3,8."
+            )
+        first, last = int(ends[1]), int(ends[2] or ends[1])
+        if last < first:
+            raise UserError(f"config.{LAYERS}: the range {first}-{last} runs backwards; write {last}-{first}.")
+        found += range(first, last + 1)
+    return found
+
+
 def check_fields(given: dict[str, Any], cls: type, what: str, *, reserved: dict[str, str] | None = None) -> None:
     """Every key of `given` is a field of the dataclass `cls`, and not one that the job sets by another name."""
     known = [f.name for f in dataclasses.fields(cls) if f.init]
@@ -123,15 +149,21 @@ def check_fields(given: dict[str, Any], cls: type, what: str, *, reserved: dict[
         if reserved and name in reserved:
             raise UserError(f"{what}.{name} is set by the job: use {reserved[name]} instead.")
         if name not in known:
-            raise UserError(f"{what}.{name}: {cls.__name__} has no such field. {near(name, known)}".rstrip())
+            raise UserError(f"{what}.{name}: {cls.__name__} has no such field. {nearest(name, known)}".rstrip())
 
 
 def _make(cls: type, given: dict[str, Any], prefix: str = "") -> Any:
     known = [f.name for f in dataclasses.fields(cls)]
     for name in given:
         if name not in known:
-            raise UserError(f"Unknown key `{prefix}{name}` in the job. {near(name, known)}".rstrip())
+            raise UserError(f"Unknown key `{prefix}{name}` in the job. {nearest(name, known)}".rstrip())
     return cls(**given)
+
+
+def _with_layers(job: dict[str, Any]) -> dict[str, Any]:
+    """A job's dict with its ranges of layers written out."""
+    config = job.get("config") or {}
+    return job | {"config": config | {LAYERS: layers(config[LAYERS])}} if LAYERS in config else job
 
 
 def _differing(a: Any, b: Any, path: str = "") -> list[str]:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .progress import track
+from .events import OnEvent, ignore, track
 
 
 def unwrapped(model: Any) -> Any:
@@ -31,10 +31,10 @@ def pad(rows: list[list[int]], value: int) -> Tensor:
     return torch.tensor([row + [value] * (width - len(row)) for row in rows])
 
 
-def batches(lengths: list[int], batch_size: int, title: str) -> Iterator[list[int]]:
-    """Indices in batches of similar length, longest first, with a progress bar."""
+def batches(lengths: list[int], batch_size: int, title: str, on_event: OnEvent) -> Iterator[list[int]]:
+    """Indices in batches of similar length, longest first, with their progress told."""
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-    yield from track([order[i : i + batch_size] for i in range(0, len(order), batch_size)], title)
+    yield from track([order[i : i + batch_size] for i in range(0, len(order), batch_size)], title, on_event)
 
 
 @torch.no_grad()
@@ -45,6 +45,7 @@ def causal(
     pad_id: int,
     batch_size: int = 16,
     title: str = "scoring",
+    on_event: OnEvent = ignore,
 ) -> Tensor:
     """Log-probabilities `[row, answer]` under a causal model.
 
@@ -54,7 +55,7 @@ def causal(
     scores = torch.zeros(len(prompts), len(answers[0]), dtype=torch.float64)
     jobs = [(row, lead) for row, given in enumerate(answers) for lead in _leads(given)]
     done: set[tuple[int, int]] = set()
-    for chosen in batches([len(prompts[r]) + len(lead) for r, lead in jobs], batch_size, title):
+    for chosen in batches([len(prompts[r]) + len(lead) for r, lead in jobs], batch_size, title, on_event):
         rows = [prompts[jobs[j][0]] + jobs[j][1] for j in chosen]
         ids = pad(rows, pad_id).to(model.device)
         mask = pad([[1] * len(row) for row in rows], 0).to(model.device)
@@ -82,11 +83,12 @@ def seq2seq(
     pad_id: int,
     batch_size: int = 16,
     title: str = "scoring",
+    on_event: OnEvent = ignore,
 ) -> Tensor:
     """Log-probabilities `[row, answer]` under an encoder-decoder, whose decoder reads the answer."""
     scores = torch.zeros(len(prompts), len(answers[0]), dtype=torch.float64)
     jobs = [(row, k) for row, given in enumerate(answers) for k in range(len(given))]
-    for chosen in batches([len(prompts[r]) for r, _ in jobs], batch_size, title):
+    for chosen in batches([len(prompts[r]) for r, _ in jobs], batch_size, title, on_event):
         rows = [prompts[jobs[j][0]] for j in chosen]
         targets = [answers[jobs[j][0]][jobs[j][1]] for j in chosen]
         logits = model(
