@@ -29,10 +29,10 @@ from .core.model.functions import (
     load_peft_weights,
     set_peft_model_state_dict,
 )
-from .core.model.peft_model import (
-    MODEL_TYPE_TO_PEFT_MODEL_MAPPING,
+from .core.model.peft_model import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, PeftModel
+from .core.model.prepare_quantised import prepare_model_for_kbit_training
+from .core.model.task_models import (
     PeftMixedModel,
-    PeftModel,
     PeftModelForCausalLM,
     PeftModelForFeatureExtraction,
     PeftModelForQuestionAnswering,
@@ -40,7 +40,6 @@ from .core.model.peft_model import (
     PeftModelForSequenceClassification,
     PeftModelForTokenClassification,
 )
-from .core.model.prepare_quantised import prepare_model_for_kbit_training
 from .core.report.counts import Counts, counts
 from .core.report.status import TunerLayerStatus, TunerModelStatus, get_layer_status, get_model_status
 from .errors import CheckpointError, NoMatchingPeftModuleError, PeftError, PeftWarning, Refusal

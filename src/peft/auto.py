@@ -7,9 +7,8 @@ import os
 from typing import Any, ClassVar
 
 from .config import PeftConfig
-from .core.model.peft_model import (
-    MODEL_TYPE_TO_PEFT_MODEL_MAPPING,
-    PeftModel,
+from .core.model.peft_model import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, PeftModel
+from .core.model.task_models import (
     PeftModelForCausalLM,
     PeftModelForFeatureExtraction,
     PeftModelForQuestionAnswering,

@@ -16,10 +16,10 @@ from ..files.sharded import _unwrapped
 from ..files.tensors import alone
 from ..injection.commit import inject
 from ..load.load import LoadResult, embedding_tensors, fit_any_layout, read_adapter
-from .peft_model import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, PeftMixedModel, PeftModel
+from .peft_model import PeftModel, class_for
+from .task_models import PeftMixedModel
 
 
-# -- functions --------------------------------------------------------------------------------------------------------------
 def get_peft_model(
     model: nn.Module,
     peft_config: PeftConfig,
@@ -41,8 +41,7 @@ def get_peft_model(
     peft_config.base_model_name_or_path = getattr(model, "name_or_path", None) or peft_config.base_model_name_or_path
     if revision is not None:
         peft_config.revision = revision
-    task = getattr(peft_config.task_type, "value", peft_config.task_type)
-    cls: type[PeftModel] = PeftMixedModel if mixed else MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(str(task), PeftModel)
+    cls: type[PeftModel] = PeftMixedModel if mixed else class_for(peft_config)
     return cls(
         model,
         peft_config,
