@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
 
@@ -83,10 +82,10 @@ def inject_adapter_in_model(
 
 def get_peft_model_state_dict(
     model: nn.Module,
-    state_dict: Any = None,
+    state_dict: Mapping[str, Tensor] | None = None,
     adapter_name: str = "default",
     unwrap_compiled: bool = False,
-    save_embedding_layers: Any = "auto",
+    save_embedding_layers: str | bool = "auto",
 ) -> dict[str, Tensor]:
     """An adapter's tensors under the keys of its file. state_dict: gathered values to take instead of the live ones."""
     base = _unwrapped(model)
@@ -149,7 +148,7 @@ def _told(
 
 
 def load_peft_weights(
-    model_id: str, device: str | None = None, key_mapping: dict[str, str] | None = None, **kwargs: Any
+    model_id: str, device: str | None = None, key_mapping: dict[str, str] | None = None, **kwargs: object
 ) -> dict[str, Tensor]:
     """The tensors of a saved adapter, on `device` (the CPU by default), each with memory of its own."""
     found = read_adapter(model_id, PeftConfig(), key_mapping, False, kwargs).tensors

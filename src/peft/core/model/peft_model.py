@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,9 @@ from ..report.status import TunerLayerStatus, TunerModelStatus, get_layer_status
 from .running import by_name, disabled, for_copies, rows, tasks
 from .saving import prompts_below, save_adapters
 from .tuner import Tuner
+
+if TYPE_CHECKING:
+    from huggingface_hub import CommitInfo
 
 MODEL_TYPE_TO_PEFT_MODEL_MAPPING: dict[str, type[PeftModel]] = {}  # task -> its model; filled by `task_models`
 
@@ -270,7 +273,7 @@ class PeftModel(nn.Module):
         """Write a README.md that names the base model, the method and this library's version."""
         write_card(self.active_peft_config, output_dir)
 
-    def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:
+    def push_to_hub(self, repo_id: str, **kwargs: Any) -> CommitInfo:
         """Upload the adapters with a model card."""
         saving = {k: kwargs.pop(k) for k in ("safe_serialization", "selected_adapters") if k in kwargs}
         return push_folder(lambda folder: self.save_pretrained(folder, model_card=True, **saving), repo_id, **kwargs)
