@@ -58,14 +58,14 @@ class Tuner(nn.Module):
 
     @property
     def prefix(self) -> str:
-        """What tells adapter parameters by their names: the method's disk_path, or the container where further parts hang."""
-        disk_path = method(next(iter(self.roster.configs.values())).peft_type).prefix
+        """What tells adapter parameters by their names: what the method's begin with, or the container where further parts hang."""
+        prefix = method(next(iter(self.roster.configs.values())).peft_type).prefix
         for adapter in self.roster.adapters.values():  # companions come last; all sites of one method are named alike
             for _, first in adapter.methods[:1]:
-                named = all(disk_path in n for n, _ in first.named_parameters())
+                named = all(prefix in n for n, _ in first.named_parameters())
                 if adapter.brought_by[-1] or not (named or first.form == "prompt"):
                     return ".adapters."
-        return disk_path
+        return prefix
 
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
         """Activate one adapter or several together, and train exactly those."""
