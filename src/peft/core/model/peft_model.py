@@ -206,13 +206,7 @@ class PeftModel(nn.Module):
         prepare_head(base, peft_config)
         if peft_config.base_model_name_or_path is None:
             peft_config.base_model_name_or_path = getattr(base, "name_or_path", None)
-        inject(
-            base,
-            peft_config,
-            adapter_name,
-            meta=low_cpu_mem_usage,
-            autocast_adapter_dtype=autocast_adapter_dtype,
-        )
+        inject(base, peft_config, adapter_name, meta=low_cpu_mem_usage, autocast_adapter_dtype=autocast_adapter_dtype)
 
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
         """Activate an adapter (or several, whose effects combine), and train exactly those."""
