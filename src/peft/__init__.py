@@ -42,17 +42,19 @@ if TYPE_CHECKING:
     )
     from .core.model.peft_model import (
         MODEL_TYPE_TO_PEFT_MODEL_MAPPING as MODEL_TYPE_TO_PEFT_MODEL_MAPPING,
-        PeftMixedModel as PeftMixedModel,
         PeftModel as PeftModel,
+    )
+    from .core.model.prepare_quantised import (
+        prepare_model_for_kbit_training as prepare_model_for_kbit_training,
+    )
+    from .core.model.task_models import (
+        PeftMixedModel as PeftMixedModel,
         PeftModelForCausalLM as PeftModelForCausalLM,
         PeftModelForFeatureExtraction as PeftModelForFeatureExtraction,
         PeftModelForQuestionAnswering as PeftModelForQuestionAnswering,
         PeftModelForSeq2SeqLM as PeftModelForSeq2SeqLM,
         PeftModelForSequenceClassification as PeftModelForSequenceClassification,
         PeftModelForTokenClassification as PeftModelForTokenClassification,
-    )
-    from .core.model.prepare_quantised import (
-        prepare_model_for_kbit_training as prepare_model_for_kbit_training,
     )
     from .core.report.counts import (
         Counts as Counts,
@@ -104,12 +106,12 @@ _HOMES = {
         get_peft_model get_peft_model_state_dict inject_adapter_in_model load_peft_weights
         set_peft_model_state_dict
     """,
-    "core.model.peft_model": """
-        MODEL_TYPE_TO_PEFT_MODEL_MAPPING PeftMixedModel PeftModel PeftModelForCausalLM
-        PeftModelForFeatureExtraction PeftModelForQuestionAnswering PeftModelForSeq2SeqLM
-        PeftModelForSequenceClassification PeftModelForTokenClassification
-    """,
+    "core.model.peft_model": "MODEL_TYPE_TO_PEFT_MODEL_MAPPING PeftModel",
     "core.model.prepare_quantised": "prepare_model_for_kbit_training",
+    "core.model.task_models": """
+        PeftMixedModel PeftModelForCausalLM PeftModelForFeatureExtraction PeftModelForQuestionAnswering
+        PeftModelForSeq2SeqLM PeftModelForSequenceClassification PeftModelForTokenClassification
+    """,
     "core.report.counts": "Counts counts",
     "core.report.status": "TunerLayerStatus TunerModelStatus get_layer_status get_model_status",
     "errors": "CheckpointError NoMatchingPeftModuleError PeftError PeftWarning Refusal",

@@ -7,9 +7,8 @@ import os
 from typing import Any, ClassVar
 
 from .config import PeftConfig
-from .core.model.peft_model import (
-    MODEL_TYPE_TO_PEFT_MODEL_MAPPING,
-    PeftModel,
+from .core.model.peft_model import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, PeftModel
+from .core.model.task_models import (
     PeftModelForCausalLM,
     PeftModelForFeatureExtraction,
     PeftModelForQuestionAnswering,
@@ -51,7 +50,7 @@ class AutoPeftModel:
     _target_peft_class: ClassVar[type[PeftModel]] = PeftModel
     _task: ClassVar[str | None] = None
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: object, **kwargs: object) -> None:
         raise OSError(f"{type(self).__name__} has no instances: call {type(self).__name__}.from_pretrained(folder).")
 
     @classmethod
@@ -101,7 +100,7 @@ class AutoPeftModel:
             return getattr(importlib.import_module("transformers"), str(names[task]))
         mapping = config.auto_mapping or {}
         parent, name = mapping.get("parent_library"), mapping.get("base_model_class")
-        if not parent or not name:
+        if not (isinstance(parent, str) and isinstance(name, str) and parent and name):
             raise ValueError(
                 "The adapter's config has neither a task type nor an auto_mapping, so it does not say which class its "
                 "base is: use the AutoPeftModelFor class of your task, or load the base yourself."

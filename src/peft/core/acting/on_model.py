@@ -57,3 +57,9 @@ def _clear(model: nn.Module) -> None:
     unwatch(model)
     model.__dict__.pop("_peft_roster", None)
     model.__dict__.pop("peft_config", None)
+
+
+def base_of(model: nn.Module) -> nn.Module:
+    """The base model under this library's wrapper, or the model itself."""
+    get = getattr(model, "get_base_model", None)
+    return model if get is None else get()

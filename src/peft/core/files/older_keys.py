@@ -13,7 +13,6 @@ from ..anatomy.walk import walk
 from .keys import root_of
 
 
-# -- tensors ----------------------------------------------------------------------------------------------------------------
 def translate(model: nn.Module, adapter: Adapter, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """A file's tensors under the names of the present layout; what is not known to be older stays as it is."""
     root = root_of(adapter.config)

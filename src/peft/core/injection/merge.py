@@ -15,7 +15,6 @@ from ..anatomy.ties import shared_parameters, shared_storages
 from ..files.tensors import finite
 
 
-# -- merging --------------------------------------------------------------------------------------------------------------
 def merge(model: nn.Module, names: list[str] | None = None, safe: bool = False, keep: bool = True) -> Iterator[str]:
     """Write adapters into the base weights, layer by layer, yielding paths. All refusals come before any write."""
     roster = roster_of(model)
@@ -23,7 +22,6 @@ def merge(model: nn.Module, names: list[str] | None = None, safe: bool = False, 
         raise ValueError("This model has no adapters to merge.")
     wanted = list(names) if names is not None else list(roster.chosen)
     roster.known(wanted)
-
     for name in wanted:
         for disk_path, m in roster.adapters[name].methods:
             if not m.mergeable:
@@ -73,5 +71,7 @@ def unmerge(model: nn.Module) -> None:
         layer.unmerge()
     roster = roster_of(model)
     if roster is not None and roster.untied:
-        model.config.tie_word_embeddings = True  # type: ignore[union-attr]
+        config = getattr(model, "config", None)
+        if config is not None:
+            config.tie_word_embeddings = True
         roster.untied = False

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...config import PeftConfig, TunerConfig
 from ...contract.capabilities import Blends, TwoFactors
 from ...contract.method import Method
 from ...errors import Refusal, near
@@ -153,7 +154,7 @@ def _by_stem(sources: list[tuple[Adapter, float]]) -> dict[str, list[tuple[Metho
     return sites
 
 
-def _target(model: nn.Module, config: Any, configs: list[Any], wanted: set[str]) -> None:
+def _target(model: nn.Module, config: TunerConfig, configs: list[PeftConfig], wanted: set[str]) -> None:
     """Let `config` reach what any of the sources reaches: their names joined where that suffices, else full paths."""
     for f in dataclasses.fields(config):
         if f.name.endswith(("_modules", "_parameters")) and f.name != "exclude_modules":

@@ -16,12 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...config import PeftConfig
 from ...contract.capabilities import TwoFactors
 from ...contract.method import Method
 from ...errors import CheckpointError, Refusal
 from ...registry import method
 from ..acting.on_model import roster_of
-from ..acting.roster import Roster
+from ..acting.roster import Adapter, Roster
 from ..adapted.layer import adapted_layers
 from ..files.header import Loaded, check_base
 from ..files.keys import assign, check_fit, modules_in_file
@@ -34,7 +35,7 @@ from .load import fit_any_layout, read_adapter
 FREE = ("base_model_name_or_path", "revision", "inference_mode", "peft_version", "auto_mapping", "task_type", "seed")
 
 
-def check_hotswap_configs_compatible(config0: Any, config1: Any) -> None:
+def check_hotswap_configs_compatible(config0: PeftConfig, config1: PeftConfig) -> None:
     """Raise ValueError where one adapter cannot stand in the other's place: only within one method."""
     first, second = (getattr(c.peft_type, "value", c.peft_type) for c in (config0, config1))
     if first != second:
@@ -45,7 +46,6 @@ def hotswap_adapter(
     model: nn.Module, model_name_or_path: str, adapter_name: str, torch_device: str | None = None, **kwargs: Any
 ) -> None:
     """Replace the loaded adapter `adapter_name` by a saved one, under the same name."""
-
     loaded = read_adapter(model_name_or_path, None, kwargs.pop("key_mapping", None), True, kwargs)
     swap(model, loaded, adapter_name)
 
@@ -54,7 +54,7 @@ def hotswap_adapter_from_state_dict(
     model: nn.Module,
     state_dict: dict[str, Tensor],
     adapter_name: str,
-    config: Any,
+    config: PeftConfig,
     parameter_prefix: str = "",
 ) -> None:
     """The same from tensors, named as in a file or with the adapter's name inside (`…lora_A.default.weight`)."""
@@ -123,7 +123,6 @@ def swap(model: nn.Module, loaded: Loaded, name: str, only: set[str] | None = No
 
 
 def _parts(model: nn.Module) -> tuple[nn.Module, Roster]:
-
     base = _unwrapped(model)
     roster = roster_of(base)
     if roster is None:
@@ -131,7 +130,7 @@ def _parts(model: nn.Module) -> tuple[nn.Module, Roster]:
     return base, roster
 
 
-def has_fp32_masters(adapter: Any) -> bool:
+def has_fp32_masters(adapter: Adapter) -> bool:
     """Whether the adapter keeps fp32 masters on a half-precision base."""
     return all(p.dtype not in (torch.float16, torch.bfloat16) for p in adapter.parameters())
 
@@ -144,7 +143,7 @@ def _unused(roster: Roster) -> str:
 
 
 # -- in place ---------------------------------------------------------------------------------------------------------------
-def _settings(m: nn.Module) -> dict[str, Any]:
+def _settings(m: nn.Module) -> dict[str, object]:
     """What a method computes with besides its tensors."""
     plain = (bool, int, float, str, tuple, list, dict, type(None))
     return {k: v for k, v in vars(m).items() if not k.startswith("_") and k != "training" and isinstance(v, plain)}
@@ -179,7 +178,7 @@ def _copy(old: Iterable[Method], new: Iterable[Method]) -> None:
                 t.copy_(values[n])
             for (_, x), (_, y) in zip(_all(a), _all(b)):
                 if isinstance(x, Method):
-                    x.config = y.config  # type: ignore[union-attr]
+                    x.config = y.config
 
 
 def _replace(model: nn.Module, roster: Roster, name: str, planned: Plan) -> None:
@@ -191,7 +190,7 @@ def _replace(model: nn.Module, roster: Roster, name: str, planned: Plan) -> None
     for table in (roster.adapters, roster.configs):
         entries = {n: table[n] for n in order}
         table.clear()
-        table.update(entries)  # type: ignore[arg-type]
+        table.update(entries)
     roster.activate_present(asked)
     roster.set_trainable(name, trainable)
 
@@ -201,7 +200,7 @@ def prepare_model_for_compiled_hotswap(
     model: nn.Module,
     *,
     target_rank: int | None = None,
-    config: Any = None,
+    config: PeftConfig | dict[str, PeftConfig] | None = None,
     check_compiled: str = "error",
 ) -> None:
     """Pad the loaded adapters' factors, so that later swaps of ranks up to `target_rank` recompile nothing.
@@ -260,7 +259,7 @@ def _ranks(config: Any) -> list[int]:
     return [config.r, *(getattr(config, "rank_pattern", None) or {}).values()]
 
 
-def _own(adapter: Any) -> dict[str, Method]:
+def _own(adapter: Adapter) -> dict[str, Method]:
     return dict(adapter.own())
 
 
@@ -282,7 +281,7 @@ def _hold(twin: Method, m: Method | None) -> None:
         twin.set_factors(A.detach(), B.detach(), None if bias is None else bias.detach())
 
 
-def _into_padded(old: Any, new: Any, name: str) -> None:
+def _into_padded(old: Adapter, new: Adapter, name: str) -> None:
     twins, fresh = _own(old), _own(new)
     beyond = [s for s in fresh if s not in twins]
     if beyond:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
+from ...config import PeftConfig
 from ...contract.cheap_modules import uninterrupted
 from ...errors import CheckpointError
 from ...remote import HUB_KWARGS
@@ -39,10 +41,15 @@ class LoadResult:
 
 
 def read_adapter(
-    model_id: Any, config: Any, key_mapping: dict[str, str] | None, strict: bool, kwargs: dict[str, Any]
+    model_id: str | os.PathLike[str],
+    config: PeftConfig | None,
+    key_mapping: dict[str, str] | None,
+    strict: bool,
+    kwargs: Mapping[str, Any],
 ) -> Loaded:
+    """Both files of an adapter, the keys renamed by the first pattern of `key_mapping` that a key holds."""
     remote = {k: v for k, v in kwargs.items() if k in HUB_KWARGS}
-    loaded = read(model_id, subfolder=kwargs.get("subfolder"), strict=strict, config=config, **remote)
+    loaded = read(os.fspath(model_id), subfolder=kwargs.get("subfolder"), strict=strict, config=config, **remote)
     if key_mapping:
 
         def renamed(key: str) -> str:
@@ -97,7 +104,7 @@ def fit_any_layout(
 
 
 def base_tensors(
-    model: nn.Module, adapter: Any, tensors: dict[str, Tensor], extra: list[str]
+    model: nn.Module, adapter: Adapter, tensors: dict[str, Tensor], extra: list[str]
 ) -> tuple[list[tuple[nn.Parameter, Tensor]], list[str]]:
     """Whole embeddings that were saved along with the adapter: base weights, put back where their shape fits."""
     if not extra:
@@ -132,7 +139,9 @@ def embedding_tensors(model: nn.Module) -> dict[str, Tensor]:
     for place in walk(model):
         if id(place.held) in wanted or id(place.module) in wanted:
             leaf = ".base_layer.weight" if place.adapted is not None else ".weight"
-            out[ROOT + place.disk_path + leaf] = place.module.weight.detach()  # type: ignore[union-attr,operator]
+            weight = place.module.weight
+            assert isinstance(weight, Tensor)
+            out[ROOT + place.disk_path + leaf] = weight.detach()
     size = sum(t.numel() * t.element_size() for t in out.values())
     print(f"Saving {len(out)} whole embedding(s) with the adapter: {size / 2**20:.1f} MiB.")
     return out

@@ -10,7 +10,7 @@ from __future__ import annotations
 import gc
 import inspect
 import warnings
-from typing import Any
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,7 @@ from ..anatomy.walk import kind_of
 def prepare_model_for_kbit_training(
     model: nn.Module,
     use_gradient_checkpointing: bool = True,
-    gradient_checkpointing_kwargs: dict[str, Any] | None = None,
+    gradient_checkpointing_kwargs: dict[str, object] | None = None,
     auto_clear_cache: bool = True,
 ) -> nn.Module:
     """Freeze the model, bring its layers into the form that has a backward, and switch checkpointing on.
@@ -44,7 +44,7 @@ def prepare_model_for_kbit_training(
     return model
 
 
-def _checkpoint(model: nn.Module, options: dict[str, Any]) -> None:
+def _checkpoint(model: nn.Module, options: Mapping[str, object]) -> None:
     enable = getattr(model, "gradient_checkpointing_enable", None)
     if enable is None:
         raise ValueError(
@@ -54,7 +54,7 @@ def _checkpoint(model: nn.Module, options: dict[str, Any]) -> None:
     if callable(ask):
         ask()
     else:
-        model.get_input_embeddings().register_forward_hook(_require_grad)  # type: ignore[operator,union-attr]
+        model.get_input_embeddings().register_forward_hook(_require_grad)  # type: ignore[operator]
     if "gradient_checkpointing_kwargs" in inspect.signature(enable).parameters:
         enable(gradient_checkpointing_kwargs={"use_reentrant": False, **options})
         return
@@ -66,5 +66,5 @@ def _checkpoint(model: nn.Module, options: dict[str, Any]) -> None:
     enable()
 
 
-def _require_grad(module: nn.Module, inputs: Any, output: Tensor) -> None:
+def _require_grad(module: nn.Module, inputs: object, output: Tensor) -> None:
     output.requires_grad_(True)
