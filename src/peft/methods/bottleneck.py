@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from ..config import TunerConfig, require
 from ..contract.method import Method
 from ..contract.site import Site
+from ..core.anatomy.language import model_type
 from ..core.anatomy.roles import default_targets
 from ..errors import Refusal
 
@@ -148,8 +149,7 @@ class Bottleneck(Method):
     @classmethod
     def prepare(cls, config: BottleneckConfig, model: nn.Module) -> None:
         if config.target_modules is None and not config.target_parameters:
-            model_type = getattr(getattr(model, "config", None), "model_type", None)
-            config.target_modules = default_targets(config.roles[config.variant], model_type, cls.peft_type)
+            config.target_modules = default_targets(config.roles[config.variant], model_type(model), cls.peft_type)
 
     @classmethod
     def check(cls, config: Any, site: Site) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ..config import TunerConfig, own_field
 from ..contract.method import Method
 from ..contract.site import Site
+from ..core.anatomy.language import model_type
 from ..core.anatomy.roles import default_targets
 from ..errors import NoMatchingPeftModuleError, Refusal
 
@@ -82,13 +83,13 @@ class IA3(Method):
     def prepare(cls, config: IA3Config, model: nn.Module) -> None:
         super().prepare(config, model)
         if config.feedforward_modules is None:
-            model_type = getattr(getattr(model, "config", None), "model_type", None)
+            name = model_type(model)
             try:
-                config.feedforward_modules = default_targets("ffn", model_type, cls.peft_type)
+                config.feedforward_modules = default_targets("ffn", name, cls.peft_type)
             except NoMatchingPeftModuleError as e:
                 raise ValueError(
                     f"Please specify `feedforward_modules` in `peft_config` ([] for none): {cls.peft_type} has no default "
-                    f"for model type {model_type!r}."
+                    f"for model type {name!r}."
                 ) from e
 
     @classmethod

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ...errors import CheckpointError
 from ..acting.roster import Adapter
-from ..anatomy.language import vocab_size
+from ..anatomy.embeddings import vocab_size
 
 
 # -- writing ----------------------------------------------------------------------------------------------------------------

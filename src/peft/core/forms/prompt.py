@@ -15,7 +15,8 @@ from ...config import require
 from ...contract.method import Method
 from ...contract.site import Site
 from ...errors import Refusal
-from ..anatomy.language import is_encoder_decoder, number, text_config, token_embeddings
+from ..anatomy.embeddings import token_embeddings
+from ..anatomy.language import is_encoder_decoder, number, text_config
 
 
 class Table(nn.Module):

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from torch import nn
 
 from ...registry import companions, method
-from ..anatomy.language import vocab_size
+from ..anatomy.embeddings import vocab_size
 from ..files.header import Loaded
 
 

@@ -30,6 +30,7 @@ from ...errors import Refusal
 from ...signatures import arguments_of
 from ..acting.mix import BASE
 from ..acting.roster import Roster
+from ..anatomy.embeddings import token_embeddings
 from ..anatomy.language import (
     CACHE,
     LAYER_CACHE,
@@ -41,7 +42,6 @@ from ..anatomy.language import (
     is_encoder_decoder,
     placeholder,
     token_and_cache_stacks,
-    token_embeddings,
     where,
 )
 from ..forms.prompt import PromptMethod
