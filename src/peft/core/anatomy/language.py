@@ -20,7 +20,7 @@ class EncoderDecoder(Protocol):
 
     def get_encoder(self) -> nn.Module: ...
     def get_decoder(self) -> nn.Module: ...
-    def prepare_decoder_input_ids_from_labels(self, labels: Tensor) -> Tensor: ...
+    def prepare_decoder_input_ids_from_labels(self, labels: Tensor | None) -> Tensor: ...
 
 
 def model_type(model: nn.Module) -> str | None:
@@ -61,13 +61,21 @@ def token_and_cache_stacks(model: nn.Module) -> tuple[nn.Module, nn.Module]:
     return stack, stack
 
 
+def decoder_ids(model: nn.Module, labels: Tensor | None) -> Tensor:
+    """The ids that an encoder-decoder model gives its decoder in training: the labels, shifted right."""
+    assert is_encoder_decoder(model)
+    return model.prepare_decoder_input_ids_from_labels(labels)
+
+
+def layer_of(attention: nn.Module) -> int | None:
+    """The number of an attention's layer, by which it finds its keys and values in a cache; None for other modules."""
+    number = getattr(attention, "layer_idx", None)
+    return number if isinstance(number, int) else None
+
+
 def attentions(stack: nn.Module) -> Iterator[nn.Module]:
     """The modules that read and write the cache: they know their layer and hold no other that does."""
-    found = [
-        m
-        for m in stack.modules()
-        if isinstance(getattr(m, "layer_idx", None), int) and LAYER_CACHE & set(arguments_of(type(m)))
-    ]
+    found = [m for m in stack.modules() if layer_of(m) is not None and LAYER_CACHE & set(arguments_of(type(m)))]
     inner = {id(d) for m in found for d in m.modules() if d is not m}
     holders = {id(m) for m in found if any(id(d) in inner and d in found for d in m.modules() if d is not m)}
     return (m for m in found if id(m) not in holders)
