@@ -7,6 +7,7 @@ import os
 from typing import Any, ClassVar
 
 from .config import PeftConfig
+from .core.anatomy.embeddings import vocab_size
 from .core.model.peft_model import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, PeftModel
 from .core.model.task_models import (
     PeftModelForCausalLM,
@@ -125,8 +126,7 @@ def _fit_vocabulary(base: Any, source: str, subfolder: str | None, remote: dict[
     known = {k: v for k, v in remote.items() if k not in ("use_auth_token", "repo_type")}
     where = {"subfolder": subfolder} if subfolder else {}
     tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust, **where, **known)
-    embedding = base.get_input_embeddings()
-    if len(tokenizer) != getattr(embedding, "num_embeddings", len(tokenizer)):
+    if (held := vocab_size(base)) is not None and len(tokenizer) != held:
         base.resize_token_embeddings(len(tokenizer))
 
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from ..contract.capabilities import Companion
 from ..contract.tensors import Stored
-from ..core.anatomy.language import input_embedding
+from ..core.anatomy.embeddings import embedding_name
 from ..core.anatomy.patterns import means
 from ..core.anatomy.targets import find_whole
 from ..core.anatomy.walk import Place
@@ -44,7 +44,7 @@ class TokensAlong(Companion, TrainableTokens):
     @classmethod
     def accompany(cls, config: Any, model: nn.Module) -> tuple[list[Place], TokenRows]:
         asked = config.trainable_token_indices
-        by_name = asked if isinstance(asked, dict) else {input_embedding(model): asked}
+        by_name = asked if isinstance(asked, dict) else {embedding_name(model): asked}
         for name, indices in by_name.items():
             check_indices(indices, f"trainable_token_indices[{name!r}]")
             if any(means(name, m) or means(m, name) for m in getattr(config, "modules_to_save", None) or ()):

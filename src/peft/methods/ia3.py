@@ -20,6 +20,7 @@ from ..contract.method import Method
 from ..contract.refusals import refusal
 from ..contract.site import Site
 from ..contract.tensors import Stored
+from ..core.anatomy.language import model_type
 from ..core.anatomy.roles import default_targets
 from ..errors import NoMatchingPeftModuleError
 
@@ -84,13 +85,13 @@ class IA3(Blends, Method):
     def prepare(cls, config: IA3Config, model: nn.Module) -> None:
         super().prepare(config, model)
         if config.feedforward_modules is None:
-            model_type = getattr(getattr(model, "config", None), "model_type", None)
+            name = model_type(model)
             try:
-                config.feedforward_modules = default_targets("ffn", model_type, cls.peft_type)
+                config.feedforward_modules = default_targets("ffn", name, cls.peft_type)
             except NoMatchingPeftModuleError as e:
                 raise ValueError(
                     f"Please specify `feedforward_modules` in `peft_config` ([] for none): {cls.peft_type} has no default "
-                    f"for model type {model_type!r}."
+                    f"for model type {name!r}."
                 ) from e
 
     @classmethod

@@ -21,7 +21,7 @@ from ..contract.capabilities import NeedsTokens
 from ..contract.method import Method
 from ..contract.site import Op, Site
 from ..contract.tensors import Stored
-from ..core.anatomy.language import input_embedding
+from ..core.anatomy.embeddings import embedding_name
 from ..core.anatomy.ties import other_ends
 from ..core.anatomy.walk import Place
 
@@ -94,7 +94,7 @@ class TrainableTokens(NeedsTokens, Method):
     def prepare(cls, config: TrainableTokensConfig, model: nn.Module) -> None:
         check_indices(config.token_indices, "token_indices")
         if config.target_modules is None and not config.target_parameters:
-            config.target_modules = [input_embedding(model)]
+            config.target_modules = [embedding_name(model)]
 
     @classmethod
     def tokens_needed(cls, config: Any) -> int:

@@ -37,7 +37,7 @@ class UpstreamLayer(Merging):
         """What an adapter adds to the weight, in the weight's layout."""
         return views.delta_weight(self, adapter)
 
-    def update_layer(self, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+    def update_layer(self, adapter_name: str, *args: object, **kwargs: object) -> None:
         raise Refusal(
             "update_layer",
             self.path,
@@ -118,9 +118,11 @@ class UpstreamLayer(Merging):
         else:
             super().__setattr__(name, value)
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Tensor], prefix: str, *args: object, **kwargs: object
+    ) -> None:
         views.from_upstream(self, state_dict, prefix)
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)  # type: ignore[no-untyped-call]
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     @property
     def original_module(self) -> nn.Module:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ...config import PeftConfig
 from ...errors import CheckpointError
 from ..acting.roster import Adapter
-from ..anatomy.language import vocab_size
+from ..anatomy.embeddings import vocab_size
 
 Fingerprint = TypedDict(
     "Fingerprint", {"class": str, "vocab_size": int | None, "shapes": dict[str, list[int]]}, total=False

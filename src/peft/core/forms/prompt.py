@@ -17,7 +17,8 @@ from ...contract.method import Method
 from ...contract.site import Site
 from ...contract.tensors import Stored, TensorTable
 from ...errors import Refusal
-from ..anatomy.language import is_encoder_decoder, number, text_config, token_embeddings
+from ..anatomy.embeddings import token_embeddings
+from ..anatomy.language import is_encoder_decoder, number, text_config
 
 
 class Table(nn.Module):

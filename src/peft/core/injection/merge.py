@@ -11,7 +11,7 @@ from ..acting.on_model import roster_of
 from ..acting.roster import Roster
 from ..adapted.layer import Adapted, adapted_layers
 from ..adapted.merge import Record
-from ..anatomy.ties import shared_parameters, shared_storages
+from ..anatomy.ties import shared_parameters, shared_storages, state_tied, state_untied
 from ..files.tensors import finite
 
 
@@ -59,9 +59,7 @@ def _also(layer: Adapted, wanted: list[str]) -> list[str]:
 
 
 def _untie_config(model: nn.Module, roster: Roster) -> None:
-    config = getattr(model, "config", None)
-    if config is not None and getattr(config, "tie_word_embeddings", False):
-        config.tie_word_embeddings = False
+    if state_untied(model):
         roster.untied = True
 
 
@@ -71,7 +69,5 @@ def unmerge(model: nn.Module) -> None:
         layer.unmerge()
     roster = roster_of(model)
     if roster is not None and roster.untied:
-        config = getattr(model, "config", None)
-        if config is not None:
-            config.tie_word_embeddings = True
+        state_tied(model)
         roster.untied = False

@@ -28,7 +28,8 @@ from ...registry import companions, method, wrappers
 from ..acting.on_model import roster_of
 from ..acting.roster import Adapter, Roster
 from ..anatomy.bare_parameters import find_parameters
-from ..anatomy.language import embed, vocab_size, where
+from ..anatomy.embeddings import embed, vocab_size
+from ..anatomy.language import model_type, where
 from ..anatomy.older_layouts import retarget
 from ..anatomy.roles import default_targets
 from ..anatomy.targets import ALL_LINEAR, exactly, find, short_names
@@ -171,10 +172,8 @@ def _default_targets(cls: type[Method], config: PeftConfig, model: nn.Module) ->
         and getattr(config, "target_modules", None) is None
         and not getattr(config, "target_parameters", None)
     ):
-        model_type = getattr(getattr(model, "config", None), "model_type", None)
-        cast(TunerConfig, config).target_modules = default_targets(
-            getattr(config, "role", cls.role), model_type, cls.peft_type
-        )
+        role = getattr(config, "role", cls.role)
+        cast(TunerConfig, config).target_modules = default_targets(role, model_type(model), cls.peft_type)
 
 
 def _followers(cls: type[Method], config: TunerConfig, model: nn.Module, places: list[Place]) -> list[Place]:

@@ -16,6 +16,7 @@ from ...contract.cheap_modules import uninterrupted
 from ...errors import CheckpointError
 from ...remote import HUB_KWARGS
 from ..acting.roster import Adapter, Roster
+from ..anatomy.embeddings import output_head, token_embeddings
 from ..anatomy.heads import prepare_head
 from ..anatomy.walk import walk
 from ..files.adapter_files import read
@@ -130,11 +131,7 @@ def base_tensors(
 
 def embedding_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Input and output embeddings under the keys of upstream's files; prints their size."""
-    wanted = {
-        id(m)
-        for get in ("get_input_embeddings", "get_output_embeddings")
-        if (m := getattr(model, get, lambda: None)()) is not None
-    }
+    wanted = {id(m) for m in (token_embeddings(model), output_head(model)) if m is not None}
     out = {}
     for place in walk(model):
         if id(place.held) in wanted or id(place.module) in wanted:

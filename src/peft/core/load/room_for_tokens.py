@@ -9,7 +9,7 @@ from torch import nn
 
 from ...contract.capabilities import NeedsTokens
 from ...registry import companions, method
-from ..anatomy.language import vocab_size
+from ..anatomy.embeddings import vocab_size
 from ..files.header import Loaded
 
 

@@ -15,8 +15,8 @@ from ...contract.tree import tree
 from ...registry import PeftType
 from ...remote import push_folder
 from ..acting.roster import Roster
+from ..anatomy.embeddings import ask_gradients_of_embeddings, token_embeddings
 from ..anatomy.heads import prepare_head
-from ..anatomy.language import enable_input_grads, token_embeddings
 from ..files import sharded
 from ..injection.commit import inject
 from ..load.hotswap import reload
@@ -190,7 +190,7 @@ class PeftModel(nn.Module):
     def prepare_model_for_gradient_checkpointing(self, model: nn.Module) -> nn.Module:
         """Let gradients reach checkpointed blocks whose inputs are frozen."""
         if not any(getattr(model, a, False) for a in ("is_loaded_in_8bit", "is_loaded_in_4bit", "is_quantized")):
-            enable_input_grads(model)
+            ask_gradients_of_embeddings(model)
         return model
 
     # -- adapters -------------------------------------------------------------------------------------------------------

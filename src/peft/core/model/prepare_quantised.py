@@ -13,8 +13,9 @@ import warnings
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from ..anatomy.embeddings import ask_gradients_of_embeddings
 from ..anatomy.walk import kind_of
 
 
@@ -50,11 +51,11 @@ def _checkpoint(model: nn.Module, options: Mapping[str, object]) -> None:
         raise ValueError(
             f"{type(model).__name__} has no gradient checkpointing; pass use_gradient_checkpointing=False."
         )
-    ask = getattr(model, "enable_input_require_grads", None)
-    if callable(ask):
-        ask()
-    else:
-        model.get_input_embeddings().register_forward_hook(_require_grad)  # type: ignore[operator]
+    if not ask_gradients_of_embeddings(model):
+        raise AttributeError(
+            f"{type(model).__name__} has no get_input_embeddings(), of whose output gradients can be asked; pass "
+            "use_gradient_checkpointing=False."
+        )
     if "gradient_checkpointing_kwargs" in inspect.signature(enable).parameters:
         enable(gradient_checkpointing_kwargs={"use_reentrant": False, **options})
         return
@@ -64,7 +65,3 @@ def _checkpoint(model: nn.Module, options: Mapping[str, object]) -> None:
             stacklevel=3,
         )
     enable()
-
-
-def _require_grad(module: nn.Module, inputs: object, output: Tensor) -> None:
-    output.requires_grad_(True)
