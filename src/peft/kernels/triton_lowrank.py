@@ -33,9 +33,9 @@ import functools
 import importlib.util
 import os
 import types
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -43,6 +43,8 @@ from torch import Tensor
 tl: Any = None  # triton.language in the kernels' own scope, see `_kernels`
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+Function: TypeAlias = Callable[..., object]
 
 
 # -- kernels -----------------------------------------------------------------------------------------------------------
@@ -253,8 +255,8 @@ def _total(part, out, first, scales, M, count, scale, GROUPED: tl.constexpr, BLO
     tl.store(out + a.to(tl.int64) * M + at, (acc * s).to(out.dtype.element_ty), mask=inside)
 
 
-HELPERS: tuple[Any, ...] = (_tile, _weight, _keep)
-KERNELS: tuple[Any, ...] = (_mask, _shrink, _expand, _both, _grad, _total)
+HELPERS: tuple[Function, ...] = (_tile, _weight, _keep)
+KERNELS: tuple[Function, ...] = (_mask, _shrink, _expand, _both, _grad, _total)
 # values that change from call to call, which must not give a new kernel each
 FREE = ("seed_lo", "seed_hi", "threshold", "count")
 
@@ -272,7 +274,7 @@ def _kernels(interpret: bool) -> dict[str, Any]:
 
     scope: dict[str, Any] = {"__name__": __name__, "__file__": __file__, "tl": triton.language}
 
-    def bound(fn: Any) -> Any:
+    def bound(fn: Function) -> types.FunctionType:
         copy = types.FunctionType(fn.__code__, scope, fn.__name__, fn.__defaults__)
         copy.__annotations__, copy.__module__, copy.__qualname__ = fn.__annotations__, __name__, fn.__qualname__
         return copy
@@ -321,7 +323,7 @@ def available(x: Tensor) -> bool:
     return interpreted and x.dtype != torch.bfloat16 and _installed()
 
 
-def _launch(name: str, grid: tuple[int, ...], like: Tensor, *args: Any, **constants: Any) -> None:
+def _launch(name: str, grid: tuple[int, ...], like: Tensor, *args: object, **constants: object) -> None:
     kernel = _kernels(not like.is_cuda)[name]
     elsewhere = like.is_cuda and like.device.index != torch.cuda.current_device()
     with torch.cuda.device(like.device) if elsewhere else nullcontext():
@@ -344,7 +346,7 @@ def _precision(like: Tensor) -> str:
     return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "tf32x3"
 
 
-def _type(dtype: torch.dtype) -> Any:
+def _type(dtype: torch.dtype) -> object:
     import triton.language as language
 
     return {torch.float16: language.float16, torch.bfloat16: language.bfloat16, torch.float32: language.float32}[dtype]
@@ -583,8 +585,8 @@ def _run_grad(
     T, k = x.shape
     R = h.shape[1]
     many = group.segments is not None
-    shape = (R, k) if rank_rows else (k, R)
-    shape = (len(group.segments), *shape) if group.segments is not None else shape  # type: ignore[assignment]
+    shape: tuple[int, ...] = (R, k) if rank_rows else (k, R)
+    shape = (len(group.segments), *shape) if group.segments is not None else shape
     if not (T and k and R):
         return torch.zeros(shape, dtype=dtype, device=x.device)
     x, h, w = _by_rows(x), _by_rows(h), w if w is None else _by_rows(w)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..contract.method import Method
 from ..contract.site import Op, Site
-from ..kernels.lowrank import row_norms
+from ..kernels.merging import row_norms
 from ..kernels.terms import Thin
 
 
