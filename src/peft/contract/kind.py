@@ -1,8 +1,8 @@
 """The contract a base-layer kind fulfils, so that every method works on it.
 
-A kind describes one sort of module (`LayerKind[nn.Linear]` says of which class): where its weight matrix is, how to run the layer's own geometry with another
-matrix, and how to read and write the weight. All matrices are `W[out, fan_in]`, whatever the native layout:
-`fan_in` is inputs x kernel size / groups for convolutions and the vocabulary for embeddings.
+A kind describes one sort of module, `LayerKind[nn.Linear]` says of which class: where its weight matrix is, how to run
+the layer's own geometry with another matrix, and how to read and write the weight. All matrices are `W[out, fan_in]`,
+whatever the native layout: `fan_in` is inputs x kernel size / groups for convolutions and the vocabulary for embeddings.
 """
 
 from __future__ import annotations

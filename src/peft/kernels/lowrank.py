@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from . import dropout, triton_lowrank
+from . import dropout, triton_launch, triton_lowrank
 from .node import Context, Where, again, cast, matrix
 from .terms import Thin
 
@@ -64,7 +64,7 @@ def lowrank_linear(
         return y
     drop, where = drop or [0.0] * n, where or [None] * n
     spec = tuple((t.scale, p, at) for t, p, at in zip(terms, drop, where, strict=True))
-    if x.shape[:-1].numel() >= MANY and all(at is None for at in where) and triton_lowrank.available(x):
+    if x.shape[:-1].numel() >= MANY and all(at is None for at in where) and triton_launch.available(x):
         return _OnDevice.apply(x, W, b, spec, *(f for t in terms for f in (t.A, t.B)))
     return _LowRank.apply(x, W, b, spec, *(f for t in terms for f in (t.A, t.B)))
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from . import triton_lowrank
+from . import triton_launch
 from .lowrank import MANY
 from .node import Context, Where, again
 from .terms import Thin
@@ -69,7 +69,7 @@ def rows_linear(
     """x[..., k] -> y[..., n] with the terms' own rows. None where neither the grouped kernels nor batched products take
     it: these want an even, ascending share of the rows each, and no dropout."""
     many = x.shape[:-1].numel() >= MANY
-    if terms and many and triton_lowrank.available(x) and len(set(drop or [0.0])) == 1:
+    if terms and many and triton_launch.available(x) and len(set(drop or [0.0])) == 1:
         runs = scratch.of(runs_of, where, x)
         if runs is not None and (y := grouped_linear(x, W, b, terms, runs, drop[0] if drop else 0.0)) is not None:
             return y

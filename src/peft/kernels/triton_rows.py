@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from . import triton_lowrank
+from . import triton_launch, triton_lowrank
 from .lowrank import Spec, again_on_device
 from .node import Context, Where, matrix
 from .terms import Thin
@@ -56,7 +56,7 @@ def grouped_linear(
     take something of it as it is not."""
     flat = [f for t in terms for f in (t.A, t.B)]
     one = flat[0]
-    if one.dtype not in triton_lowrank.DTYPES or any(
+    if one.dtype not in triton_launch.DTYPES or any(
         f.dtype is not one.dtype or f.device != x.device or not f.is_contiguous() or f.data_ptr() % 16 for f in flat
     ):
         return None
