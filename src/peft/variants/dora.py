@@ -12,7 +12,7 @@ from torch import Tensor
 from ..contract.site import Op, Site
 from ..contract.tensors import Stored
 from ..core.forms.wrapped import Around
-from ..kernels.lowrank import row_norms
+from ..kernels.merging import row_norms
 from ..kernels.terms import Thin
 
 

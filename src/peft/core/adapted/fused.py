@@ -8,8 +8,10 @@ from typing import Any
 from torch import Tensor
 
 from ...contract.method import Method
-from ...kernels.lowrank import banked_linear, lowrank_linear, scaled_linear, usable
+from ...kernels.banked import banked_linear
+from ...kernels.lowrank import lowrank_linear, usable
 from ...kernels.rows import rows_linear
+from ...kernels.scaled import scaled_linear
 from ...kernels.terms import Thin
 from ..acting.adapted_layer import AdaptedLayer
 from ..acting.rows import Rows

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ...contract.method import Method
 from ...errors import Refusal
-from ...kernels.lowrank import merge_, merged
+from ...kernels.merging import merge_, merged
 from ..files.tensors import finite
 from . import fused
 from .forward import Forward

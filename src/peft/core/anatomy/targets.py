@@ -108,7 +108,7 @@ def _composed(place: Place) -> bool:
     if isinstance(place.held, Composite) or place.owner is not None:
         return isinstance(place.held, Composite)
     kind = splitter_of(place.module)
-    return kind is not None and kind.composes
+    return kind is not None and kind.stands_in
 
 
 def _matches_any(paths: set[str], path: str) -> bool:

@@ -160,7 +160,7 @@ def plan(
         item.cls.check(item.config, item.site)
     _build(items, plan_ := Plan(name, config, items, roster=roster), init, meta)
     for item in items:
-        if item.kind is not None and item.place is not None:
+        if item.kind is not None and item.place is not None and item.method is not None:
             item.kind.admit(item.place.module, item.method, item.path)
     return plan_
 
