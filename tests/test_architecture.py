@@ -98,7 +98,7 @@ ROOMS = [
     "maths",
     "kernels",
     "contract",
-    "registry config",
+    "registry config config_fields",
     "core.acting",
     "core.anatomy",
     "core.forms",

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
-import enum
 import inspect
 import json
 import os
 import warnings
-from collections.abc import Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeAlias, TypeVar
 
+from .config_fields import check_field, default_of, jsonable, own_field
 from .errors import near
 from .registry import PeftType, TaskType, method
 from .remote import CODE_KWARGS, HUB_KWARGS, find_file, push_folder
@@ -23,23 +21,8 @@ if TYPE_CHECKING:
 
 CONFIG_NAME = "adapter_config.json"
 
-T = TypeVar("T")
 Config = TypeVar("Config", bound="PeftConfig")
 Fields: TypeAlias = dict[str, Any]  # a config's values by the names of its fields, as JSON has them
-
-
-def unavailable(default: Any = None) -> Any:
-    """A field that upstream knows and this library has not built: accepted at its default, refused otherwise."""
-    if isinstance(default, (dict, list)):
-        return field(default_factory=lambda: copy.copy(default), metadata={"unavailable": default})
-    return field(default=default, metadata={"unavailable": default})
-
-
-def own_field(default: T) -> T:
-    """A field that upstream does not know: written to JSON only when it differs from its default."""
-    if isinstance(default, (dict, list)):
-        return field(default_factory=lambda: copy.copy(default), metadata={"own": True})
-    return field(default=default, metadata={"own": True})
 
 
 class _Signature:
@@ -96,11 +79,7 @@ class PeftConfig:
         if self.peft_version is None:
             self.peft_version = self._get_peft_version()
         for f in dataclasses.fields(self):
-            if "unavailable" in f.metadata and not _same(getattr(self, f.name), f.metadata["unavailable"]):
-                raise ValueError(
-                    f"{type(self).__name__}.{f.name}={getattr(self, f.name)!r} asks for a feature that is not available "
-                    f"here; only the default {f.metadata['unavailable']!r} is accepted."
-                )
+            check_field(self, f)
 
     # -- what kind of method --------------------------------------------------------------------------------------------
     @property
@@ -119,7 +98,7 @@ class PeftConfig:
             value = jsonable(getattr(self, f.name))
             if f.metadata.get("transient"):
                 continue
-            if f.metadata.get("own") and value == jsonable(_default(f)):
+            if f.metadata.get("own") and value == jsonable(default_of(f)):
                 continue
             out[f.name] = value
         return out
@@ -284,47 +263,8 @@ class HasRanks(Protocol):
     def rank_pattern(self) -> dict[str, int] | None: ...
 
 
-def require(config: PeftConfig, name: str, least: float = 1, below: float | None = None) -> None:
-    """Raise a clear error unless `least <= config.name` (`< below`)."""
-    value = getattr(config, name)
-    if value is None or isinstance(value, bool) or not isinstance(value, (int, float)) or value < least:
-        raise ValueError(f"`{name}` should be at least {least} but the value passed is {value}")
-    if below is not None and value >= below:
-        raise ValueError(f"`{name}` should be less than {below} but the value passed is {value}")
-
-
-def one_of(config: object, name: str, allowed: Collection[object]) -> None:
-    """Raise a clear error unless `config.name` is one of the `allowed` values."""
-    value = getattr(config, name)
-    if value not in allowed:
-        raise ValueError(f"`{name}` should be one of {', '.join(map(repr, allowed))} but the value passed is {value!r}")
-
-
 def require_ranks(config: HasRanks) -> None:
     """Raise a clear error unless every rank of `rank_pattern` is at least 1."""
     for pattern, rank in (config.rank_pattern or {}).items():
         if not isinstance(rank, int) or rank < 1:
             raise ValueError(f"rank_pattern[{pattern!r}] should be at least 1 but the value passed is {rank}")
-
-
-def _default(f: dataclasses.Field[Any]) -> Any:
-    return f.default_factory() if f.default_factory is not dataclasses.MISSING else f.default
-
-
-def _same(value: object, default: object) -> bool:
-    return value == default or (not value and not default)
-
-
-def jsonable(value: object) -> object:
-    """The value as JSON can hold it: enums by their value, sets sorted, dataclasses as dictionaries."""
-    if isinstance(value, enum.Enum):
-        return value.value
-    if isinstance(value, (set, frozenset)):
-        return sorted(value)
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: jsonable(getattr(value, f.name)) for f in dataclasses.fields(value)}
-    if isinstance(value, dict):
-        return {k: jsonable(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [jsonable(v) for v in value]
-    return value

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..config import require
+from ..config_fields import require
 from ..contract.capabilities import Penalised, Scheduled
 from ..contract.method import Method
 from ..contract.site import Site

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..config import TunerConfig, require
+from ..config import TunerConfig
+from ..config_fields import require
 from ..contract.method import Method
 from ..contract.refusals import refusal
 from ..contract.site import Op, Site

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..config import TunerConfig, one_of, require
+from ..config import TunerConfig
+from ..config_fields import one_of, require
 from ..contract.method import Method
 from ..contract.refusals import refusal, require_channels
 from ..contract.site import Site

@@ -13,7 +13,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..config import require
+from ..config_fields import require
 from ..contract.site import Site
 from ..contract.tensors import Stored
 from ..maths.kron import kronecker_sum

@@ -15,7 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..config import TunerConfig, own_field, require
+from ..config import TunerConfig
+from ..config_fields import own_field, require
 from ..contract.capabilities import Penalised
 from ..contract.site import Site
 from ..contract.tensors import TensorTable

@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..config import TunerConfig, own_field, require
+from ..config import TunerConfig
+from ..config_fields import own_field, require
 from ..contract.site import Site
 from ..core.acting.mix import Mix
 from ..core.forms.sparse import SparseCopies, top_entries

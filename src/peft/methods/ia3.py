@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..config import TunerConfig, own_field
+from ..config import TunerConfig
+from ..config_fields import own_field
 from ..contract.capabilities import Blends
 from ..contract.method import Method
 from ..contract.refusals import refusal

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..config import DeltaConfig, require
+from ..config import DeltaConfig
+from ..config_fields import require
 from ..contract.method import Method
 from ..contract.site import Op, Site
 from ..contract.tensors import Shown, Stored

@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from ..config import require
+from ..config_fields import require
 from ..contract.site import Op, Site
 from ..contract.tensors import Stored
 from ..core.forms.lycoris import Lycoris, LycorisConfig, kaiming

@@ -13,7 +13,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ..config import DeltaConfig, require, require_ranks, unavailable
+from ..config import DeltaConfig, require_ranks
+from ..config_fields import require, unavailable
 from ..contract.site import Site
 from ..contract.tensors import Shown, Stored
 from ..core.anatomy.patterns import for_path, to_patterns, with_value

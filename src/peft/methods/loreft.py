@@ -27,7 +27,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..config import TunerConfig, require
+from ..config import TunerConfig
+from ..config_fields import require
 from ..contract.method import Method
 from ..contract.refusals import refusal, require_channels
 from ..contract.site import Site

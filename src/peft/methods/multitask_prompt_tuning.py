@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..config import require
+from ..config_fields import require
 from ..contract.site import Site
 from ..contract.tensors import Stored
 from ..core.files.tensors import read_weights

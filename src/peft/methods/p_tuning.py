@@ -14,7 +14,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.utils import skip_init
 
-from ..config import PromptLearningConfig, own_field, require
+from ..config import PromptLearningConfig
+from ..config_fields import own_field, require
 from ..contract.site import Site
 from ..core.forms.prompt import Encoded, Table
 from .prompt_tuning import chosen

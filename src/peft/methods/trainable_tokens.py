@@ -16,7 +16,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..config import TunerConfig, own_field
+from ..config import TunerConfig
+from ..config_fields import own_field
 from ..contract.capabilities import NeedsTokens
 from ..contract.method import Method
 from ..contract.site import Op, Site

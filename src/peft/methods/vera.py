@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..config import DeltaConfig, own_field, require
+from ..config import DeltaConfig
+from ..config_fields import own_field, require
 from ..contract.method import Method
 from ..contract.site import Op, Site
 from ..contract.tensors import Shown, Stored

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...config import DeltaConfig, own_field, require, require_ranks
+from ...config import DeltaConfig, require_ranks
+from ...config_fields import own_field, require
 from ...contract.method import Method
 from ...contract.site import Op, Site
 from ...contract.tensors import Shown
