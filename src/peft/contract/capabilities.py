@@ -80,3 +80,29 @@ class Companion:
     def accompany(cls, config: Any, model: nn.Module) -> tuple[list[Any], Any]:
         """(places, config of this method) for what `config` asks by the field."""
         raise NotImplementedError(f"{cls.__name__}.accompany")
+
+
+class Derives:
+    """It computes frozen state that depends on W and is not saved: PiSSA's initial factors, the original rows of tokens."""
+
+    @property
+    def derives(self) -> bool:
+        """Whether there is such state under this config."""
+        return True
+
+    def derive(self, rng: torch.Generator, site: Any) -> None:
+        """Compute it; called before `reset`, and wherever weights are loaded."""
+        raise NotImplementedError(f"{type(self).__name__}.derive")
+
+
+class Follows:
+    """The other ends of a tied weight can change along."""
+
+    @classmethod
+    def followers(cls, config: Any, model: nn.Module, places: list[Any]) -> list[Any]:
+        """Further places that must change along with the targeted ones."""
+        raise NotImplementedError(f"{cls.__name__}.followers")
+
+
+class ScalesChannels:
+    """A `before` that only scales channels: it commutes with any kernel, so needs no detour through W."""

@@ -50,14 +50,12 @@ class Method(CheapModule):
     identity: bool = True  # a fresh adapter leaves the model's output as it is
     shown: ClassVar[Shown] = Shown()  # how upstream's layer shows it: core/adapted/views.py
     form: str = ""  # an instance may choose its own
-    channelwise: ClassVar[bool] = False  # a `before` that only scales channels: it commutes with any kernel
     plain_delta: ClassVar[bool] = False  # a delta that is added as this class does it
     replaced_names: tuple[str, ...] = ()  # for the form `replace`
     dropout: float = 0.0  # on the input of the added term, in training
     role: ClassVar[str] = "attention"  # what it targets when the config names nothing: see core/anatomy/roles.py
     examples: ClassVar[tuple[dict[str, Any], ...]] = ()  # config fields of the variants that the laws test
     test_noise: ClassVar[float] = 0.3  # how far tests move parameters from their start
-    _indexed_table: TensorTable = TensorTable()  # for layers that look rows up
     config: Any
     geometry: Geometry
     device: torch.device
@@ -72,7 +70,7 @@ class Method(CheapModule):
             multiplier=1.0,  # set_scale/scale_layer: a factor on the adapter's effect where it has one
         )
         if site.geometry.indexed:
-            self.set(table=self._indexed_table)
+            self.set(table=self.table.for_rows)
 
     def create(self, site: Site, given: Mapping[str, nn.Parameter] | None = None) -> None:
         """Make the tensors whose shapes the table states; those in `given` are taken instead."""
@@ -94,7 +92,6 @@ class Method(CheapModule):
         )
         if "tensors" in cls.__dict__ or "shown" in cls.__dict__:
             cls.table = TensorTable.of(cls.tensors, cls.shown.empty)
-            cls._indexed_table = TensorTable.of(cls.tensors, cls.shown.empty, indexed=True)
         declared.append(cls)
         for told in listeners:
             told(cls)
@@ -107,11 +104,6 @@ class Method(CheapModule):
     @classmethod
     def prepare(cls, config: Any, model: nn.Module) -> None:
         """Fill what the config leaves open from the base model (targets, sizes). May change `config`."""
-
-    @classmethod
-    def followers(cls, config: Any, model: nn.Module, places: list[Any]) -> list[Any]:
-        """Further places that must change along with the targeted ones (the other ends of tied weights)."""
-        return []
 
     @classmethod
     def check(cls, config: Any, site: Site) -> None:
@@ -128,14 +120,6 @@ class Method(CheapModule):
 
     def reset(self, rng: torch.Generator, site: Site) -> None:
         """Draw the initial values from `rng`, which is keyed by the site's name. Skipped when weights are loaded."""
-
-    def derive(self, rng: torch.Generator, site: Site) -> None:
-        """Compute frozen state that depends on W and is not saved (PiSSA's initial factors). Called wherever `derives`."""
-
-    @property
-    def derives(self) -> bool:
-        """Whether there is such state."""
-        return type(self).derive is not Method.derive
 
     def resize(self, state: dict[str, Tensor]) -> None:
         """Adjust parameter shapes to a checkpoint's tensors (by attribute), along the axes that the table leaves open."""

@@ -88,13 +88,14 @@ class TensorTable:
     flexible: tuple[tuple[str, int, bool], ...] = ()  # (attribute, axis, whether a file may hold more of it)
     made: tuple[tuple[str, Callable[[Any], Shape], Callable[[Any], Any] | None], ...] = ()
     disk: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    source: tuple[Mapping[str, Stored], tuple[str, ...]] | None = None  # what it was made of
 
     def __deepcopy__(self, memo: object) -> TensorTable:
         return self  # nothing in it changes
 
     @classmethod
     def of(cls, tensors: Mapping[str, Stored], also_shown: tuple[str, ...] = (), indexed: bool = False) -> TensorTable:
-        """indexed: for layers that look rows up."""
+        """indexed: that of `for_rows`."""
         key = {a: (s.indexed if indexed and s.indexed else s.key) or a for a, s in tensors.items()}
         keys = {a: key[a] for a, s in tensors.items() if not s.shared}
         heads = (
@@ -124,7 +125,13 @@ class TensorTable:
                 (a, Sizes(s.shape), attrgetter(s.when) if s.when else None) for a, s in tensors.items() if s.shape
             ),
             disk={a: (s.disk, s.kernel or s.disk) for a, s in tensors.items() if s.disk or s.kernel},
+            source=None if indexed else (tensors, also_shown),
         )
+
+    @functools.cached_property
+    def for_rows(self) -> TensorTable:
+        """The same for layers that look rows up."""
+        return self if self.source is None else TensorTable.of(*self.source, indexed=True)
 
     def disk_shape(self, method: Any, attr: str) -> Shape | None:
         """The shape of a method's tensor in the file where it differs (one -1); None keeps it."""
@@ -190,13 +197,13 @@ def _on_disk(spec: str, taps: Shape, method: Any) -> Shape:
 @functools.lru_cache(maxsize=256)
 def _without(table: TensorTable, attributes: tuple[str, ...]) -> TensorTable:
     keys, shared = ({a: k for a, k in t.items() if a not in attributes} for t in (table.keys, table.shared_keys))
-    return replace(table, keys=keys, own=keys, shared_keys=shared)
+    return replace(table, keys=keys, own=keys, shared_keys=shared, source=None)
 
 
 @functools.lru_cache(maxsize=256)
 def _of_another(table: TensorTable, attributes: tuple[str, ...], repeated: bool) -> TensorTable:
     if not repeated:
-        return replace(table, unwritten=attributes)
+        return replace(table, unwritten=attributes, source=None)
     return replace(_without(table, attributes), repeats=tuple(table.keys[a] for a in attributes))
 
 
@@ -220,6 +227,7 @@ def _around(inner: TensorTable, own: tuple[tuple[str, Stored], ...]) -> TensorTa
         flexible=tuple((f"inner.{a}", axis, more) for a, axis, more in inner.flexible),
         made=outer.made,
         disk={**within(inner.disk), **outer.disk},
+        source=None,
     )
 
 

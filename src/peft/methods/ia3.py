@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..config import TunerConfig
 from ..config_fields import own_field
-from ..contract.capabilities import Blends
+from ..contract.capabilities import Blends, ScalesChannels
 from ..contract.method import Method
 from ..contract.refusals import refusal
 from ..contract.site import Site
@@ -58,7 +58,7 @@ class IA3Config(TunerConfig):
         return re.fullmatch(names, path) is not None if isinstance(names, str) else path.endswith(tuple(names))
 
 
-class IA3(Blends, Method):
+class IA3(Blends, ScalesChannels, Method):
     peft_type = "IA3"
     config_class = IA3Config
     form = "after"  # `before` at feed-forward sites
@@ -66,7 +66,6 @@ class IA3(Blends, Method):
     formula = "y' = l ⊙ y (feed-forward: y = W (l ⊙ x))"
     paper = "arXiv 2205.05638"
     prefix = "ia3_"
-    channelwise = True
     tensors = {"ia3_l": Stored()}
     role = "keys_values_ffn"
     examples = ({"feedforward_modules": []}, {"feedforward_modules": ".*"})

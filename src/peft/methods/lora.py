@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..config import DeltaConfig, require_ranks
 from ..config_fields import require, unavailable
+from ..contract.capabilities import Derives
 from ..contract.site import Site
 from ..contract.tensors import Shown, Stored
 from ..core.anatomy.patterns import for_path, to_patterns, with_value
@@ -82,7 +83,7 @@ class LoraConfig(DeltaConfig):
         require_ranks(self)
 
 
-class Lora(LowRank):
+class Lora(Derives, LowRank):
     peft_type = "LORA"
     config_class = LoraConfig
     summary = "Adds a trainable product of two thin matrices to frozen weights."

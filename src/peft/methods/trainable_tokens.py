@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..config import TunerConfig
 from ..config_fields import own_field
-from ..contract.capabilities import NeedsTokens
+from ..contract.capabilities import Derives, Follows, NeedsTokens
 from ..contract.method import Method
 from ..contract.site import Op, Site
 from ..contract.tensors import Stored
@@ -56,7 +56,7 @@ class TrainableTokensConfig(TunerConfig):
         return self.token_indices
 
 
-class TrainableTokens(NeedsTokens, Method):
+class TrainableTokens(Derives, Follows, NeedsTokens, Method):
     peft_type = "TRAINABLE_TOKENS"
     config_class = TrainableTokensConfig
     summary = "Trains the embeddings of chosen tokens only."

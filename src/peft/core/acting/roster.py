@@ -52,6 +52,11 @@ class Adapter:
     _leaves: tuple[list[Table], list[str]] = field(default_factory=lambda: ([], []))
     walked: int = 0  # how many methods `_leaves` knows
 
+    @property
+    def whole_model(self) -> bool:
+        """Whether its method hangs at the whole model, not in layers."""
+        return any(m.form == "prompt" for _, m in self.methods[:1])
+
     def leaves(self) -> tuple[list[Table], list[str]]:
         """Table and name of each parameter that trains when the adapter does; walked once, so that switching need not.
 
@@ -133,7 +138,7 @@ class Roster(Recompute):
     @property
     def placed(self) -> bool:
         """Whether an adapter hangs in layers, not only at the whole model."""
-        return any(m.form != "prompt" for a in self.adapters.values() for _, m in a.methods[:1])
+        return any(a.methods and not a.whole_model for a in self.adapters.values())
 
     def known(self, names: Sequence[str]) -> None:
         for name in names:

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...contract.capabilities import ScalesChannels
+from ...contract.composition import by_form
 from ...contract.method import Method
 from ...contract.offload import on_device
 from ...contract.tree import named
@@ -67,10 +69,10 @@ class Forward(AdaptedLayer):
         x, call = self._input(args, kwargs)
         given = x  # what `after` sees: the layer's own input, so that the parallel branch merges as it stands
         indexed = self.geometry.indexed  # an embedding's rows are what an input transform acts on
-        late = [m for m in methods if m.form == "after"]
+        before, replaced, added, late = by_form(methods)
         out: Output
         if self._dense(methods):
-            whole = [m for m in methods if m.form != "after"]
+            whole = [*before, *replaced, *added]
             while not self.kind.factored and late and late[0].mergeable:  # what the layer does to W' comes after it
                 whole.append(late.pop(0))
             W, b = self.compose(whole, self.kind.dtype(self.base_layer))
@@ -78,17 +80,13 @@ class Forward(AdaptedLayer):
             if b is not None:
                 out = self.kind.channels_back(self.kind.channels_last(out) + b)
         else:
-            for m in methods:
-                if m.form == "before" and not indexed:
-                    x = self._in_parameter_dtype(m, lambda v, m=m: self._channels(m, v), x)
-            replaced = [m for m in methods if m.form == "replace"]
+            for m in () if indexed else before:
+                x = self._in_parameter_dtype(m, lambda v, m=m: self._channels(m, v), x)
             out = self._base(replaced, *call(x))
-            for m in methods:
-                if m.form in ("delta", "weight"):
-                    out = self._in_parameter_dtype(m, lambda v, y, m=m: m("add", v, y, self.op), x, out)
-            for m in methods:
-                if m.form == "before" and indexed:
-                    out = self._in_parameter_dtype(m, lambda v, m=m: self._channels(m, v), out)
+            for m in added:
+                out = self._in_parameter_dtype(m, lambda v, y, m=m: m("add", v, y, self.op), x, out)
+            for m in before if indexed else ():
+                out = self._in_parameter_dtype(m, lambda v, m=m: self._channels(m, v), out)
         for m in late:
             out = on_first(out, partial(self._late, m, given))
         return out
@@ -160,7 +158,7 @@ class Forward(AdaptedLayer):
             return any(m.mergeable for m in methods)
         if self.geometry.pointwise or self.geometry.indexed:
             return False
-        return any(m.form == "before" and not m.channelwise for m in methods)
+        return any(not isinstance(m, ScalesChannels) for m in by_form(methods).before)
 
     def _mixed(self, rows: Rows, row: Tensor | None, args: Args, kwargs: Kwargs) -> Output:
         """Per-row adapters: the base call once where no adapter changes what goes into it."""
@@ -179,19 +177,18 @@ class Forward(AdaptedLayer):
                 return type(first)([torch.cat([p[0] for p in parts])[undo], *first[1:]])
             return torch.cat(parts)[undo]
 
-        forms = {m.form for ms in table.values() for m in ms}
-        if forms <= {"delta", "weight", "after"} and not any(self._dense(ms) for ms in table.values()):
+        each = [by_form(methods) for methods in table.values()]
+        if not any(c.before or c.replaced for c in each) and not any(self._dense(ms) for ms in table.values()):
             out = self.kind.run(self.base_layer, *args, **kwargs)
             y = out[0] if isinstance(out, (tuple, list)) else out
 
             def late(methods: list[Method], index: Tensor) -> Tensor:
                 xi, yi = x[index], y[index]
-                for m in methods:
-                    if m.form != "after":
-                        yi = m("add", xi, yi, self.op)
-                for m in methods:
-                    if m.form == "after":
-                        yi = self._after(m, yi, xi, index, len(y))
+                _, _, added, after = by_form(methods)
+                for m in added:
+                    yi = m("add", xi, yi, self.op)
+                for m in after:
+                    yi = self._after(m, yi, xi, index, len(y))
                 return yi
 
             return on_first(out, lambda _: joined(late))
@@ -209,21 +206,18 @@ class Forward(AdaptedLayer):
 
     def compose(self, methods: Sequence[Method], dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
         """(W', b') of these methods together: what the dense way runs and what a merge writes."""
-        replaced = [m for m in methods if m.form == "replace"]
+        before, replaced, added, after = by_form(methods)
         W0, b0 = self.kind.read(self.base_layer).to(dtype), self.kind.bias(self.base_layer)
         W, b = W0, b0 if b0 is None else b0.to(dtype)
         if replaced:
             values = self.replaced(replaced)
             W = self.kind.matrix(values["weight"], self.base_layer).to(dtype) if "weight" in values else W
             b = values["bias"].to(dtype) if b is not None and "bias" in values else b
-        for m in methods:
-            if m.form in ("delta", "weight"):
-                change, b = m("fold", W0, b)
-                W = W + (change - W0)
-        before = [m for m in methods if m.form == "before"]
+        for m in added:
+            change, b = m("fold", W0, b)
+            W = W + (change - W0)
         for m in before if self.geometry.indexed else reversed(before):
             W, b = (m("before", W.T).T, b) if self.geometry.indexed else m("fold", W, b)
-        for m in methods:
-            if m.form == "after":
-                W, b = m("fold", W, b)
+        for m in after:
+            W, b = m("fold", W, b)
         return self.kind.absorb(self.base_layer, W, b)

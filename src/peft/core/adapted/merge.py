@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from ...contract.composition import by_form
 from ...contract.method import Method
 from ...errors import Refusal
 from ...kernels.merging import merge_, merged
@@ -35,7 +36,7 @@ class Merging(Forward):
                     m.peft_type, f"{self.path} (merge)", "its effect on the output is no change of the weights"
                 )
         with torch.no_grad():
-            if {m.form for m in methods} <= {"replace"}:
+            if len(by_form(methods).replaced) == len(methods):
                 names = {n for m in methods for n in m.replaced_names}
                 values = {n: v for n, v in self.replaced(methods).items() if n in names}
             elif (found := fused.products(self, methods)) is not None:

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ...contract.capabilities import Companion
+from ...contract.composition import by_form
 from ...errors import Refusal
 from . import views
 from .merge import Merging
@@ -96,12 +97,12 @@ class UpstreamLayer(Merging):
                 return found
             # code that reads a parameter instead of calling the module sees what the module computes with
             methods = () if self.merged_adapters else self.active_methods(self.roster.mix.active)
-            replaced = [m for m in methods if m.form == "replace" and name in m.replaced_names]
-            if name == "weight" and any(
-                isinstance(m, Companion) and m.form != "replace" and m.mergeable for m in methods
-            ):
-                W, _ = self.compose([m for m in methods if isinstance(m, Companion)], self.kind.dtype(self.base_layer))
+            replacing = by_form(methods).replaced
+            brought = [m for m in methods if isinstance(m, Companion)]
+            if name == "weight" and any(m.mergeable for m in brought if m not in replacing):
+                W, _ = self.compose(brought, self.kind.dtype(self.base_layer))
                 return self.kind.native(W, self.base_layer)
+            replaced = [m for m in replacing if name in m.replaced_names]
             return self.replaced(replaced)[name] if replaced else getattr(self.base_layer, name)
 
     def __setattr__(self, name: str, value: Any) -> None:

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from ...contract.capabilities import TwoFactors
+from ...contract.capabilities import Follows, TwoFactors
 from ...contract.method import Method
 from ...contract.site import Op, Site
 from ...kernels.terms import Banks, Thin
@@ -16,7 +16,7 @@ from ..anatomy.ties import end_of, followers, shared_by_ends
 from ..anatomy.walk import Place
 
 
-class LowRank(TwoFactors, Method):
+class LowRank(TwoFactors, Follows, Method):
     """A method of two free factors, ΔW = s·B A with A[r, fan_in] and B[out, r]. Tied ends share them: ΔWᵀ = s·Aᵀ Bᵀ."""
 
     pair_names: ClassVar[tuple[str, str]]  # the attributes that hold A and B

@@ -8,13 +8,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ...contract.capabilities import Penalised
+from ...contract.capabilities import Derives, Penalised
 from ...contract.method import Method
 from ...contract.site import Site
 from ...contract.tensors import Stored
 
 
-class Around(Method):
+class Around(Derives, Method):
     """Put around a config's own delta where the config asks for it by the field `wraps`; a variant is its maths and fields.
 
     A subclass states `own_tensors`, `start` and what it makes of the delta: `weight`, or `delta`, and if they are faster
@@ -45,10 +45,11 @@ class Around(Method):
 
     @property
     def derives(self) -> bool:
-        return self.inner.derives
+        return isinstance(self.inner, Derives) and self.inner.derives
 
     def derive(self, rng: torch.Generator, site: Site) -> None:
-        self.inner.derive(rng, site)
+        if isinstance(self.inner, Derives):
+            self.inner.derive(rng, site)
 
     @property
     def multiplier(self) -> float:  # type: ignore[override]

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from ...config import PeftConfig, TunerConfig
-from ...contract.capabilities import Companion
+from ...contract.capabilities import Companion, Derives, Follows
 from ...contract.geometry import Geometry
 from ...contract.kind import LayerKind
 from ...contract.method import Method
@@ -178,7 +178,9 @@ def _default_targets(cls: type[Method], config: PeftConfig, model: nn.Module) ->
 
 def _followers(cls: type[Method], config: TunerConfig, model: nn.Module, places: list[Place]) -> list[Place]:
     """The other ends of tied weights that must change along; refused where the method has no counterpart for them."""
-    if cls.followers.__func__ is Method.followers.__func__ and tying_wanted(config):  # type: ignore[attr-defined]
+    if issubclass(cls, Follows):
+        return cls.followers(config, model, places)
+    if tying_wanted(config):
         weights = [id(w) for p in places if (w := p.module._parameters.get("weight")) is not None]
         if len(set(weights)) < len(weights) or other_ends(model, places):
             raise Refusal(
@@ -187,7 +189,7 @@ def _followers(cls: type[Method], config: TunerConfig, model: nn.Module, places:
                 "ensure_weight_tying asks that all of its ends change alike, and only factors that can be transposed, or "
                 "rows, have a counterpart at the other end",
             )
-    return cls.followers(config, model, places)
+    return []
 
 
 def _made(cls: type[Method], config: object, site: Site) -> Method:
@@ -268,7 +270,7 @@ def _build(items: list[Item], plan: Plan, init: bool, meta: bool) -> None:
             m.set(device=device)
             path = f"{item.brought_by}:{site.path}" if item.brought_by else site.path
             if site.device.type != "meta":
-                if m.derives:
+                if isinstance(m, Derives) and m.derives:
                     m.derive(rng.manual_seed(seed_for(0, path)), site)
                 if init:
                     with torch.no_grad():

@@ -22,7 +22,7 @@ def delete(model: nn.Module, name: str) -> None:
             raise ValueError(f"Adapter {name} is merged into {layer.path}: call unmerge_adapter() before deleting it.")
     for layer in adapted_layers(model):
         layer.detach(name)
-    if any(m.form == "prompt" for _, m in roster.adapters[name].methods):
+    if roster.adapters[name].whole_model:
         detach(model, roster, name)
     roster.forget(name)
 
@@ -39,7 +39,7 @@ def unload(model: nn.Module) -> nn.Module:
                 parent._modules[attr] = child
     for kind in kinds().values():
         kind.removed(tree(model))
-    if roster is not None and any(m.form == "prompt" for a in roster.adapters.values() for _, m in a.methods):
+    if roster is not None and any(a.whole_model for a in roster.adapters.values()):
         for name in list(roster.adapters):
             detach(model, roster, name)
     _clear(model)

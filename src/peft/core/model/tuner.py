@@ -64,7 +64,7 @@ class Tuner(nn.Module):
         for adapter in self.roster.adapters.values():  # companions come last; all sites of one method are named alike
             for _, first in adapter.methods[:1]:
                 named = all(prefix in n for n, _ in first.named_parameters())
-                if adapter.brought_by[-1] or not (named or first.form == "prompt"):
+                if adapter.brought_by[-1] or not (named or adapter.whole_model):
                     return ".adapters."
         return prefix
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from ...contract.composition import by_form
 from ...contract.method import Method
 from ..acting.on_model import base_of, roster_of
 from ..anatomy.walk import walk
@@ -67,12 +68,13 @@ def _add(a: int | None, b: int | None, out: int, fan_in: int) -> int | None:
 def _changed(m: Method, module: nn.Module) -> list[torch.Tensor]:
     """The base parameters whose value a merge of this method changes."""
     own: dict[str, torch.Tensor] = dict(module.named_parameters())
-    if m.form == "replace":
+    _, replaced, added, after = by_form([m])
+    if replaced:
         return [own[n] for n in m.replaced_names if n in own]
     if not m.mergeable:
         return []
-    names = ["weight"] if m.form in ("delta", "weight", "before") else ["weight", "bias"]
-    if m.form in ("delta", "weight") and m.bias_change() is not None:
+    names = ["weight", "bias"] if after else ["weight"]
+    if added and m.bias_change() is not None:
         names.append("bias")
     return [own[n] for n in names if n in own] or ([] if "weight" in own else list(own.values())[:1])
 
