@@ -22,31 +22,36 @@ Shape = tuple[int, ...]
 class Stored:
     """One tensor of a method.
 
-    key: its name below the site's path in the file; "" is the attribute's own. shape: words for its sizes in memory,
-    `"r fan_in"`: sizes of the geometry (`SIZES`), numbers, attributes of the method; "" where the method makes it by
-    itself. when: what must be true for it to be made, an attribute path of the method (`"config.use_bias"`).
+    key: its name below the site's path in the file; "" is the attribute's own. indexed: its key where the layer looks
+    rows up (an embedding).
+    shape: words for its sizes in memory, `"r fan_in"`: sizes of the geometry (`SIZES`), numbers, attributes of the
+    method; "" where the method makes it by itself. when: what must be true for it to be made, an attribute path of the
+    method (`"config.use_bias"`).
+    disk: words for its shape in the file where it differs: numbers (one of them -1) and attributes. kernel: the same for
+    layers that have a kernel, with `taps`, the native kernel sizes, and `ones`, as many ones.
+    frozen: it never trains. shared: one tensor for all sites, whose key stands below the model.
+    shrinks, grows: the axis of which a file may hold less, or more.
+    join: how those of several matrices become that of the matrix made of them one above the other, "rows" (one below the
+    other) or "blocks" (along a diagonal). stack: in the file of a stack of matrices (experts), the axis of the matrix's
+    number, and the axis that is then joined with the next; None: the number comes first. turned: the attribute that holds
+    its transpose in a file about ΔWᵀ.
+    module: upstream keeps it in a module of its own, though its key does not say so.
     """
 
     key: str = ""
     shape: str = ""
     when: str = ""
-    disk: str = ""  # its shape in the file where it differs: numbers (one -1), attributes, and for kernels …
-    kernel: str = (
-        ""  # … `taps`, the native kernel sizes, or `ones`, as many ones: in files of layers that have a kernel
-    )
-    indexed: str = ""  # its key where the layer looks rows up (an embedding)
-    frozen: bool = False  # it never trains
-    shared: bool = False  # one tensor for all sites; the key stands below the model
-    shrinks: int | None = None  # the axis of which a file may hold less
-    grows: int | None = None  # … or more
-    join: str = ""  # how those of several matrices become that of the matrix made of them, one above the other:
-    #   "rows" (one below the other) or "blocks" (along a diagonal)
-    stack: tuple[int, int] | None = (
-        None  # of a stack of matrices: (axis of the matrix's number in the file, axis that is
-    )
-    #   then joined with the next); None: the number comes first
-    turned: str = ""  # the attribute that holds its transpose in a file about ΔWᵀ
-    module: bool = False  # upstream keeps it in a module of its own, though its key does not say so
+    disk: str = ""
+    kernel: str = ""
+    indexed: str = ""
+    frozen: bool = False
+    shared: bool = False
+    shrinks: int | None = None
+    grows: int | None = None
+    join: str = ""
+    stack: tuple[int, int] | None = None
+    turned: str = ""
+    module: bool = False
 
 
 @dataclass(frozen=True)
@@ -54,9 +59,8 @@ class Shown:
     """What upstream's layers show of a method, by adapter, besides its tensors.
 
     settings: upstream's names. paths: the attribute path of those that are called otherwise here. assignable: those that
-    are read in every forward.
-    dropout: upstream's name of the module that is `Method.dropout` here. empty: names of further tensors that upstream's
-    layer has, empty where none is held.
+    are read in every forward. dropout: upstream's name of the module that is `Method.dropout` here. empty: names of
+    further tensors that upstream's layer has, empty where none is held.
     """
 
     settings: tuple[str, ...] = ()
@@ -98,13 +102,8 @@ class TensorTable:
         """indexed: that of `for_rows`."""
         key = {a: (s.indexed if indexed and s.indexed else s.key) or a for a, s in tensors.items()}
         keys = {a: key[a] for a, s in tensors.items() if not s.shared}
-        heads = (
-            head_of(k)
-            for plain in (True, False)
-            for a, s in tensors.items()
-            if s.indexed
-            for k in (s.key or a if plain else s.indexed,)
-        )
+        looked_up = {a: s for a, s in tensors.items() if s.indexed}
+        heads = [head_of(s.key or a) for a, s in looked_up.items()] + [head_of(s.indexed) for s in looked_up.values()]
         return cls(
             keys=keys,
             shared_keys={a: key[a] for a, s in tensors.items() if s.shared},

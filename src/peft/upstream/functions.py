@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _IncompatibleKeys
 
+from ..contract.composition import by_form
 from ..contract.method import Method
 from ..contract.tree import AdapterContainer, Composite
 from ..core.acting.on_model import base_of
@@ -99,7 +100,10 @@ def fsdp_auto_wrap_policy(model: nn.Module) -> Callable[..., bool]:
 
 def _trains_alone(module: nn.Module) -> bool:
     """What a `replace` or a prompt gives is used outside its calls: it stays in the unit of what surrounds it."""
-    if not isinstance(module, Method) or module.form in ("replace", "prompt"):
+    if not isinstance(module, Method):
+        return False
+    before, _, added, after = by_form([module])
+    if not (before or added or after):
         return False
     parameters = list(module.parameters())
     return bool(parameters) and all(p.requires_grad for p in parameters)
