@@ -7,7 +7,6 @@ import pickle
 
 import pytest
 import torch
-from cells import clone, randomise
 from torch import nn
 from torch.nn import functional as F
 from transformers import (
@@ -40,6 +39,7 @@ from peft import (
 from peft.core.adapted.layer import Adapted, adapted_layers
 from peft.core.anatomy.walk import kind_of
 from peft.layers.opaque import Opaque
+from tests.helpers.cells import clone, randomise
 
 V, D = 40, 32
 IDS = torch.tensor([[5, 6, 7, 8, 9, 10, 11], [12, 13, 14, 15, 16, 17, 18], [19, 20, 21, 22, 23, 24, 25]])

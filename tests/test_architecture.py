@@ -1,7 +1,7 @@
 """The house rules, read from the sources: who may know what, and that nothing is stated twice.
 
 Outside a method's file nothing asks which method it is dealing with, outside a kind's file nothing asks which kind. The
-scan finds names in the code; `renamed.py` runs laws with all of them replaced by random ones.
+scan finds names in the code; `laws/renamed.py` runs laws with all of them replaced by random ones.
 """
 
 from __future__ import annotations
@@ -174,11 +174,10 @@ def test_no_code_outside_the_kinds_asks_what_module_a_base_layer_is():
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [1])
 def test_laws_hold_when_methods_kinds_and_classes_have_random_names(seed):
-    here = Path(__file__).parent
     paths = os.pathsep.join([str(ROOT.parent), *(p for p in sys.path if p)])
     run = subprocess.run(
-        [sys.executable, str(here / "renamed.py"), str(seed)],
-        cwd=here,
+        [sys.executable, "-m", "tests.laws.renamed", str(seed)],
+        cwd=Path(__file__).parents[1],
         env={**os.environ, "PYTHONPATH": paths},
         capture_output=True,
         text=True,

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from layer_kind_cases import CASES, Holder
 from safetensors.torch import load_file
 from torch import nn
 from transformers import CLIPConfig, CLIPModel, GPT2Config, GPT2LMHeadModel, ViTConfig, ViTForImageClassification
@@ -19,6 +18,7 @@ from peft import LoraConfig, PeftModel, Refusal, get_peft_model
 from peft.core.anatomy.walk import kind_of
 from peft.errors import CheckpointError
 from peft.layers.slice import Slice, WeightSlice
+from tests.helpers.layer_kind_cases import CASES, Holder
 
 GOLDEN = Path(__file__).parent / "golden" / "layer_kinds"
 SAME_AS_UPSTREAM = ["embedding", "embedding_dora", "scaled", "conv1d", "conv2d", "conv2d_dora", "conv3d", "gpt2_conv1d"]

@@ -14,7 +14,6 @@ import warnings
 
 import pytest
 import torch
-from cells import Cell, randomise, refusal
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -40,6 +39,7 @@ from peft import (
 )
 from peft.core.adapted.layer import Adapted, adapted_layers
 from peft.core.load import hotswap
+from tests.helpers.cells import Cell, randomise, refusal
 
 TOKENS = torch.randint(0, 64, (2, 6), generator=torch.Generator().manual_seed(0))
 

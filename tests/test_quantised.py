@@ -12,7 +12,6 @@ import sys
 
 import pytest
 import torch
-from cells import same_bits
 from torch import nn
 
 from peft import (
@@ -24,6 +23,7 @@ from peft import (
     registry,
 )
 from peft.core.anatomy.walk import kind_of
+from tests.helpers.cells import same_bits
 
 bnb = pytest.importorskip("bitsandbytes")
 pytest.importorskip("torchao")

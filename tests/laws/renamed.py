@@ -1,4 +1,4 @@
-"""Run some laws with every method, layer kind and method class under a random name: `python renamed.py SEED`.
+"""Run some laws with every method, layer kind and method class under a random name: `python -m tests.laws.renamed SEED`.
 
 The sources of `peft/methods`, what comes along with them, and `peft/layers` are rewritten as they are imported. Code elsewhere that asks for one of
 them by name then asks for something that does not exist. Prints how many cells passed; any error is the exit status.
@@ -111,11 +111,11 @@ def install(seed: int) -> dict[str, str]:
 
 def main(seed: int) -> None:
     table = install(seed)
-    import cells
     from torch import nn
 
     from peft import registry
     from peft.core.anatomy.walk import kind_of
+    from tests.helpers import cells
 
     assert not (set(registry.methods()) | set(registry.kinds())) & set(table), "the names are not renamed"
     assert set(registry.methods()) <= set(table.values())
@@ -130,7 +130,7 @@ def main(seed: int) -> None:
             seen.add((c.method, c.kind))
             some.append(c)
     cells.cells = lambda: some
-    import test_laws as laws
+    from tests.laws import test_laws as laws
 
     run = (
         laws.test_forward_equals_merged_and_unmerge_restores_the_bits,

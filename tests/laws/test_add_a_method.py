@@ -7,12 +7,12 @@ import types
 from pathlib import Path
 
 import pytest
-import test_laws
-from cells import cells, refusal
 
 from peft import registry
+from tests.helpers.cells import cells, refusal
+from tests.laws import test_laws
 
-DOC = Path(__file__).parent.parent / "docs" / "add-a-method.md"
+DOC = Path(__file__).parents[2] / "docs" / "add-a-method.md"
 
 
 @pytest.fixture

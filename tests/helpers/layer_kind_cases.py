@@ -1,4 +1,4 @@
-"""The layers of tests/test_layer_kinds.py that upstream knows, too; imported by golden/layer_kinds/make.py."""
+"""The layers of tests/layers/test_upstream_files.py that upstream knows, too; imported by golden/layer_kinds/make.py."""
 
 import torch
 from torch import nn

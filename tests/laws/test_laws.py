@@ -9,10 +9,10 @@ import io
 
 import pytest
 import torch
-from cells import Cell, cells, clone, close, randomise, refusal, same_bits
 from torch.utils.checkpoint import checkpoint
 
 from peft import PeftModel, Refusal, get_peft_model, get_peft_model_state_dict, registry
+from tests.helpers.cells import Cell, cells, clone, close, randomise, refusal, same_bits
 
 CELLS = cells()
 REASONS = {c.id: refusal(c) for c in CELLS}

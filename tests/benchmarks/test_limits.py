@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,12 +10,9 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks import models, rows
+from benchmarks.measure import live_bytes, python_calls, saved_bytes
 from peft import BottleneckConfig, IA3Config, LoHaConfig, LoraConfig, VeraConfig, get_peft_model
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from benchmarks import models, rows  # noqa: E402
-from benchmarks.measure import live_bytes, python_calls, saved_bytes  # noqa: E402
 
 TARGETS = ["q_proj", "v_proj", "down_proj"]
 

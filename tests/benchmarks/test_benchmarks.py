@@ -12,11 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+from benchmarks import measure, report, rows, session
+from benchmarks.case import AHEAD, Case, at_least, at_most, faster, near
 
-from benchmarks import measure, report, rows, session  # noqa: E402
-from benchmarks.case import AHEAD, Case, at_least, at_most, faster, near  # noqa: E402
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.slow
