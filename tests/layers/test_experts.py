@@ -1,4 +1,4 @@
-"""Experts and other bare parameters: upstream's files give upstream's logits, and no delta of a stack ever exists.
+"""Expert stacks: upstream's files give upstream's logits, and no delta of a stack ever exists.
 
 tests/golden/experts: adapters saved by huggingface/peft 0.21.2 (LoRA r=2, alpha=4 on experts.gate_up_proj and
 experts.down_proj) on the models of `base`, with the logits it computed for `IDS`.
@@ -14,63 +14,15 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from peft import LoraConfig, PeftModel, Refusal, get_peft_model
-from peft.core.adapted.layer import adapted_layers
+from peft import LoraConfig, PeftModel
+from tests.helpers.experts import BOTH, MODELS, adapted, base
 
-transformers = pytest.importorskip("transformers")
-GOLDEN = Path(__file__).parent / "golden" / "experts"
+GOLDEN = Path(__file__).parents[1] / "golden" / "experts"
+
 IDS = torch.arange(24).reshape(2, 12) * 5 % 64
-BOTH = ["experts.gate_up_proj", "experts.down_proj"]
-SIZES = {
-    "vocab_size": 64,
-    "hidden_size": 16,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "head_dim": 8,
-    "max_position_embeddings": 64,
-    "intermediate_size": 24,
-}
-MODELS = {
-    "mixtral": ("Mixtral", {"num_local_experts": 3, "num_experts_per_tok": 2}),
-    "qwen3_moe": ("Qwen3Moe", {"moe_intermediate_size": 24, "num_experts": 4, "num_experts_per_tok": 2}),
-    "gpt_oss": ("GptOss", {"num_local_experts": 3, "num_experts_per_tok": 2}),
-    "llama4": (
-        "Llama4",
-        {
-            "intermediate_size_mlp": 24,
-            "num_local_experts": 3,
-            "num_experts_per_tok": 1,
-            "interleave_moe_layer_step": 1,
-        },
-    ),
-}
-
-
-def base(name: str, implementation: str = "eager") -> nn.Module:
-    family, more = MODELS[name]
-    config = getattr(transformers, f"{family}{'Text' if name == 'llama4' else ''}Config")(**SIZES, **more)
-    config._attn_implementation, config._experts_implementation = "eager", implementation
-    model = getattr(transformers, f"{family}ForCausalLM")(config)
-    rng = torch.Generator().manual_seed(0)
-    for n, p in sorted(model.named_parameters()):
-        if p.dim() > 1 or "norm" not in n:
-            p.data = torch.randn(p.shape, generator=rng) * 0.3
-    return model.eval()
-
-
-def adapted(model: nn.Module, *names: str, **fields) -> PeftModel:
-    config = {"r": 2, "target_modules": [], "target_parameters": BOTH, "init_lora_weights": False, **fields}
-    for i, name in enumerate(names or ("default",)):
-        torch.manual_seed(7 + i)
-        if i == 0:
-            model = get_peft_model(model, LoraConfig(**config), adapter_name=name)
-        else:
-            model.add_adapter(name, LoraConfig(**config))
-    return model.eval()
-
 
 CASES = [(name, how) for name in MODELS for how in ("eager", "batched_mm", "grouped_mm")]
+
 CASES = [(name, how) for name, how in CASES if name != "llama4" or how == "eager"]  # the model offers no other
 
 
@@ -192,14 +144,6 @@ def test_without_an_acting_adapter_the_blocks_own_forward_runs():
     assert torch.equal(model.unload()(IDS).logits, expected)
 
 
-@torch.no_grad()
-def test_rank_patterns_name_the_stack_and_layers_can_be_chosen():
-    model = adapted(base("mixtral"), rank_pattern={"experts.down_proj": 5}, layers_to_transform=[1])
-    ranks = {x.path: x.methods["default"][0].r for x in adapted_layers(model)}
-    assert set(ranks.values()) == {2, 5} and all(".layers.1." in p for p in ranks) and len(ranks) == 6
-    assert all((r == 5) == ("down_proj" in p) for p, r in ranks.items())
-
-
 def test_training_with_checkpointing_gives_the_same_gradients():
     def grads(checkpointing):
         model = adapted(base("mixtral"))
@@ -211,44 +155,3 @@ def test_training_with_checkpointing_gives_the_same_gradients():
     plain, again = grads(False), grads(True)
     assert plain and len(plain) == len(again)
     assert all(torch.allclose(a, b, atol=1e-7) for a, b in zip(plain, again, strict=True))
-
-
-def test_bare_parameters_refuse_what_needs_an_input_or_output():
-    class Block(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.first = nn.Parameter(torch.randn(8, 4))
-
-        def forward(self, x):
-            return x @ self.first.T
-
-    net = nn.Sequential(Block())
-    for fields, why in (({"lora_dropout": 0.1}, "no input"), ({"lora_bias": True}, "bias")):
-        with pytest.raises(Refusal, match=why):
-            get_peft_model(net, LoraConfig(target_modules=[], target_parameters=["first"], **fields))
-        assert type(net[0]) is Block
-    with pytest.raises(ValueError, match="experts.down_prj"):
-        get_peft_model(base("mixtral"), LoraConfig(target_modules=[], target_parameters=["experts.down_prj"]))
-
-
-def test_a_parameter_of_a_wrapped_module_is_refused():
-    model = get_peft_model(nn.Sequential(nn.Linear(4, 4)), LoraConfig(target_modules=["0"]))
-    with pytest.raises(Refusal, match="wrap this module"):
-        model.add_adapter("b", LoraConfig(target_modules=[], target_parameters=["0.weight"]))
-
-
-@torch.no_grad()
-def test_a_linear_layers_weight_and_a_conv1ds_are_matrices_as_they_lie(tmp_path):
-    from transformers.pytorch_utils import Conv1D
-
-    for layer, shapes in ((nn.Linear(6, 4), ((2, 6), (4, 2))), (Conv1D(4, 6), ((2, 4), (6, 2)))):
-        model = adapted(nn.Sequential(layer), target_parameters=["0.weight"])
-        x = torch.randn(3, 6)
-        out, W = model(x), layer.weight.clone()
-        model.save_pretrained(tmp_path)
-        state = load_file(tmp_path / "adapter_model.safetensors")
-        A, B = state["base_model.model.0.lora_A.weight"], state["base_model.model.0.lora_B.weight"]
-        assert (tuple(A.shape), tuple(B.shape)) == shapes
-        merged = model.merge_and_unload()
-        assert torch.allclose(merged[0].weight, W + 8 / 2 * B @ A, atol=1e-6)
-        assert torch.allclose(merged(x), out, atol=1e-5)
