@@ -1,32 +1,15 @@
-"""The fused low-rank node against the same formula in separate operations."""
+"""The fused low-rank nodes against the plain formulas."""
+
+from __future__ import annotations
 
 import pytest
 import torch
 from torch.nn import functional as F
 
-from peft.kernels import dropout
 from peft.kernels.lowrank import banked_linear, lowrank_linear, row_norms, scaled_linear
 from peft.kernels.rows import Scratch, rows_linear
 from peft.kernels.terms import Banks, Thin
-
-CPU = torch.device("cpu")
-
-
-def mask(shape, p, seed):
-    """The factor that dropout puts on each entry."""
-    return dropout.draw(torch.Size(shape), p, seed, CPU) / (1 - dropout.rounded(p))
-
-
-def setting(dtype=torch.float64, batch=(3, 5), k=7, n=6, ranks=(2, 3)):
-    rng = torch.Generator().manual_seed(0)
-
-    def make(*shape):
-        return torch.randn(*shape, generator=rng, dtype=dtype)
-
-    x = make(*batch, k).requires_grad_()
-    W, b = make(n, k), make(n)
-    factors = [(make(r, k).requires_grad_(), make(n, r).requires_grad_()) for r in ranks]
-    return x, W, b, factors
+from tests.helpers.lowrank import mask, setting
 
 
 @pytest.mark.parametrize("ranks", [(2,), (2, 3)])
@@ -58,29 +41,6 @@ def test_gradients_with_dropout_follow_the_drawn_mask():
         assert torch.allclose(a, e, atol=1e-12)
 
 
-@pytest.mark.parametrize("p", [0.05, 0.5])
-def test_the_mask_keeps_the_expected_share_and_mean(p):
-    m = mask((1000, 400), p, 3)
-    five_sigma = 5 * (p * (1 - p) / m.numel()) ** 0.5
-    assert abs(float((m > 0).double().mean()) - (1 - p)) < five_sigma + 1 / 32768
-    assert abs(float(m.double().mean()) - 1) < five_sigma / (1 - p) + 1e-4
-    assert len(m.unique()) == 2
-    assert not torch.equal(m, mask((1000, 400), p, 4))
-
-
-def test_neighbouring_mask_entries_are_independent():
-    m = (mask((400_000,), 0.5, 7) > 0).float() - 0.5
-    for lag in (1, 2, 3, 4, 8):
-        assert abs(float((m[lag:] * m[:-lag]).mean())) < 5 * 0.25 / 400_000**0.5
-
-
-@pytest.mark.parametrize("shape", [(1,), (7, 3), (16, 16)])
-def test_packed_masks_come_back(shape):
-    keep = dropout.draw(torch.Size(shape), 0.3, 5, CPU)
-    bits = dropout.pack(keep)
-    assert bits.nbytes == -(-keep.numel() // 8) and torch.equal(dropout.unpack(bits, keep.shape), keep)
-
-
 def test_only_x_and_the_thin_products_are_saved():
     saved = []
     x, W, b, factors = setting(torch.float32, (2, 64), 32, 48, (4,))
@@ -90,57 +50,6 @@ def test_only_x_and_the_thin_products_are_saved():
     new = [t for t in saved if t.data_ptr() not in known]
     thin, bits = 2 * 64 * 4 * 4, 2 * 64 * 32 // 8
     assert sum(t.nbytes for t in new) == thin + bits
-
-
-def test_rows_may_have_terms_of_their_own():
-    x, W, b, factors = setting(batch=(6,), ranks=(2, 3, 1))
-    where = [slice(0, 2), torch.tensor([4, 2]), slice(3, 4)]
-    leaves = [x, *(t for pair in factors for t in pair)]
-    fused = lowrank_linear(x, W, b, [Thin(A, B, 0.5) for A, B in factors], where=where)
-    plain = F.linear(x, W, b)
-    for (A, B), at in zip(factors, where, strict=True):
-        one = torch.zeros(6, 1, dtype=x.dtype)
-        one[at] = 0.5
-        plain = plain + one * F.linear(F.linear(x, A), B)
-    assert torch.allclose(fused, plain, atol=1e-12)
-    g = torch.randn_like(plain)
-    for a, e in zip(torch.autograd.grad(fused, leaves, g), torch.autograd.grad(plain, leaves, g), strict=True):
-        assert torch.allclose(a, e, atol=1e-12)
-    with torch.no_grad():
-        assert torch.allclose(lowrank_linear(x, W, b, [Thin(A, B, 0.5) for A, B in factors], where=where), plain)
-
-
-@pytest.mark.parametrize("first", [0, 2])
-@pytest.mark.parametrize("each", [1, 3])
-def test_equal_shares_of_the_rows_run_together(each, first):
-    """Adapters of neighbouring rows, all with equally many; rows before and after them have none."""
-    x, W, b, factors = setting(batch=(first + 3 * each + 1,), ranks=(2, 2, 2))
-    where = [slice(first + i * each, first + (i + 1) * each) for i in range(3)]
-    terms = [Thin(A, B, 0.5) for A, B in factors]
-    leaves = [x, *(t for pair in factors for t in pair)]
-    together, plain = rows_linear(x, W, b, terms, where, None, Scratch()), lowrank_linear(x, W, b, terms, where=where)
-    assert together is not None and torch.allclose(together, plain, atol=1e-12)
-    g = torch.randn_like(plain)
-    for a, e in zip(torch.autograd.grad(together, leaves, g), torch.autograd.grad(plain, leaves, g), strict=True):
-        assert torch.allclose(a, e, atol=1e-12)
-    with torch.no_grad():
-        assert torch.allclose(rows_linear(x, W, b, terms, where, None, Scratch()), plain, atol=1e-12)
-
-
-def test_other_shares_do_not_run_together():
-    x, W, b, factors = setting(batch=(6,), ranks=(2, 2))
-    for where in (
-        [slice(0, 2), slice(2, 5)],
-        [slice(0, 2), slice(3, 5)],
-        [slice(2, 4), slice(0, 2)],
-        [slice(0, 2), torch.tensor([2, 4])],
-    ):
-        assert rows_linear(x, W, b, [Thin(*f) for f in factors], where, None, Scratch()) is None
-    assert rows_linear(x, W, b, [], [], None, Scratch()) is None  # all rows run as the base
-    even = [slice(0, 2), slice(2, 4)]
-    (A, B), (C, D) = factors
-    assert rows_linear(x, W, b, [Thin(A, B), Thin(C, D, 2.0)], even, None, Scratch()) is None
-    assert rows_linear(x, W, b, [Thin(A, B), Thin(C[:1], D[:, :1])], even, None, Scratch()) is None
 
 
 @pytest.mark.parametrize("p", [0.0, 0.5])
