@@ -16,7 +16,7 @@ from torch import nn
 
 from peft import LoHaConfig, LoraConfig, PeftModel, Refusal, get_peft_model
 
-GOLDEN = Path(__file__).parent / "golden" / "combine"
+GOLDEN = Path(__file__).parents[2] / "golden" / "combine"
 EXPECTED = load_file(GOLDEN / "expected.safetensors")
 X = torch.arange(11).reshape(1, 11)
 
