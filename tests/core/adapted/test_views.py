@@ -35,6 +35,7 @@ from peft import (
     VeraConfig,
     get_peft_model,
 )
+from peft.core.adapted import views
 
 IDS = torch.arange(12).reshape(2, 6)
 SIZES = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2}
@@ -514,3 +515,16 @@ def test_every_method_shows_its_tensors_under_upstreams_names():
     assert get_peft_model(llama(), PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)).prompt_encoder[
         "default"
     ].embedding.weight.shape == (3, 32)
+
+
+def test_a_view_is_of_names_that_the_layers_methods_show():
+    _, layer = adapted(lora())
+    (m,) = layer.methods["default"]
+    shown = views.view(layer, "lora_A")
+    assert isinstance(shown, views.AdapterView) and list(shown) == ["default"]
+    assert views.view(layer, "weight") is None and views.view(layer, "oft_R") is None
+    assert torch.allclose(views.delta_weight(layer, "default"), m.scaling * m.lora_B @ m.lora_A, atol=1e-6)
+    with pytest.raises(KeyError):
+        views.delta_weight(layer, "another")
+    with pytest.raises(AttributeError, match=r"lora_A\[adapter\]"):
+        views.assign(layer, "lora_A", {"another": m.lora_A})
