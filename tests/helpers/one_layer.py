@@ -1,4 +1,4 @@
-"""A small net with an adapter that has an effect."""
+"""One layer called `site` with an adapter that has an effect."""
 
 from __future__ import annotations
 

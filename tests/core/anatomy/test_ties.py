@@ -8,9 +8,12 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from peft import LoKrConfig, LoraConfig, PeftModel, Refusal, get_peft_model
+from peft.core.anatomy.ties import other_ends, shared_parameters, shared_storages
+from peft.core.anatomy.walk import walk
 
 IDS = torch.tensor([[1, 3, 17, 9, 2, 5, 30, 1], [9, 9, 3, 4, 6, 5, 2, 0]])
 
@@ -153,3 +156,15 @@ def test_methods_that_cannot_share_refuse(targets):
         get_peft_model(llama(), LoKrConfig(r=1, target_modules=targets, ensure_weight_tying=True))
     get_peft_model(llama(), LoKrConfig(r=1, target_modules=["q_proj"], ensure_weight_tying=True))
     get_peft_model(llama(False), LoKrConfig(r=1, target_modules=targets, ensure_weight_tying=True))
+
+
+def test_tied_parameters_and_views_of_one_buffer_are_found():
+    net = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3), nn.Linear(3, 3))
+    net[2].weight = net[0].weight
+    assert shared_parameters(net) == {id(net[0].weight)}
+    assert [p.path for p in other_ends(net, [p for p in walk(net) if p.path == "0"])] == ["2"]
+    assert shared_storages(net) == {net[0].weight.data_ptr()}
+    net[1].weight = nn.Parameter(net[0].weight.data.view(3, 3))
+    assert shared_parameters(net) == {id(net[0].weight)}, "a view is another parameter"
+    net[2].weight = nn.Parameter(torch.zeros(3, 3))
+    assert shared_parameters(net) == set() and shared_storages(net) == {net[0].weight.data_ptr()}

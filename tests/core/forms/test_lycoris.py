@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
 import peft
+from peft.core.forms.lycoris import kaiming, tucker
 from tests.helpers.additive import make
 
 
@@ -23,3 +26,19 @@ def test_rank_dropout_drops_rows_and_module_dropout_all(config):
     layer = make(config(r=2, module_dropout=0.5, target_modules=["lin1"])).base_model.model.lin1
     off = [torch.equal(layer.train()(x), layer.base_layer(x)) for _ in range(40)]
     assert 5 < sum(off) < 35
+
+
+def test_a_tucker_core_is_summed_over_both_of_its_axes():
+    """Σᵢⱼ core[i, j, taps] a[i, out] b[j, inputs], entry by entry."""
+    core, a, b = torch.randn(2, 3, 2, 2), torch.randn(2, 4), torch.randn(3, 5)
+    found = tucker(core, a, b)
+    assert found.shape == (4, 5 * 4)
+    for out, inp, tap in itertools.product(range(4), range(5), range(4)):
+        terms = (core.flatten(2)[i, j, tap] * a[i, out] * b[j, inp] for i in range(2) for j in range(3))
+        assert abs(found[out, inp * 4 + tap] - sum(terms)) < 1e-5
+
+
+def test_kaiming_draws_within_one_over_the_root_of_fan_in():
+    drawn = torch.empty(200, 25)
+    kaiming(drawn, torch.Generator().manual_seed(0))
+    assert 0.19 < drawn.abs().max() <= 0.2 and abs(drawn.mean()) < 0.01

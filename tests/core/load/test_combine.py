@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from peft import LoHaConfig, LoraConfig, PeftModel, Refusal, get_peft_model
+from peft.core.load.combine import elected, largest, linear
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "combine"
 EXPECTED = load_file(GOLDEN / "expected.safetensors")
@@ -175,3 +176,16 @@ def test_a_head_that_one_adapter_brings_is_carried_along():
 
 
 sys.modules.pop("make_combine", None)
+
+
+def test_the_mergers_are_their_formulas():
+    """Weighted sums, the share of largest magnitude, and TIES' mean over those that agree with the elected sign."""
+    a, b = torch.tensor([3.0, -1.0, 2.0, -4.0]), torch.tensor([1.0, 2.0, 2.0, 5.0])
+    assert linear([a, b], [2.0, -1.0]).tolist() == [5, -4, 2, -13]
+    assert largest(a, 0.5).tolist() == [3, 0, 0, -4] and largest(a.view(2, 2), 0.25).tolist() == [[0, 0], [0, -4]]
+    assert elected([a, b], [1.0, 1.0], "total").tolist() == [2, 2, 2, 5]
+    assert elected([a, b], [2.0, 1.0], "total").tolist() == [3.5, 2, 3, 5]
+    votes = [torch.tensor([-9.0]), torch.tensor([1.0]), torch.tensor([2.0])]
+    assert elected(votes, [1.0] * 3, "total").tolist() == [-9] and elected(votes, [1.0] * 3, "frequency").tolist() == [
+        1.5
+    ]

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from peft import IA3Config, PeftModel, get_peft_model
+import peft
+from peft import CheckpointError, IA3Config, PeftModel, get_peft_model
+from peft.core.acting.on_model import roster_of
+from peft.core.load.transformers_loader import build_peft_weight_mapping, fill
 from tests.helpers.tiny_llama import llama, logits, lora
 
 
@@ -91,3 +95,35 @@ def test_an_adapter_folder_is_a_model_for_transformers(tmp_path):
     model.save_pretrained(tmp_path / "adapter")
     found = AutoModelForCausalLM.from_pretrained(tmp_path / "adapter").eval()
     assert torch.equal(logits(found), logits(model.eval()))
+
+
+def test_a_files_tensors_fill_the_adapter_and_the_report_says_what_did_not_fit():
+    model = get_peft_model(llama(), lora()).get_base_model()
+    state = {k: torch.randn_like(v) for k, v in peft.get_peft_model_state_dict(model).items()}
+    wrong, gone = sorted(state)[:2]
+    first = {k: v for k, v in state.items() if k not in (wrong, gone)}
+    given = {**first, wrong: torch.zeros(2, 3), "model.elsewhere.lora_A.weight": torch.zeros(1)}
+    report = SimpleNamespace(missing_keys={"before"}, unexpected_keys=set(), mismatched_keys=set())
+    fill(model, "default", None, given, report)
+    now = peft.get_peft_model_state_dict(model)
+    assert all(torch.equal(now[k], v) for k, v in first.items()) and not torch.equal(now[gone], state[gone])
+    assert report.missing_keys == {f"{gone} (default)"}
+    assert report.unexpected_keys == {"base_model.model.model.elsewhere.lora_A.weight"}
+    ((key, theirs, ours),) = report.mismatched_keys
+    assert key == f"{wrong} (default)" and theirs == (2, 3) and ours == tuple(state[wrong].shape)
+
+
+def test_a_file_that_fills_nothing_is_an_error_and_the_adapter_is_taken_out():
+    model = get_peft_model(llama(), lora()).get_base_model()
+    report = SimpleNamespace(missing_keys=set(), unexpected_keys=set(), mismatched_keys=set())
+    with pytest.raises(CheckpointError, match="does not fit"):
+        fill(model, "default", None, {"model.elsewhere.lora_A.weight": torch.zeros(1)}, report)
+    assert not getattr(roster_of(model), "adapters", None)
+
+
+def test_one_transform_takes_every_key_and_is_no_part_of_saving():
+    import copy
+
+    (made,) = build_peft_weight_mapping(None, "default", lora())
+    assert copy.deepcopy(made) is made and not made.was_used()
+    assert made.rename_source_key("any.key")[0] == "any.key"

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.core.model.prepare_quantised import prepare_model_for_kbit_training
 
 pytest.importorskip("bitsandbytes")
 
