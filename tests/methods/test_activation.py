@@ -8,7 +8,16 @@ import pytest
 import torch
 from torch import nn
 
-from peft import BottleneckConfig, LoraConfig, LoReftConfig, PeftModel, get_peft_model
+from peft import (
+    BottleneckConfig,
+    CompacterConfig,
+    LoraConfig,
+    LoReftConfig,
+    PeftModel,
+    PhmConfig,
+    Refusal,
+    get_peft_model,
+)
 from peft.core.adapted.layer import Adapted, adapted_layers
 from tests.helpers.activation import CONFIGS, IDS, MODELS, D, Net, adapted, base, inputs
 from tests.helpers.cells import clone, randomise
@@ -232,3 +241,32 @@ def test_different_methods_act_together_in_activation_order():
     for names, (f, g) in ((["default", "edit", "low"], (first, second)), (["edit", "default", "low"], (second, first))):
         model.base_model.set_adapter(names)
         assert torch.allclose(model(x), g.after(f.after(y, x), x), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("make", "field"),
+    [
+        (lambda: BottleneckConfig(variant="pfeifer"), "variant"),
+        (lambda: BottleneckConfig(bottleneck_size=0), "bottleneck_size"),
+        (lambda: BottleneckConfig(scaling="learnt"), "scaling"),
+        (lambda: BottleneckConfig(non_linearity="step"), "non_linearity"),
+        (lambda: BottleneckConfig(dropout=1.0), "dropout"),
+        (lambda: PhmConfig(bottleneck_size=6, phm_dim=4), "bottleneck_size"),
+        (lambda: CompacterConfig(phm_rank=0), "phm_rank"),
+        (lambda: LoReftConfig(r=0), "r"),
+        (lambda: LoReftConfig(variant="reft"), "variant"),
+        (lambda: LoReftConfig(prefix_positions=0, suffix_positions=0), "prefix_positions"),
+    ],
+)
+def test_bad_fields_are_named(make, field):
+    with pytest.raises(ValueError, match=field):
+        make()
+
+
+def test_sizes_that_no_matrix_has_are_refused():
+    with pytest.raises(Refusal, match="multiple of 4"):
+        get_peft_model(Net(nn.Linear(8, 6)), PhmConfig(target_modules=["site"], bottleneck_size=4, phm_dim=4))
+    with pytest.raises(Refusal, match="subspace"):
+        get_peft_model(Net(nn.Linear(8, 6)), LoReftConfig(target_modules=["site"], r=7))
+    with pytest.raises(Refusal, match="channels"):
+        get_peft_model(Net(nn.Dropout()), BottleneckConfig(target_modules=["site"]))

@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-import peft
 from peft import PeftModel
+from peft.methods.adalora import AdaLoraConfig
 from tests.helpers.additive import EXPECTED, GOLDEN, base, make, method
 
 
@@ -59,7 +59,7 @@ def test_adalora_follows_upstreams_schedule_step_by_step(tmp_path):
 
 
 def test_adalora_penalty_is_the_mean_distance_from_orthogonality():
-    model = make(peft.AdaLoraConfig(init_r=4, total_step=9, target_modules=["lin1", "lin2"], orth_reg_weight=0.7), Two)
+    model = make(AdaLoraConfig(init_r=4, total_step=9, target_modules=["lin1", "lin2"], orth_reg_weight=0.7), Two)
     x, labels = torch.randn(3, 12), torch.randn(3, 16)
     plain = model(x, labels=labels).loss  # in eval: the loss alone
     distances = []
@@ -72,7 +72,7 @@ def test_adalora_penalty_is_the_mean_distance_from_orthogonality():
 
 
 def test_adalora_can_prune_a_layer_away_and_load_it_again(tmp_path):
-    model = make(peft.AdaLoraConfig(init_r=2, target_r=1, total_step=4, target_modules=["lin1", "lin2"]), Two)
+    model = make(AdaLoraConfig(init_r=2, target_r=1, total_step=4, target_modules=["lin1", "lin2"]), Two)
     for path, kept in (("lin1", [True, True]), ("lin2", [False, False])):
         m = method(model, path)
         m.kept = torch.tensor(kept)
@@ -96,11 +96,11 @@ def test_adalora_pruning_twice_speaks_of_the_first_ranks(tmp_path):
 
 def test_adalora_says_what_is_wrong():
     with pytest.raises(ValueError, match="total_step"):
-        peft.AdaLoraConfig(target_modules=["lin1"])
+        AdaLoraConfig(target_modules=["lin1"])
     with pytest.raises(ValueError, match="tfinal"):
-        peft.AdaLoraConfig(target_modules=["lin1"], total_step=10, tinit=5, tfinal=5)
+        AdaLoraConfig(target_modules=["lin1"], total_step=10, tinit=5, tfinal=5)
     with pytest.warns(UserWarning, match="use_rslora"):
-        peft.AdaLoraConfig(target_modules=["lin1"], total_step=10, use_rslora=True)
-    model = make(peft.AdaLoraConfig(init_r=2, total_step=4, target_modules=["lin1"]), Two)
+        AdaLoraConfig(target_modules=["lin1"], total_step=10, use_rslora=True)
+    model = make(AdaLoraConfig(init_r=2, total_step=4, target_modules=["lin1"]), Two)
     with pytest.raises(RuntimeError, match="after backward"):
         model.base_model.update_and_allocate(0)

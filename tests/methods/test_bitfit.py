@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from peft import BitFitConfig, NoMatchingPeftModuleError, Refusal, get_peft_model
+from peft import NoMatchingPeftModuleError, Refusal, get_peft_model
+from peft.methods.bitfit import BitFitConfig
 from tests.helpers.selective import llama
 
 

@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from peft import BOFTConfig, PeftModel, Refusal, get_peft_model
-from tests.helpers.multiplicative import adapted
+from peft import PeftModel, Refusal, get_peft_model
+from peft.methods.boft import BOFTConfig
+from tests.helpers.one_layer import adapted
 
 
 def test_boft_is_the_product_of_its_permuted_block_diagonal_factors():

@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from peft import BottleneckConfig, LoReftConfig, Refusal, get_peft_model
+from peft import LoReftConfig, Refusal, get_peft_model
 from peft.core.adapted.layer import adapted_layers
+from peft.methods.bottleneck import BottleneckConfig
 from tests.helpers.activation import CONFIGS, Net, adapted, base, on_layer
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from peft import CompacterConfig, get_peft_model
+from peft import get_peft_model
 from peft.core.adapted.layer import adapted_layers
+from peft.methods.compacter import CompacterConfig
 from tests.helpers.activation import D, adapted, base
 
 

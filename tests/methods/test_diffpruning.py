@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from peft import DiffPruningConfig, PeftModel, get_peft_model, prune_diff
+from peft import PeftModel, get_peft_model, prune_diff
+from peft.methods.diffpruning import DiffPruningConfig
 from tests.helpers.selective import shake, tiny, train
 
 

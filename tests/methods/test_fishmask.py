@@ -7,7 +7,8 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from peft import FishMaskConfig, LNTuningConfig, PeftModel, compute_fish_mask, get_peft_model
+from peft import LNTuningConfig, PeftModel, compute_fish_mask, get_peft_model
+from peft.methods.fishmask import FishMaskConfig
 from tests.helpers.selective import bits, llama, tiny, train
 
 

@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from peft import HRAConfig, Refusal, get_peft_model
-from tests.helpers.multiplicative import adapted
+from peft import Refusal, get_peft_model
+from peft.methods.hra import HRAConfig
+from tests.helpers.one_layer import adapted
 
 
 @pytest.mark.parametrize("gram_schmidt", [False, True])

@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from peft import IA3Config, OFTConfig, get_peft_model
-from tests.helpers.multiplicative import adapted
+from peft import OFTConfig, get_peft_model
+from peft.methods.ia3 import IA3Config
+from tests.helpers.one_layer import adapted
 
 
 def test_ia3_scales_outputs_with_their_bias_and_feedforward_inputs():

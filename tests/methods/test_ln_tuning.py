@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from peft import LNTuningConfig, get_peft_model
+from peft import get_peft_model
+from peft.methods.ln_tuning import LNTuningConfig
 from tests.helpers.selective import IDS, bits, llama, train
 
 

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from peft import LoReftConfig, get_peft_model
+from peft import get_peft_model
+from peft.methods.loreft import LoReftConfig
 from tests.helpers.activation import CONFIGS, IDS, Net, adapted, on_layer, only
 
 DECODERS = ("llama", "gpt2", "opt")

@@ -8,19 +8,20 @@ from safetensors.torch import load_file
 
 import peft
 from peft import get_peft_model
+from peft.methods.multitask_prompt_tuning import MultitaskPromptTuningConfig
 from tests.golden.prompt import make
 
 
 def test_source_tasks_start_a_target_task(tmp_path):
     shape = {"task_type": "CAUSAL_LM", "num_virtual_tokens": 3, "num_ranks": 2}
-    source = get_peft_model(make.build("llama_gqa"), peft.MultitaskPromptTuningConfig(num_tasks=3, **shape))
+    source = get_peft_model(make.build("llama_gqa"), MultitaskPromptTuningConfig(num_tasks=3, **shape))
     source.save_pretrained(tmp_path)
     held = load_file(tmp_path / "adapter_model.safetensors")
     path = str(tmp_path / "adapter_model.safetensors")
 
     def start(how: str, **more) -> dict[str, torch.Tensor]:
         more = {"prompt_tuning_init_state_dict_path": path, **more}
-        settings = peft.MultitaskPromptTuningConfig(num_tasks=1, prompt_tuning_init=how, **shape, **more)
+        settings = MultitaskPromptTuningConfig(num_tasks=1, prompt_tuning_init=how, **shape, **more)
         return peft.get_peft_model_state_dict(get_peft_model(make.build("llama_gqa"), settings))
 
     for how, expected in (

@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from peft import BOFTConfig, OFTConfig, Refusal
-from tests.helpers.multiplicative import adapted
+from peft import BOFTConfig, Refusal
+from peft.methods.oft import OFTConfig
+from tests.helpers.one_layer import adapted
 
 
 def test_oft_cayley_blocks_are_orthogonal_and_sit_on_the_diagonal():

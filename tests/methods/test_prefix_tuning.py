@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import peft
 from peft import get_peft_model
+from peft.methods.prefix_tuning import PrefixTuningConfig
 from tests.golden.prompt import make
 from tests.helpers.prompts import on
 
@@ -12,7 +12,7 @@ from tests.helpers.prompts import on
 def test_zero_prefixes_are_keys_and_values_of_zero(projection):
     made = get_peft_model(
         make.build("llama_gqa"),
-        peft.PrefixTuningConfig(
+        PrefixTuningConfig(
             task_type="CAUSAL_LM", num_virtual_tokens=3, init_weights="zero", prefix_projection=projection
         ),
     )

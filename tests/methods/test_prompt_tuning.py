@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 import transformers as tf
 
-import peft
 from peft import get_peft_model
+from peft.methods.prompt_tuning import PromptTuningConfig
 from tests.golden.prompt import make
 
 
@@ -20,7 +20,7 @@ def test_vocabulary_and_text_starts_are_rows_of_the_embedding(tmp_path):
     table = base.get_input_embeddings().weight.detach()
 
     def start(**more) -> torch.Tensor:
-        settings = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5, **more)
+        settings = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5, **more)
         return get_peft_model(make.build("llama_gqa"), settings).get_prompt_embedding_to_save("default")
 
     text = {"prompt_tuning_init_text": "w3 w9", "tokenizer_name_or_path": str(tmp_path)}

@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from peft import LoraConfig, PeftModel, TrainableTokensConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.methods.trainable_tokens import TrainableTokensConfig
 from tests.helpers.selective import IDS, bits, llama, same, shake, train
 
 ROWS = [3, 17, 5]

@@ -7,13 +7,13 @@ import math
 import torch
 from safetensors.torch import load_file
 
-import peft
 from peft import PeftModel
+from peft.methods.vera import VeraConfig
 from tests.helpers.additive import base, inputs, make, method
 
 
 def test_vera_sites_share_their_banks(tmp_path):
-    model = make(peft.VeraConfig(r=8, target_modules=["lin1", "lin2"]))
+    model = make(VeraConfig(r=8, target_modules=["lin1", "lin2"]))
     first, second = method(model), method(model, "lin2")
     assert first.vera_A is second.vera_A and first.vera_A.shape == (8, 24) and first.vera_B.shape == (24, 8)
     expected = first.vera_lambda_b.diag() @ first.vera_B @ first.vera_lambda_d.diag() @ first.vera_A[:, :12]
@@ -21,7 +21,7 @@ def test_vera_sites_share_their_banks(tmp_path):
     assert not first.vera_A.requires_grad and float(first.vera_A.abs().max()) <= math.sqrt(6 / 24)
     model.save_pretrained(tmp_path)
     assert len(load_file(tmp_path / "adapter_model.safetensors")) == 6  # two vectors a site, two banks
-    bare = make(peft.VeraConfig(r=8, save_projection=False, projection_prng_key=3, target_modules=["lin1"]))
+    bare = make(VeraConfig(r=8, save_projection=False, projection_prng_key=3, target_modules=["lin1"]))
     bare.save_pretrained(tmp_path / "bare")
     assert len(load_file(tmp_path / "bare" / "adapter_model.safetensors")) == 2
     again = PeftModel.from_pretrained(base(), tmp_path / "bare").eval()
