@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from peft import get_peft_model
+from peft.layers.attention import Attention
 from tests.layers.holding import adapted, close, deltas, lora, shake
 
 
@@ -256,3 +257,14 @@ def test_an_adapted_encoder_copies_pickles_and_compiles():
         torch._dynamo.reset()
         layer = model.get_base_model().encoder.layers[0]
         assert close(torch.compile(layer, fullgraph=True, backend="aot_eager")(x), layer(x))
+
+
+def test_projections_of_one_width_are_one_part_and_of_several_are_three():
+    def parts(**more):
+        return {n: p.disk_path for n, p in Attention(nn.MultiheadAttention(8, 2, **more)).parts().items()}
+
+    assert parts() == {"in_proj": "", "out_proj": "base_layer.out_proj"}
+    assert parts(kdim=6, vdim=4) == {
+        **{f"{p}_proj": f"{p}_proj" for p in "qkv"},
+        "out_proj": "base_layer.out_proj",
+    }

@@ -12,6 +12,7 @@ from torch import nn
 
 from peft import LoraConfig, Refusal, get_peft_model
 from peft.core.anatomy.walk import kind_of
+from peft.layers.bitsandbytes import EightBit, FourBit
 
 bnb = pytest.importorskip("bitsandbytes")
 
@@ -125,3 +126,13 @@ def test_importing_the_library_imports_no_quantisation():
         "assert 'bitsandbytes' not in sys.modules and 'torchao.quantization' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_each_format_has_its_kind_and_incomplete_codes_are_told():
+    coded = FourBit().examples()
+    assert coded and all(isinstance(kind_of(make()[0]), FourBit) for make in coded.values())
+    layer, _ = EightBit().examples()["bias"]()
+    assert isinstance(kind_of(layer), EightBit) and EightBit().decode(layer).shape == (24, 16)
+    layer.state.CB, layer.state.SCB, layer.weight.SCB = None, None, None
+    with pytest.raises(ValueError, match="codes but no scales"):
+        EightBit().decode(layer)

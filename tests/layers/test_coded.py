@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from peft import LoraConfig, get_peft_model, registry
+from peft.layers.coded import Quantised
 
 pytest.importorskip("bitsandbytes")
 pytest.importorskip("torchao")
@@ -59,3 +60,16 @@ def test_unmerging_keeps_the_very_codes(kind, example):
             assert site.base_layer is not layer
             m.unmerge_adapter()
         assert site.base_layer is layer and torch.equal(m(x), out)
+
+
+@pytest.mark.parametrize(("kind", "example"), QUANTISED)
+def test_a_written_layer_is_another_and_the_coded_one_stays(kind, example):
+    assert isinstance(kind, Quantised)
+    layer, _ = kind.examples()[example]()[:2]
+    W = kind.read(layer).clone()
+    made = kind.write(layer, {"weight": W + 1})
+    assert type(made) is nn.Linear and made is not layer and not made.weight.requires_grad
+    assert torch.equal(made.weight, (W + 1).to(made.weight.dtype)) and torch.equal(kind.read(layer), W)
+    assert torch.equal(kind.read(made), made.weight), "the kind reads the plain layer, too"
+    coded, error = kind.requantize(layer, made)
+    assert kind.claims(coded) and error == float((kind.read(coded).float() - made.weight.float()).abs().max())

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from peft import Refusal, get_peft_model
 from peft.core.anatomy.walk import kind_of
+from peft.layers.conv import Conv, ConvTranspose
 from tests.helpers.layer_kind_cases import Holder
 from tests.layers.holding import adapted, close, lora
 
@@ -71,3 +73,14 @@ def test_a_convolution_with_a_forward_of_its_own_is_refused_by_weight_methods():
     with pytest.raises(Refusal, match="no single weight matrix"):
         get_peft_model(net, lora())
     assert type(net.site) is Standardised
+
+
+def test_the_matrix_is_the_kernel_flattened_and_comes_back():
+    kind, layer = Conv(2), nn.Conv2d(4, 6, (3, 2), groups=2)
+    g, W = kind.geometry(layer), kind.read(layer)
+    assert (g.out, g.fan_in, g.inputs, g.kernel, g.groups) == (6, 2 * 6, 4, 6, 2) and W.shape == (6, 12)
+    assert torch.equal(kind.native(W, layer), layer.weight)
+    x = torch.randn(2, 4, 5, 5)
+    assert torch.allclose(kind.op(layer, x, W), F.conv2d(x, layer.weight, groups=2), atol=1e-6)
+    back, turned = ConvTranspose(1), nn.ConvTranspose1d(4, 6, 3)
+    assert torch.equal(back.native(back.read(turned), turned), turned.weight) and back.read(turned).shape[0] == 6

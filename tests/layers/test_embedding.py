@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from peft import Refusal, get_peft_model
+from peft.layers.embedding import Embedding, ScaledEmbedding
 from tests.helpers.layer_kind_cases import CASES, Holder
 from tests.layers.holding import adapted, close, deltas, lora
 
@@ -63,3 +64,13 @@ def test_an_embedding_that_makes_its_own_indices_is_refused():
 
     with pytest.raises(Refusal, match="no single weight matrix"):
         get_peft_model(Holder(Positions(10, 8)), lora())
+
+
+def test_the_matrix_of_a_table_has_a_column_for_each_token():
+    kind, layer = Embedding(), ScaledEmbedding(5, 3, embed_scale=2.0)
+    g = kind.geometry(layer)
+    assert (g.out, g.fan_in, g.indexed) == (3, 5, True) and torch.equal(kind.read(layer), layer.weight.T)
+    ids, matrix = torch.tensor([4, 0]), torch.randn(3, 5)
+    assert torch.allclose(kind.op(layer, ids, matrix), 2 * matrix.T[ids])
+    assert torch.equal(kind.native(matrix, layer), matrix.T)
+    assert kind.claims(layer) and not kind.claims(nn.Embedding(5, 3, max_norm=1.0))

@@ -15,6 +15,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from peft import LoraConfig, PeftModel
+from peft.layers.experts import Experts, ExpertStack
 from tests.helpers.experts import BOTH, MODELS, adapted, base
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "experts"
@@ -155,3 +156,14 @@ def test_training_with_checkpointing_gives_the_same_gradients():
     plain, again = grads(False), grads(True)
     assert plain and len(plain) == len(again)
     assert all(torch.allclose(a, b, atol=1e-7) for a, b in zip(plain, again, strict=True))
+
+
+def test_tokens_are_dealt_to_the_experts_that_the_router_chose():
+    block = base("mixtral").model.layers[0].mlp.experts
+    kind = ExpertStack()
+    assert kind.claims(block) and not kind.claims(nn.Linear(2, 2))
+    stand_in = kind.stand_in(block)
+    assert isinstance(stand_in, Experts)
+    index, weights = torch.tensor([[2, 0], [0, 2], [2, 3]]), torch.arange(6.0).view(3, 2)
+    dealt = [(e, tokens.tolist(), w.tolist()) for e, tokens, w in stand_in._routes(index, weights)]
+    assert dealt == [(0, [0, 1], [1.0, 2.0]), (2, [0, 1, 2], [0.0, 3.0, 4.0])], "expert 3 is another rank's"

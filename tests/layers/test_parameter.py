@@ -8,6 +8,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from peft import LoraConfig, Refusal, get_peft_model
+from peft.layers.parameter import Mixture, Parameter, _stack, _unstack
 from tests.helpers.experts import adapted, base
 
 
@@ -50,3 +51,21 @@ def test_a_linear_layers_weight_and_a_conv1ds_are_matrices_as_they_lie(tmp_path)
         merged = model.merge_and_unload()
         assert torch.allclose(merged[0].weight, W + 8 / 2 * B @ A, atol=1e-6)
         assert torch.allclose(merged(x), out, atol=1e-5)
+
+
+@pytest.mark.parametrize("how", [None, (0, 0), (2, 1)])
+def test_stacked_factors_come_apart_again(how):
+    parts = [torch.randn(2, 5) for _ in range(3)]
+    whole = _stack(parts, how)
+    assert whole.shape == {None: (3, 2, 5), (0, 0): (6, 5), (2, 1): (2, 15)}[how]
+    assert all(torch.equal(a, b) for a, b in zip(_unstack(whole, 3, how), parts, strict=True))
+    if how is not None:
+        with pytest.raises(ValueError, match="does not divide among 4 experts"):
+            _unstack(whole, 4, how)
+
+
+def test_a_stack_has_a_part_for_each_of_its_matrices():
+    stand_in = Parameter().stand_in(Mixture())
+    assert list(stand_in.parts()) == ["weights[0]", "weights[1]", "weights[2]"]
+    x = torch.randn(4, 16)
+    assert torch.equal(stand_in(x), stand_in.base_layer(x))

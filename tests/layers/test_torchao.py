@@ -7,8 +7,10 @@ import io
 
 import pytest
 import torch
+from torch import nn
 
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.layers.torchao import TorchAO
 from tests.helpers.cells import same_bits
 
 pytest.importorskip("torchao")
@@ -39,3 +41,17 @@ def test_torchao_models_of_transformers_save_after_the_adapter_is_taken_out(tiny
         original = base().state_dict()
         for name, value in reloaded.state_dict().items():
             assert same_bits(value, original[name]), name
+
+
+@pytest.mark.parametrize(("bits", "levels"), [("int8", 256), ("int4", 16)])
+def test_a_weight_is_coded_again_in_the_format_that_it_had(bits, levels):
+    kind = TorchAO()
+    layer, _ = kind.examples()[bits]()
+    assert kind.claims(layer) and not kind.claims(nn.Linear(2, 2))
+    merged = nn.Linear(32, 24)
+    coded = kind.encode(layer, merged)
+    assert type(coded.weight.data) is type(layer.weight.data) and coded.bias is merged.bias
+    found, W = kind.decode(coded), merged.weight
+    assert all(len(row.unique()) <= levels for row in found)
+    step = (W.amax(1) - W.amin(1)) / (levels - 1) * 2  # symmetric codes take up to twice the range
+    assert ((found - W).abs() <= step[:, None]).all() and not torch.equal(found, W)

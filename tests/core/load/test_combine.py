@@ -5,8 +5,6 @@ The expected outputs in `golden/combine` were made by upstream (see make.py ther
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,14 +14,11 @@ from torch import nn
 
 from peft import LoHaConfig, LoraConfig, PeftModel, Refusal, get_peft_model
 from peft.core.load.combine import elected, largest, linear
+from tests.golden.combine import make
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "combine"
 EXPECTED = load_file(GOLDEN / "expected.safetensors")
 X = torch.arange(11).reshape(1, 11)
-
-spec = importlib.util.spec_from_file_location("make_combine", GOLDEN / "make.py")
-make = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(make)
 
 
 def base() -> nn.Module:
@@ -173,9 +168,6 @@ def test_a_head_that_one_adapter_brings_is_carried_along():
         out = model(X)
         model.set_adapter("copy")
         assert torch.allclose(model(X), out, atol=1e-6)
-
-
-sys.modules.pop("make_combine", None)
 
 
 def test_the_mergers_are_their_formulas():

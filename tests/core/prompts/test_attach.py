@@ -8,9 +8,19 @@ import transformers as tf
 from torch import nn
 
 import peft
-from peft import PeftModel, Refusal, get_peft_model, inject_adapter_in_model
+from peft import (
+    LoraConfig,
+    PeftModel,
+    PrefixTuningConfig,
+    PromptTuningConfig,
+    Refusal,
+    get_peft_model,
+    inject_adapter_in_model,
+)
+from peft.core.prompts.attach import Encoders, attach, detach, embedding_to_save, get_prompt, hooks_of
 from tests.golden.prompt import make
 from tests.helpers.prompts import METHODS, config, every_method, on, prompted, run
+from tests.helpers.tiny_llama import llama
 
 
 @every_method
@@ -104,3 +114,36 @@ def test_packed_texts_and_shaped_masks_are_refused(method, example):
 def test_bad_configs_say_what_is_wrong(name, fields, message):
     with pytest.raises(ValueError, match=message):
         get_peft_model(make.build("llama_gqa"), getattr(peft, name)(**{"num_virtual_tokens": 2, **fields}))
+
+
+def test_the_last_method_takes_the_hooks_along():
+    shape = {"task_type": "CAUSAL_LM", "num_virtual_tokens": 2}
+    model = get_peft_model(llama(), PromptTuningConfig(**shape), adapter_name="a")
+    model.add_adapter("b", PromptTuningConfig(**shape))
+    base, roster = model.get_base_model(), model.roster
+    assert isinstance(base.prompt_encoder, Encoders) and set(base.prompt_encoder) == {"a", "b"}
+    hooked = [m for m in base.modules() if m._forward_pre_hooks]
+    assert hooked
+    held = roster.adapters["b"].methods[0][1]
+    detach(base, roster, "a")
+    assert list(base.prompt_encoder.keys()) == ["b"] and base.prompt_encoder["b"] is held
+    detach(base, roster, "b")
+    assert hooks_of(base) is None and not hasattr(base, "prompt_encoder")
+    assert not any(m._forward_pre_hooks or m._forward_hooks for m in base.modules())
+    attach(base, roster, "b", held)
+    assert hooks_of(base) is not None and base.prompt_encoder["b"] is held
+
+
+def test_the_prompt_that_acts_is_given_by_row_or_as_a_cache():
+    shape = {"task_type": "CAUSAL_LM", "num_virtual_tokens": 2}
+    model = get_peft_model(llama(), PromptTuningConfig(**shape))
+    ((_, method),) = model.roster.adapters["default"].methods
+    assert torch.equal(get_prompt(model.get_base_model(), 3), method.embedding.weight.expand(3, 2, 16))
+    assert torch.equal(embedding_to_save(model.roster, "default"), method.embedding.weight)
+    prefix = get_peft_model(llama(), PrefixTuningConfig(**shape))
+    assert get_prompt(prefix.get_base_model(), 3).get_seq_length() == 2
+    plain = get_peft_model(llama(), LoraConfig(target_modules=["q_proj"]))
+    with pytest.raises(ValueError, match="No prompt method is active"):
+        get_prompt(plain.get_base_model(), 1)
+    with pytest.raises(ValueError, match=r"'default' \(.*LORA\) has no prompt"):
+        embedding_to_save(plain.roster, "default")

@@ -19,7 +19,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import peft
-from peft import PeftModel, Refusal, get_peft_model
+from peft import PeftModel, PromptTuningConfig, Refusal, get_peft_model
+from peft.core.prompts.attach import hooks_of
+from peft.core.prompts.hooks import Prompts
 from tests.golden.prompt import make
 from tests.helpers.prompts import (
     EXAMPLES,
@@ -35,6 +37,7 @@ from tests.helpers.prompts import (
     randomise,
     run,
 )
+from tests.helpers.tiny_llama import TOKENS, llama
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "prompt"
 
@@ -279,3 +282,16 @@ def test_half_precision_bases_get_fp32_masters(method, example):
     made = get_peft_model(base, config(method, example, "llama_gqa")).eval()
     assert {p.dtype for p in made.adapter_parameters("default")} == {torch.float32}
     assert run(made, "llama_gqa").dtype == torch.bfloat16
+
+
+def test_a_prompt_before_the_tokens_is_the_same_as_its_embeddings_in_the_input():
+    """f([P; E(ids)]), run by hand on the plain model, is what the hooks make of a call with ids."""
+    model = get_peft_model(llama(), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)).eval()
+    assert isinstance(hooks_of(model.get_base_model()), Prompts)
+    plain = llama()
+    ((_, method),) = model.roster.adapters["default"].methods
+    whole = torch.cat([method.embedding.weight.expand(2, -1, -1), plain.model.embed_tokens(TOKENS)], 1)
+    with torch.no_grad():
+        found, expected = model(input_ids=TOKENS).logits, plain(inputs_embeds=whole).logits
+    assert found.shape == expected.shape and torch.allclose(found, expected, atol=1e-5)
+    assert not torch.allclose(found[:, 3:], plain(input_ids=TOKENS).logits, atol=1e-3)

@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
 import peft
 from peft import get_peft_model
+from peft.core.report.counts import count, counts, trainable_and_total
 from tests.helpers.tiny_llama import llama, lora
 
 
@@ -32,3 +39,19 @@ def test_prompts_update_no_weight():
     model = get_peft_model(llama(), peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
     found = peft.counts(model)
     assert (found.trainable, found.updated, found.rank, found.ranks) == (3 * 16, 0, None, {})
+
+
+def test_parameters_are_counted_by_their_logical_size():
+    plain = nn.Parameter(torch.zeros(3, 4))
+    assert count(plain) == 12
+    codes = torch.zeros(6, 1, dtype=torch.uint8)
+    codes.quant_state = SimpleNamespace(shape=(3, 4))
+    assert count(codes) == 12, "two 4-bit codes lie in a byte"
+    away = torch.empty(0)
+    away.ds_numel = 40
+    assert count(away) == 40, "ZeRO-3 keeps the size aside"
+    net = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    net[0].requires_grad_(False)
+    assert trainable_and_total(net) == (10, 26)
+    with pytest.raises(ValueError, match="no adapters"):
+        counts(net)

@@ -7,6 +7,7 @@ import pytest
 import peft
 from peft import get_peft_model
 from peft.core.adapted.layer import adapted_layers
+from peft.core.report.status import get_layer_status, get_model_status
 from tests.helpers.tiny_llama import llama, lora
 
 
@@ -36,3 +37,16 @@ def test_status_of_layers_and_of_the_model():
     assert peft.get_model_status(peft.inject_adapter_in_model(lora(), llama())).base_model_type == "LlamaForCausalLM"
     with pytest.raises(ValueError, match="adapter"):
         peft.get_model_status(llama())
+
+
+def test_where_layers_differ_the_status_says_so():
+    model = get_peft_model(llama(), lora())
+    first = next(s for s in get_layer_status(model))
+    assert first.module_type == "lora.Linear" and first.requires_grad == {"default": True}
+    layer = model.get_base_model().model.layers[0].self_attn.q_proj
+    layer.methods["default"][0].lora_A.requires_grad_(False)
+    assert get_layer_status(model)[0].requires_grad == {"default": "irregular"}
+    assert get_model_status(model).requires_grad == {"default": "irregular"}
+    layer.merge()
+    assert get_model_status(model).merged_adapters == "irregular"
+    assert get_model_status(model.get_base_model()).adapter_model_type == "None"

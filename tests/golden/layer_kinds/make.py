@@ -1,4 +1,4 @@
-"""Makes the fixtures of tests/layers/test_upstream_files.py with huggingface/peft 0.21.2, which must be the `peft` that is imported.
+"""Makes the fixtures of tests/layers/test_upstream_files.py with huggingface/peft 0.21.2, which must be the imported `peft`.
 
 For each layer kind: an adapter as upstream saves it, and the layer's weights, inputs and output with that adapter.
 """
