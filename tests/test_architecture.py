@@ -219,6 +219,38 @@ def test_no_code_is_a_copy():
     assert not found, "\n".join(found)
 
 
+# -- tests --------------------------------------------------------------------------------------------------------------------
+TESTS = Path(__file__).parent
+OWN_TEST_FROM = 60  # lines of a file that is more than names
+
+
+def imported_by(path: Path) -> set[str]:
+    """The modules that a file imports, at its top or later: `from a import b` may mean the module a.b."""
+    found = set()
+    for n in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(n, ast.Import):
+            found |= {a.name for a in n.names}
+        elif isinstance(n, ast.ImportFrom) and n.module and not n.level:
+            found |= {n.module, *(f"{n.module}.{a.name}" for a in n.names)}
+    return found
+
+
+def test_every_file_has_a_test_that_imports_it():
+    """What the whole library's tests reach by accident is no test of a file: one of them names it."""
+    helpers = {f"tests.helpers.{p.stem}": imported_by(p) for p in (TESTS / "helpers").glob("*.py")}
+    imported = set()
+    for path in TESTS.rglob("test_*.py"):
+        mine = imported_by(path)
+        imported |= mine.union(*(helpers[m] for m in mine & set(helpers)))
+    lacking = []
+    for file, path in FILES.items():
+        lines = len(path.read_text(encoding="utf-8").splitlines())
+        module = f"peft.{file.removesuffix('.py').replace('/', '.')}".removesuffix(".__init__")
+        if lines > OWN_TEST_FROM and module not in imported:
+            lacking.append(f"{file} ({lines} lines): no test imports {module}")
+    assert not lacking, "\n".join(lacking)
+
+
 # -- size and honesty -----------------------------------------------------------------------------------------------------------
 def test_a_method_is_one_short_file():
     sizes = {n: len(FILES[n].read_text(encoding="utf-8").splitlines()) for n in FILES if n.startswith("methods/")}

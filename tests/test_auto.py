@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 import peft
 from peft import get_peft_model
+from peft.auto import check_import_allowlist, get_default_import_allowlist
 from tests.helpers.tiny_llama import llama, logits, lora
 
 
@@ -63,3 +64,13 @@ def test_auto_model_without_a_task_takes_the_class_from_an_allowed_package(tmp_p
     assert torch.equal(logits(peft.AutoPeftModel.from_pretrained(tmp_path / "adapter").eval()), logits(model))
     with pytest.raises(ValueError, match="import_allowlist"):
         peft.AutoPeftModel.from_pretrained(tmp_path / "adapter", import_allowlist=["diffusers"])
+
+
+def test_a_package_is_allowed_with_what_lies_inside_it():
+    allowed = get_default_import_allowlist()
+    assert check_import_allowlist(allowed, "transformers") and check_import_allowlist(
+        allowed, "transformers.models.bert"
+    )
+    assert not check_import_allowlist(allowed, "transformers_evil") and not check_import_allowlist([], "transformers")
+    allowed.append("mine")
+    assert "mine" not in get_default_import_allowlist()

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from peft import LoraConfig, get_peft_model
-from peft.optimizers import create_flat_optimizer
+from peft.optimizers.flat import create_flat_optimizer
 
 
 def model():

@@ -10,6 +10,7 @@ import torch
 
 import peft
 from peft import get_peft_model, registry
+from peft.upstream.classes import BaseTunerLayer, door, layer_view
 from tests.helpers.tiny_llama import llama, logits, lora
 
 IMPORTED = """
@@ -73,3 +74,26 @@ def test_tuner_classes_make_tuners():
     tuner = LoraModel(llama(), lora(), "default")
     assert isinstance(tuner, LoraModel) and isinstance(tuner, BaseTuner)
     assert not torch.equal(logits(tuner), logits(llama())) and tuner.prefix == "lora_"
+
+
+def test_a_view_makes_no_layer_and_reaches_none():
+    View = layer_view("AnyLayer", "lora_")
+    q = get_peft_model(llama(), lora()).get_base_model().model.layers[0].self_attn.q_proj
+    assert isinstance(q, View) and isinstance(q, BaseTunerLayer)
+    assert not isinstance(q, layer_view("OtherLayer", "oft_"))
+    assert not isinstance(q, layer_view("OfEmbeddings", "lora_", base=torch.nn.Embedding))
+    with pytest.raises(TypeError, match="AnyLayer is a view for isinstance"):
+        View(torch.nn.Linear(2, 2), "default")
+    with pytest.raises(AttributeError, match="patching forward on it would reach no layer"):
+        View.forward = None
+    assert View.merge is type(q).merge
+
+
+def test_a_door_is_made_of_a_methods_file_alone():
+    import peft.methods.hra
+    import peft.registry
+
+    made = door("peft.tuners.somewhere", peft.methods.hra)
+    assert made.HRAConfig is made.config.HRAConfig is peft.methods.hra.HRAConfig
+    assert made.HRALayer.prefix == made.HRAModel.prefix == peft.registry.method("HRA").prefix
+    assert door("peft.tuners.nowhere", peft.registry) is None

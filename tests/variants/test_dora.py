@@ -5,10 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.nn import functional as F
 
 import peft
 from peft import PeftModel
+from peft.methods.lora import LoraConfig
+from peft.variants.dora import DoRA
 from tests.helpers.additive import base, make
+from tests.helpers.one_layer import adapted
 
 DELTAS = [
     peft.LoraConfig(r=4, lora_bias=True, use_dora=True, target_modules=["lin1"]),
@@ -76,3 +80,19 @@ def test_an_adapter_whose_file_lost_its_dora_vector_is_refused(tmp_path):
     save_file(tensors, path)
     with pytest.raises(peft.CheckpointError, match="hada_magnitude_vector"):
         PeftModel.from_pretrained(base(), tmp_path)
+
+
+def test_dora_is_its_formula():
+    """W' = m ⊙ (W + ΔW) / ‖W + ΔW‖, row by row; a fresh m is ‖W‖."""
+    model, m = adapted(LoraConfig(r=2, lora_alpha=6, use_dora=True, target_modules=["site"]), noise=0.0)
+    layer = model.get_base_model().site
+    W, b = layer.base_layer.weight, layer.base_layer.bias
+    assert isinstance(m, DoRA) and torch.allclose(m.lora_magnitude_vector, W.norm(dim=1))
+    with torch.no_grad():
+        for p in m.parameters():
+            p.add_(0.3 * torch.randn_like(p))
+    V = W + 3 * m.inner.lora_B @ m.inner.lora_A
+    expected = m.lora_magnitude_vector[:, None] * V / V.norm(dim=1, keepdim=True)
+    x = torch.randn(5, 16)
+    assert torch.allclose(m.weight(W), expected, atol=1e-5)
+    assert torch.allclose(model(x), F.linear(x, expected, b), atol=1e-4)
