@@ -1,4 +1,4 @@
-"""What the tests of methods on activations share: small models of eight architectures and layers on their own."""
+"""What the tests of methods on activations share: small models of seven architectures, and layers on their own."""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""What the tests of additive methods share: the nets of golden/additive_methods (seed 0), and what upstream's gave."""
+"""What the tests of additive methods share.
+
+golden/additive_methods/<case> are adapters of `Net` (seed 0) that huggingface/peft 0.21.2 wrote; `expected.safetensors`
+holds the outputs that it computes with them.
+"""
 
 from __future__ import annotations
 

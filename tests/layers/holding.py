@@ -1,4 +1,7 @@
-"""What the tests of the layer kinds share: an adapted holder of one layer, and its deltas."""
+"""What the tests of layer kinds share: a holder of one adapted layer, and its deltas.
+
+Where no golden file says it, the expected output comes from a plain torch module whose weight the test changed by s·B A.
+"""
 
 from __future__ import annotations
 

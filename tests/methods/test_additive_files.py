@@ -1,4 +1,4 @@
-"""`golden/additive_methods/<case>` are adapters of the shared `Net`; `expected.safetensors` holds upstream's outputs."""
+"""Adapters of additive methods that upstream made, with the outputs that it gave (golden/additive_methods)."""
 
 from __future__ import annotations
 

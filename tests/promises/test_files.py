@@ -1,5 +1,7 @@
-"""Promises about files: 1 and 25 (what does not fit is refused), 20 (rows of embeddings), 21 and 22 (no network, no code, no
-way out of the folder), 23 (crashes), 24 (fields) and 30 (names).
+"""Promises about files, by number.
+
+1 and 25: what does not fit is refused. 20: rows of embeddings. 21 and 22: no network, no code, no way out of the folder.
+23: crashes while saving. 24: fields. 30: names.
 """
 
 from __future__ import annotations
