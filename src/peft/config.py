@@ -3,40 +3,32 @@
 from __future__ import annotations
 
 import dataclasses
-import enum
 import inspect
 import json
 import os
 import warnings
-from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeAlias, TypeVar
 
+from .config_fields import check_field, default_of, jsonable, own_field
 from .errors import near
 from .registry import PeftType, TaskType, method
 from .remote import CODE_KWARGS, HUB_KWARGS, find_file, push_folder
 from .version import __version__
 
+if TYPE_CHECKING:
+    from huggingface_hub import CommitInfo
+
 CONFIG_NAME = "adapter_config.json"
 
-
-def unavailable(default: Any = None) -> Any:
-    """A field that upstream knows and this library has not built: accepted at its default, refused otherwise."""
-    if isinstance(default, (dict, list)):
-        return field(default_factory=lambda: type(default)(default), metadata={"unavailable": default})
-    return field(default=default, metadata={"unavailable": default})
-
-
-def own_field(default: Any = None) -> Any:
-    """A field that upstream does not know: written to JSON only when it differs from its default."""
-    if isinstance(default, (dict, list)):
-        return field(default_factory=lambda: type(default)(default), metadata={"own": True})
-    return field(default=default, metadata={"own": True})
+Config = TypeVar("Config", bound="PeftConfig")
+Fields: TypeAlias = dict[str, Any]  # a config's values by the names of its fields, as JSON has them
 
 
 class _Signature:
     """The signature of a class's `__init__`."""
 
-    def __get__(self, obj: Any, cls: type) -> inspect.Signature:
+    def __get__(self, obj: object, cls: type) -> inspect.Signature:
         found = inspect.signature(cls.__init__)  # type: ignore[misc]
         return found.replace(parameters=list(found.parameters.values())[1:])
 
@@ -51,7 +43,7 @@ class PeftConfig:
 
     task_type: str | TaskType | None = None
     peft_type: str | PeftType | None = None
-    auto_mapping: dict[str, Any] | None = None
+    auto_mapping: dict[str, object] | None = None
     peft_version: str | None = None
     base_model_name_or_path: str | None = None
     revision: str | None = None
@@ -61,7 +53,7 @@ class PeftConfig:
 
     __signature__ = _Signature()  # of __init__, not of what guards it
 
-    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+    def __new__(cls: type[Config], *args: object, **kwargs: object) -> Config:
         if len(args) > len(dataclasses.fields(PeftConfig)):
             raise TypeError(
                 f"{cls.__name__}: pass the fields after `inference_mode` by name; their order is no promise."
@@ -87,11 +79,7 @@ class PeftConfig:
         if self.peft_version is None:
             self.peft_version = self._get_peft_version()
         for f in dataclasses.fields(self):
-            if "unavailable" in f.metadata and not _same(getattr(self, f.name), f.metadata["unavailable"]):
-                raise ValueError(
-                    f"{type(self).__name__}.{f.name}={getattr(self, f.name)!r} asks for a feature that is not available "
-                    f"here; only the default {f.metadata['unavailable']!r} is accepted."
-                )
+            check_field(self, f)
 
     # -- what kind of method --------------------------------------------------------------------------------------------
     @property
@@ -103,26 +91,26 @@ class PeftConfig:
         return False
 
     # -- JSON -----------------------------------------------------------------------------------------------------------
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> Fields:
         """Plain values of what makes an equal config: upstream's fields, and others where they differ from their default."""
         out = {}
         for f in dataclasses.fields(self):
             value = jsonable(getattr(self, f.name))
             if f.metadata.get("transient"):
                 continue
-            if f.metadata.get("own") and value == jsonable(_default(f)):
+            if f.metadata.get("own") and value == jsonable(default_of(f)):
                 continue
             out[f.name] = value
         return out
 
-    def to_json_dict(self) -> dict[str, Any]:
+    def to_json_dict(self) -> Fields:
         """What goes to disk."""
         return self.to_dict()
 
     def __getitem__(self, name: str) -> Any:
         return getattr(self, name)
 
-    def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
+    def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: object) -> None:
         """Write `adapter_config.json`, aside and then renamed. `auto_mapping_dict` fills `auto_mapping`."""
         if os.path.isfile(save_directory):
             raise AssertionError(f"Provided path ({save_directory}) should be a directory, not a file")
@@ -136,7 +124,7 @@ class PeftConfig:
         os.replace(path + ".tmp", path)
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any], strict: bool = False, source: str = CONFIG_NAME) -> Any:
+    def from_dict(cls, values: Fields, strict: bool = False, source: str = CONFIG_NAME) -> Any:
         """The config object of whatever method the values name.
 
         A field nobody knows is dropped with a warning that names it, or refused with `strict=True`.
@@ -155,7 +143,7 @@ class PeftConfig:
         return target(**{k: v for k, v in values.items() if k in known})
 
     @classmethod
-    def from_json_file(cls, path_json_file: str | os.PathLike[str], **kwargs: Any) -> dict[str, Any]:
+    def from_json_file(cls, path_json_file: str | os.PathLike[str], **kwargs: object) -> Fields:
         """The raw dictionary of a config file."""
         try:
             with open(path_json_file, encoding="utf-8") as f:
@@ -169,10 +157,10 @@ class PeftConfig:
 
     @classmethod
     def from_pretrained(
-        cls, pretrained_model_name_or_path: str | os.PathLike[str], subfolder: str | None = None, **kwargs: Any
+        cls, pretrained_model_name_or_path: str | os.PathLike[str], subfolder: str | None = None, **kwargs: object
     ) -> Any:
         """Read a config from a folder or the hub. Keyword arguments that are fields override the file's values."""
-        strict = kwargs.pop("strict", False)
+        strict = bool(kwargs.pop("strict", False))
         remote = {k: kwargs.pop(k) for k in HUB_KWARGS if k in kwargs}
         kwargs = {k: v for k, v in kwargs.items() if k not in CODE_KWARGS}
         path = find_file(str(pretrained_model_name_or_path), CONFIG_NAME, subfolder, remote)
@@ -184,29 +172,27 @@ class PeftConfig:
         return cls.from_dict({**values, **kwargs}, strict=strict, source=str(path))
 
     @classmethod
-    def from_peft_type(cls, **kwargs: Any) -> Any:
+    def from_peft_type(cls, **kwargs: object) -> Any:
         """The config class of `kwargs["peft_type"]`, made from the other arguments."""
         return cls.from_dict(kwargs, source="from_peft_type")
 
     @classmethod
-    def check_kwargs(cls, **kwargs: Any) -> Any:
+    def check_kwargs(cls: type[Config], **kwargs: Any) -> Config:
         return cls(**kwargs)
 
     @classmethod
-    def _get_peft_type(cls, model_id: str, **remote: Any) -> str:
-        path = find_file(model_id, CONFIG_NAME, remote.pop("subfolder", None), remote)
+    def _get_peft_type(cls, model_id: str, subfolder: str | None = None, **remote: object) -> str:
+        path = find_file(model_id, CONFIG_NAME, subfolder, remote)
         if path is None:
             raise ValueError(f"Can't find '{CONFIG_NAME}' at '{model_id}'")
         return str(cls.from_json_file(path)["peft_type"])
 
     @staticmethod
     def _get_peft_version() -> str:
-
         return __version__
 
-    def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:
+    def push_to_hub(self, repo_id: str, **kwargs: object) -> CommitInfo:
         """Upload `adapter_config.json`."""
-
         return push_folder(self.save_pretrained, repo_id, **kwargs)
 
 
@@ -270,39 +256,15 @@ class PromptLearningConfig(PeftConfig):
     seed: int | None = own_field(None)
 
 
-def require(config: Any, name: str, least: float = 1, below: float | None = None) -> None:
-    """Raise a clear error unless `least <= config.name` (`< below`)."""
-    value = getattr(config, name)
-    if value is None or isinstance(value, bool) or not isinstance(value, (int, float)) or value < least:
-        raise ValueError(f"`{name}` should be at least {least} but the value passed is {value}")
-    if below is not None and value >= below:
-        raise ValueError(f"`{name}` should be less than {below} but the value passed is {value}")
+class HasRanks(Protocol):
+    """A config that gives modules ranks of their own, by pattern."""
+
+    @property
+    def rank_pattern(self) -> dict[str, int] | None: ...
 
 
-def require_ranks(config: Any) -> None:
+def require_ranks(config: HasRanks) -> None:
     """Raise a clear error unless every rank of `rank_pattern` is at least 1."""
     for pattern, rank in (config.rank_pattern or {}).items():
         if not isinstance(rank, int) or rank < 1:
             raise ValueError(f"rank_pattern[{pattern!r}] should be at least 1 but the value passed is {rank}")
-
-
-def _default(f: dataclasses.Field[Any]) -> Any:
-    return f.default_factory() if f.default_factory is not dataclasses.MISSING else f.default
-
-
-def _same(value: Any, default: Any) -> bool:
-    return value == default or (not value and not default)
-
-
-def jsonable(value: Any) -> Any:
-    if isinstance(value, enum.Enum):
-        return value.value
-    if isinstance(value, (set, frozenset)):
-        return sorted(value)
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: jsonable(getattr(value, f.name)) for f in dataclasses.fields(value)}
-    if isinstance(value, dict):
-        return {k: jsonable(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [jsonable(v) for v in value]
-    return value

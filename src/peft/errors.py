@@ -30,7 +30,20 @@ class CheckpointError(PeftError, RuntimeError):
     """An adapter file that does not fit the model it is loaded into, or that cannot be read."""
 
 
+class UserError(PeftError, ValueError):
+    """Bad input to a run. The message names the thing, what was expected and what to do."""
+
+
 def near(name: str, known: Iterable[str], n: int = 3) -> str:
     """`" Did you mean 'q_proj'?"`, or `""` when nothing is close."""
     close = difflib.get_close_matches(name, list(dict.fromkeys(known)), n=n, cutoff=0.6)
     return f" Did you mean {' or '.join(repr(c) for c in close)}?" if close else ""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """What the caller may have meant, as a sentence: near names, or all of them when there are few."""
+    names = [str(k) for k in known]
+    close = difflib.get_close_matches(str(name), names, n=3, cutoff=0.6)
+    if close:
+        return f"Did you mean {' or '.join(close)}?"
+    return f"Known: {', '.join(names)}." if len(names) <= 24 else ""

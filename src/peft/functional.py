@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import nn
@@ -25,19 +24,19 @@ __all__ = [
 ]
 
 
-def _hub(model: nn.Module) -> Roster:
+def _roster(model: nn.Module) -> Roster:
     roster = roster_of(model)
     if roster is None:
         raise ValueError("This model has no adapters.")
     return roster
 
 
-def delete_adapter(model: nn.Module, adapter_name: str, prefix: str = "", layer_cls: Any = None) -> list[str] | None:
+def delete_adapter(model: nn.Module, adapter_name: str, prefix: str = "", layer_cls: object = None) -> list[str] | None:
     """Remove an adapter; returns the adapters that act then. With the last one the model is the bare base model again.
 
     `prefix` and `layer_cls` are not needed to find it.
     """
-    roster = _hub(model)
+    roster = _roster(model)
     delete(model, adapter_name)
     if not roster.adapters and not isinstance(model, PeftModel):
         unload(model)
@@ -46,10 +45,10 @@ def delete_adapter(model: nn.Module, adapter_name: str, prefix: str = "", layer_
 
 
 def set_adapter(
-    model: nn.Module, adapter_name: str | Sequence[str], inference_mode: bool = False, layer_cls: Any = None
+    model: nn.Module, adapter_name: str | Sequence[str], inference_mode: bool = False, layer_cls: object = None
 ) -> None:
     """Activate one adapter or several together, and train exactly those."""
-    roster = _hub(model)
+    roster = _roster(model)
     names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
     roster.activate(names)
     roster.train_only(names, inference_mode)
@@ -57,7 +56,7 @@ def set_adapter(
 
 def set_requires_grad(model: nn.Module, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
     """Say which adapters train, whatever is active."""
-    roster = _hub(model)
+    roster = _roster(model)
     names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
     roster.known(names)
     for name in names:
@@ -66,7 +65,7 @@ def set_requires_grad(model: nn.Module, adapter_names: str | Sequence[str], requ
 
 def cast_adapter_dtype(model: nn.Module, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
     """Give an adapter's half-precision parameters fp32 values, as mixed-precision training needs."""
-    roster = _hub(model)
+    roster = _roster(model)
     roster.known([adapter_name])
     for p in roster.adapters[adapter_name].parameters():
         if autocast_adapter_dtype and p.dtype in (torch.float16, torch.bfloat16):

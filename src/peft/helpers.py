@@ -6,27 +6,27 @@ import functools
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 from torch import nn
 
 from .config import CONFIG_NAME
 from .core.acting.on_model import roster_of
 from .core.adapted.layer import adapted_layers
+from .core.model.peft_model import PeftModel
 from .remote import find_file
 
 
-def update_forward_signature(model: Any) -> None:
+def update_forward_signature(model: PeftModel) -> None:
     """Let `inspect.signature(model.forward)` show the base model's arguments."""
     _show(model, "forward")
 
 
-def update_generate_signature(model: Any) -> None:
+def update_generate_signature(model: PeftModel) -> None:
     """Let `inspect.signature(model.generate)` show the base model's arguments."""
     _show(model, "generate")
 
 
-def update_signature(model: Any, method: str = "all") -> None:
+def update_signature(model: PeftModel, method: str = "all") -> None:
     """Both, or one of `forward` and `generate`."""
     if method not in ("all", "forward", "generate"):
         raise ValueError(f"method {method!r} is not supported; expected 'forward', 'generate' or 'all'.")
@@ -34,11 +34,11 @@ def update_signature(model: Any, method: str = "all") -> None:
         _show(model, name)
 
 
-def _show(model: Any, name: str) -> None:
+def _show(model: PeftModel, name: str) -> None:
     shown, own = getattr(model.get_base_model(), name), getattr(type(model), name)
 
     @functools.wraps(shown)
-    def call(*args: Any, **kwargs: Any) -> Any:
+    def call(*args: object, **kwargs: object) -> object:
         return own(model, *args, **kwargs)
 
     model.__dict__[name] = call

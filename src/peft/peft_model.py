@@ -1,8 +1,7 @@
 """Upstream's path to the models; the code is in `peft.core.model` and `peft.core.report`."""
 
-from .core.model.peft_model import (
-    MODEL_TYPE_TO_PEFT_MODEL_MAPPING,
-    PeftModel,
+from .core.model.peft_model import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, PeftModel
+from .core.model.task_models import (
     PeftModelForCausalLM,
     PeftModelForFeatureExtraction,
     PeftModelForQuestionAnswering,

@@ -10,7 +10,7 @@ import enum
 import functools
 import importlib
 import pkgutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any
 
@@ -19,7 +19,51 @@ from .contract.method import Method, declared, listeners
 from .errors import near
 
 
-class PeftType(str, enum.Enum):
+class Discovered(enum.EnumMeta):
+    """An enum whose members come with the method files: asking for one, or for all, imports them."""
+
+    def __getattr__(cls, name: str) -> Any:
+        if not name.startswith("_"):
+            modules()
+            if name in cls._member_map_:
+                return cls._member_map_[name]
+        raise AttributeError(f"{cls.__name__} has no member {name!r}")
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        modules()
+        return super().__call__(*args, **kwargs)
+
+    def __getitem__(cls, name: str) -> Any:
+        modules()
+        return super().__getitem__(name)
+
+    def __contains__(cls, member: Any) -> bool:
+        modules()
+        return super().__contains__(member)
+
+    def __iter__(cls) -> Iterator[Any]:
+        modules()
+        return super().__iter__()
+
+    def __reversed__(cls) -> Iterator[Any]:
+        modules()
+        return super().__reversed__()
+
+    def __len__(cls) -> int:
+        modules()
+        return super().__len__()
+
+    def __dir__(cls) -> list[str]:
+        modules()
+        return super().__dir__()
+
+    @property
+    def __members__(cls) -> Any:
+        modules()
+        return super().__members__
+
+
+class PeftType(str, enum.Enum, metaclass=Discovered):
     """The names of the methods, one member per registered method."""
 
 
@@ -42,7 +86,7 @@ WHEN_KINDS_CHANGE: list[Callable[[], None]] = []  # what was remembered of the k
 
 
 def _add_member(name: str) -> None:
-    if name in PeftType.__members__:
+    if name in PeftType._member_map_:
         return
     member: Any = str.__new__(PeftType, name)
     member._name_, member._value_ = name, name
@@ -55,24 +99,19 @@ def _add_member(name: str) -> None:
 
 
 def register_method(cls: type[Method]) -> None:
-    """Called for every Method class; a later class of the same `peft_type` replaces the earlier."""
+    """Called for every Method class; a later class of the same `peft_type` replaces the earlier.
+
+    The library's own classes come first, so that a class of the user's replaces one of them and not the reverse.
+    """
+    if not cls.__module__.startswith("peft."):
+        modules()
     if cls.__dict__.get("peft_type"):
         _METHODS[cls.peft_type] = cls
         _add_member(cls.peft_type)
     if cls.__dict__.get("companion"):
-        _COMPANIONS[cls.companion] = cls
+        _COMPANIONS[cls.__dict__["companion"]] = cls
     if cls.__dict__.get("wraps"):
-        _WRAPPERS[cls.wraps] = cls
-
-
-def _follow() -> None:
-    """Register the classes that exist, and each new one as it is made."""
-    for cls in declared:
-        register_method(cls)
-    listeners.append(register_method)
-
-
-_follow()
+        _WRAPPERS[cls.__dict__["wraps"]] = cls
 
 
 def forget_method(peft_type: str) -> None:
@@ -137,3 +176,13 @@ def kinds() -> dict[str, LayerKind]:
     for module in _load("layers"):
         found += getattr(module, "kinds", [])
     return {k.name: k for k in sorted(found, key=lambda k: -k.priority)}
+
+
+def _follow() -> None:
+    """Register each new class as it is made, and those that exist: last here, as one of the user's asks for all files."""
+    listeners.append(register_method)
+    for cls in tuple(declared):
+        register_method(cls)
+
+
+_follow()

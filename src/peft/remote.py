@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from huggingface_hub.utils import EntryNotFoundError
 
+if TYPE_CHECKING:
+    from huggingface_hub import CommitInfo
+
 CODE_KWARGS = ("trust_remote_code", "code_revision")  # of a base model; libraries pass them on to its adapters, too
-
-
 HUB_KWARGS = (
     "cache_dir",
     "force_download",
@@ -25,7 +26,7 @@ HUB_KWARGS = (
 )
 
 
-def find_file(model_id: str, name: str, subfolder: str | None, remote: dict[str, Any]) -> str | None:
+def find_file(model_id: str, name: str, subfolder: str | None, remote: Mapping[str, object]) -> str | None:
     """A file of an adapter: in the local folder, or downloaded. A local folder never touches the network."""
     if os.path.isdir(model_id):
         root = os.path.join(model_id, subfolder) if subfolder else model_id
@@ -37,7 +38,9 @@ def find_file(model_id: str, name: str, subfolder: str | None, remote: dict[str,
         return None  # a path that does not exist, no repository's name
     from huggingface_hub import hf_hub_download
 
-    args = {k: v for k, v in remote.items() if k in HUB_KWARGS and k not in ("proxies", "use_auth_token")}
+    args: dict[str, Any] = {
+        k: v for k, v in remote.items() if k in HUB_KWARGS and k not in ("proxies", "use_auth_token")
+    }
     try:
         return hf_hub_download(model_id, name, subfolder=subfolder, **args)
     except EntryNotFoundError:
@@ -48,7 +51,7 @@ def find_file(model_id: str, name: str, subfolder: str | None, remote: dict[str,
         ) from e
 
 
-def push_folder(write: Callable[[str], Any], repo_id: str, **kwargs: Any) -> Any:
+def push_folder(write: Callable[[str], object], repo_id: str, **kwargs: Any) -> CommitInfo:
     """Write into a temporary folder and upload it."""
     from huggingface_hub import HfApi
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from peft.core.kron import apply_kron, factorization, kron
+from peft.maths.kron import apply_kron, factorization, kron
 
 
 def test_kronecker_products_without_forming_them():

@@ -82,7 +82,7 @@ def randomise(model: Any, name: str, seed: int) -> None:
     """Give every trainable tensor of an adapter values away from its start, in a range its maths keeps stable."""
     rng = torch.Generator().manual_seed(seed)
     for _, method in model.roster.adapters[name].methods:
-        frozen = method.frozen()
+        frozen = method.table.frozen
         for attr, p in method.named_parameters():
             if attr not in frozen and p.is_floating_point():
                 with torch.no_grad():

@@ -6,8 +6,11 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from peft.kernels.lowrank import banked_linear, lowrank_linear, row_norms, scaled_linear
+from peft.kernels.banked import banked_linear
+from peft.kernels.lowrank import lowrank_linear
+from peft.kernels.merging import row_norms
 from peft.kernels.rows import Scratch, rows_linear
+from peft.kernels.scaled import scaled_linear
 from peft.kernels.terms import Banks, Thin
 from tests.helpers.lowrank import mask, setting
 

@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 
 pytest.importorskip("triton")
 
+from peft.kernels import triton_launch  # noqa: E402
 from peft.kernels import triton_lowrank as K  # noqa: E402
 from tests.helpers.lowrank_triton import close, draw  # noqa: E402
 
@@ -223,7 +224,7 @@ def test_the_same_call_gives_the_same_bits():
 def test_how_sums_are_split_changes_rounding_only(processors, monkeypatch):
     t = draw(130, 520, 530, 8)
     want = outputs(t, 0.1)
-    monkeypatch.setattr(K, "_processors", lambda device: processors)
+    monkeypatch.setattr(K, "processors", lambda device: processors)
     for a, b in zip(outputs(t, 0.1), want):
         close(a, b)
 
@@ -320,10 +321,14 @@ def test_tiles_cover_every_segment_once():
 def test_available_on_the_cpu_under_the_interpreter_alone(monkeypatch):
     x = torch.zeros(2, 2)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    assert not K.available(x)
+    assert not triton_launch.available(x)
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    assert K.available(x) and K.available(x.half())
-    assert not K.available(x.double()) and not K.available(x.bfloat16()) and not K.available(x.int())
+    assert triton_launch.available(x) and triton_launch.available(x.half())
+    assert (
+        not triton_launch.available(x.double())
+        and not triton_launch.available(x.bfloat16())
+        and not triton_launch.available(x.int())
+    )
 
 
 def test_the_module_imports_without_triton():
@@ -331,8 +336,8 @@ def test_the_module_imports_without_triton():
         import sys
         sys.modules["triton"] = None  # importing it raises
         import torch
-        from peft.kernels import triton_lowrank
-        assert not triton_lowrank.available(torch.zeros(2, 2))
+        from peft.kernels import triton_launch, triton_lowrank
+        assert not triton_launch.available(torch.zeros(2, 2))
     """
     env_code = 'import os; os.environ["TRITON_INTERPRET"] = "1"\n' + textwrap.dedent(code)
     subprocess.run([sys.executable, "-c", env_code], check=True)
@@ -341,7 +346,7 @@ def test_the_module_imports_without_triton():
 def specimens():
     """Each kernel plain, and with everything that can be compiled in: in both widths, and for sizes of one."""
     for name in ("_mask", "_total", "_shrink", "_expand", "_both", "_grad"):
-        options = tuple(o for o in ("GROUPED", "DROP", "ADD") if o in K._kernels(False)[name].arg_names)
+        options = tuple(o for o in ("GROUPED", "DROP", "ADD") if o in triton_launch.kernels(False)[name].arg_names)
         yield name, (), torch.bfloat16, 16
         if options:
             yield from (
@@ -356,12 +361,12 @@ def test_the_kernels_compile_for_a_gpu(name, options, dtype, ints):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
 
-    fn, width = K._kernels(False)[name], 32
+    fn, width = triton_launch.kernels(False)[name], 32
     b = K.blocks(name, width, dtype.itemsize)
     element = "*bf16" if dtype == torch.bfloat16 else "*fp32"
     many, add = "GROUPED" in options, "ADD" in options
     constants = dict(
-        GROUPED=many, DROP="DROP" in options, ADD=add, RANK_ROWS=name != "_expand", W_TYPE=K._type(dtype),
+        GROUPED=many, DROP="DROP" in options, ADD=add, RANK_ROWS=name != "_expand", W_TYPE=triton_launch.triton_type(dtype),
         PRECISION="tf32x3", BLOCK_T=b.rows, BLOCK_C=b.columns, BLOCK_R=width, STEP=width, BLOCK=512,
     )  # fmt: skip
     pointers = dict.fromkeys(("x", "y", "dy", "h", "out"), element) | dict.fromkeys(("dh", "dw", "part"), "*fp32")
@@ -424,7 +429,7 @@ class TestGPU:
     @pytest.mark.parametrize("shape", [*SHAPES, (1000, 4096, 1024, 16), (513, 1024, 4096, 200)], ids=str)
     def test_fp32(self, shape, p):
         t = {name: v / v.shape[1] ** 0.5 for name, v in draw(*shape, "cuda").items()}
-        assert K.available(t["x"])
+        assert triton_launch.available(t["x"])
         check(t, p)
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

@@ -34,9 +34,9 @@ def test_promise_3_a_thousand_merges_in_bf16_leave_the_same_bits():
 def test_promise_4_an_export_that_differs_from_the_live_model_is_not_kept(tmp_path, monkeypatch):
     from types import SimpleNamespace
 
-    from peft.cli import adapters, models
-    from peft.cli.console import UserError
     from peft.cli.merge import merge
+    from peft.errors import UserError
+    from peft.recipes import bases, saved
 
     class Tokenizer:
         def __call__(self, text):
@@ -49,8 +49,8 @@ def test_promise_4_an_export_that_differs_from_the_live_model_is_not_kept(tmp_pa
         auto = LlamaForCausalLM
         tokenizer = Tokenizer()
 
-    monkeypatch.setattr(adapters, "open_adapter", lambda path: None)
-    monkeypatch.setattr(adapters, "load", lambda saved, **_: SimpleNamespace(model=adapted(), task=Task(), source=None))
+    monkeypatch.setattr(saved, "open_adapter", lambda path: None)
+    monkeypatch.setattr(saved, "load", lambda found, **_: SimpleNamespace(model=adapted(), task=Task(), source=None))
     broken = False
 
     def load_base(source, auto, dtype, **_):
@@ -59,7 +59,7 @@ def test_promise_4_an_export_that_differs_from_the_live_model_is_not_kept(tmp_pa
             again.model.layers[0].self_attn.q_proj.weight.data += 0.5
         return again
 
-    monkeypatch.setattr(models, "load_base", load_base)
+    monkeypatch.setattr(bases, "load_base", load_base)
     run = getattr(merge, "__wrapped__", merge)
     run("x", tmp_path / "good")
     assert (tmp_path / "good" / "config.json").is_file()

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 import functools
 import logging
 import os
 from collections.abc import Callable, Iterable
-from pathlib import Path
 from typing import Any, TypeVar
 
 import typer
@@ -15,6 +13,8 @@ import yaml
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+
+from ..errors import UserError
 
 console = Console(highlight=False)
 errors = Console(stderr=True, highlight=False)
@@ -27,10 +27,6 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 # What bad input raises, here and in the libraries underneath. Anything else is a bug and keeps its traceback.
 BAD_INPUT = (ValueError, TypeError, KeyError, OSError, RuntimeError, ImportError, NotImplementedError, yaml.YAMLError)
-
-
-class UserError(ValueError):
-    """Bad input. The message names the thing, what was expected and what to do."""
 
 
 def command(function: F) -> F:
@@ -53,15 +49,6 @@ def command(function: F) -> F:
             raise typer.Exit(2) from None
 
     return run  # type: ignore[return-value]
-
-
-def near(name: str, known: Iterable[str]) -> str:
-    """What the caller may have meant: near names, or all of them when there are few."""
-    names = [str(k) for k in known]
-    close = difflib.get_close_matches(str(name), names, n=3, cutoff=0.6)
-    if close:
-        return f"Did you mean {' or '.join(close)}?"
-    return f"Known: {', '.join(names)}." if len(names) <= 24 else ""
 
 
 def quiet_libraries() -> None:
@@ -106,10 +93,6 @@ def size(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1000
     raise AssertionError
-
-
-def folder_size(folder: Path) -> int:
-    return sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())
 
 
 def shape(sizes: Iterable[int] | None) -> str:

@@ -6,7 +6,9 @@ from typing import Annotated, Any
 
 import typer
 
-from .console import UserError, command, console, escape, quiet_libraries
+from .. import recipes
+from ..errors import UserError
+from .console import command, console, escape, quiet_libraries
 from .predict import Adapter, Base, Dtype, Template
 
 
@@ -30,17 +32,15 @@ def generate(
     """Write on after a prompt."""
     import transformers
 
-    from . import adapters
-    from .text import Text
-
     quiet_libraries()
     if not texts and not prompts:
         raise UserError("Nothing to write on: give --text (put into the run's template) or --prompt.")
     if temperature < 0:
         raise UserError(f"--temperature {temperature}: expected 0 or more.")
-    loaded = adapters.load(adapters.open_adapter(adapter), model=model, dtype=dtype, data={"template": template})
+    saved = recipes.saved.open_adapter(adapter)
+    loaded = recipes.saved.load(saved, model=model, dtype=dtype, data={"template": template})
     task = loaded.task
-    if not isinstance(task, Text):
+    if not task.generates:
         raise UserError(f"This adapter is for {task.type}: its model labels, it does not write. Use `peft predict`.")
     asked = [task.prompt({task.data.text: text, "text": text}) for text in texts or []] + list(prompts or [])
     settings: dict[str, Any] = {"max_new_tokens": max_new_tokens}

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Annotated, Any
+from collections.abc import Sequence
+from itertools import groupby
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.table import Table
 
-from .console import UserError, command, console, escape, facts, folder_size, heading, shape, size, table
+from .. import recipes
+from ..errors import UserError
+from .console import command, console, escape, facts, heading, shape, size, table
 from .predict import Adapter
 
-ROOTS = ("base_model.model.", "base_model.")  # what adapter keys begin with
+if TYPE_CHECKING:
+    from ..recipes.saved import Entry, Saved
+
 HIDDEN = {
     "peft_type",
     "task_type",
@@ -23,19 +29,7 @@ HIDDEN = {
     "revision",
     "inference_mode",
 }
-
-
-@dataclass
-class Entry:
-    """One tensor of an adapter file."""
-
-    layer: str
-    name: str
-    sizes: tuple[int, ...]
-    dtype: str
-    count: int
-    norm: float
-    finite: bool
+FEW = 8  # names or numbers that a list is shown whole with
 
 
 @command
@@ -46,15 +40,12 @@ def inspect(
     ] = False,
 ) -> None:
     """Say what an adapter is: method, base, ranks, parameters, size and norms. Reads no model and asks no hub."""
-    from . import adapters
-
-    saved = adapters.open_adapter(adapter)
-    entries, file, header = read(saved.folder)
+    saved = recipes.saved.open_adapter(adapter)
+    entries, file, header = recipes.saved.entries(saved.folder)
     written, base = (json.loads(header.get(name, "{}")) for name in ("peft_config", "peft_base"))
     config, total = saved.config, sum(e.count for e in entries)
-    known = {adapters.plain(n): m for n, m in adapters.registry.methods().items()}
-    found = known.get(adapters.plain(str(config.get("peft_type"))))
-    ranks = sorted({r for e in entries if (r := rank(config, e.layer)) is not None})
+    _, found = recipes.saved.look_up(str(config.get("peft_type"))) or (None, None)
+    ranks = sorted({r for e in entries if (r := recipes.saved.rank(config, e.layer)) is not None})
     facts(
         [
             ("method", f"{config.get('peft_type')}: {found.summary if found else 'unknown to this version'}"),
@@ -66,11 +57,11 @@ def inspect(
             ("rank", ", ".join(map(str, ranks)) or None),
             ("layers", len({e.layer for e in entries})),
             ("parameters", f"{total:,} ({', '.join(sorted({e.dtype for e in entries}))})"),
-            ("size", f"{size(file.stat().st_size)} weights, {size(folder_size(saved.folder))} in all"),
+            ("size", f"{size(file.stat().st_size)} weights, {size(recipes.record.folder_size(saved.folder))} in all"),
         ],
         str(saved.folder),
     )
-    settings = differing(config, found.config_class if found else None)
+    settings = differing(saved, found.config_class if found else None)
     if settings:
         facts(settings.items(), "Settings that are not the default")
     heading("Frobenius norm of each tensor" if layers else "Frobenius norms (--layers shows each layer)")
@@ -85,67 +76,33 @@ def inspect(
         )
 
 
-def read(folder: Path) -> tuple[list[Entry], Path, dict[str, str]]:
-    """Every tensor of the adapter in a folder, one in memory at a time; the weights file, and its header's own words."""
-    import torch
-    from safetensors import SafetensorError, safe_open
-
-    safe, pickled = folder / "adapter_model.safetensors", folder / "adapter_model.bin"
-    if safe.is_file():
-        try:
-            with safe_open(str(safe), framework="pt") as file:
-                found = [entry(key, file.get_tensor(key)) for key in file.keys()]  # noqa: SIM118 - no dict
-                return found, safe, file.metadata() or {}
-        except SafetensorError as error:
-            raise UserError(
-                f"{safe} cannot be read ({error}): it is damaged or cut short. Fetch or save it again."
-            ) from None
-    if pickled.is_file():
-        state = torch.load(pickled, map_location="cpu", weights_only=True)
-        return [entry(key, tensor) for key, tensor in state.items()], pickled, {}
-    raise UserError(f"{folder} has no weights: expected adapter_model.safetensors (or adapter_model.bin).")
-
-
-def entry(key: str, tensor: Any) -> Entry:
-    import torch
-
-    root = next((r for r in ROOTS if key.startswith(r)), "")
-    parts = key[len(root) :].split(".")
-    last = len(parts) - 1
-    while last > 0 and (parts[last] in ("weight", "bias") or parts[last].isdigit()):
-        last -= 1
-    values = tensor.double() if tensor.is_floating_point() else tensor.to(torch.float64)
-    return Entry(
-        layer=".".join(parts[:last]),
-        name=".".join(p for p in parts[last:] if p != "weight"),
-        sizes=tuple(tensor.shape),
-        dtype=str(tensor.dtype).removeprefix("torch."),
-        count=tensor.numel(),
-        norm=values.norm().item(),
-        finite=bool(torch.isfinite(values).all()),
-    )
-
-
-def rank(config: dict[str, Any], layer: str) -> int | None:
-    """The rank that the config gives a layer: the first of `rank_pattern` that fits its end, else `r`."""
-    for pattern, value in (config.get("rank_pattern") or {}).items():
-        if re.match(rf"(?:.*\.)?(?:{pattern})$", layer):
-            return value if isinstance(value, int) else sum(value)
-    r = config.get("r")
-    return r if isinstance(r, int) else None
-
-
-def differing(config: dict[str, Any], cls: type | None) -> dict[str, Any]:
-    """The settings that differ from the config class's defaults."""
-    fields = cls.__dataclass_fields__ if cls is not None else {}  # type: ignore[attr-defined]
+def differing(saved: Saved, cls: type | None) -> dict[str, Any]:
+    """The settings that differ from the config class's defaults, as the job gave them where that is shorter."""
+    fields = {f.name: f for f in dataclasses.fields(cls)} if cls is not None else {}
     defaults = {n: f.default_factory() if callable(f.default_factory) else f.default for n, f in fields.items()}
-    shown = {k: v for k, v in config.items() if k not in HIDDEN and v != defaults.get(k)}
+    given = saved.job.config if saved.job else {}
     return {
-        k: ", ".join(map(str, v)) if isinstance(v, list) else v for k, v in shown.items() if v not in (None, {}, [])
+        name: brief(given[name] if isinstance(given.get(name), str) else value)
+        for name, value in saved.config.items()
+        if name not in HIDDEN and value not in (None, {}, []) and value != defaults.get(name)
     }
 
 
-def norms(entries: list[Entry], every: bool) -> Any:
+def brief(value: Any) -> Any:
+    """A setting in a line: runs of numbers as ranges, of many names the first ones and how many there are."""
+    if not isinstance(value, list):
+        return value
+    shown = ranges(value) if all(type(v) is int for v in value) else [str(v) for v in value]
+    return ", ".join(shown) if len(shown) <= FEW else f"{', '.join(shown[:3])}, ... ({len(shown)} in all)"
+
+
+def ranges(numbers: Sequence[int]) -> list[str]:
+    """`[0, 1, 2, 3, 8]` as `["0-3", "8"]`, in their order."""
+    runs = [[n for _, n in run] for _, run in groupby(enumerate(numbers), lambda at: at[1] - at[0])]
+    return [str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs]
+
+
+def norms(entries: Sequence[Entry], every: bool) -> Table:
     """Norms by layer, or by group of layers that differ in their number only."""
     groups: dict[tuple[str, str, tuple[int, ...]], list[Entry]] = {}
     for e in entries:

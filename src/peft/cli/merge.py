@@ -9,7 +9,9 @@ from typing import Annotated, Any
 
 import typer
 
-from .console import UserError, command, console, facts, folder_size, quiet_libraries, size
+from .. import recipes
+from ..errors import UserError
+from .console import command, console, facts, quiet_libraries, size
 from .predict import Adapter, Base, Dtype
 
 # How far logits may differ, as a share of the largest: rounding of the dtype over a deep model, no more.
@@ -29,14 +31,12 @@ def merge(
     """Write the merged model, load it again, and compare its logits with the live adapter's before saying done."""
     import torch
 
-    from . import adapters, models
-
     quiet_libraries()
     if output.exists():
         raise UserError(f"{output} exists already. Name a folder that does not; nothing is overwritten.")
-    saved = adapters.open_adapter(adapter)
+    saved = recipes.saved.open_adapter(adapter)
     with console.status("loading base and adapter"):
-        loaded = adapters.load(saved, model=model, dtype=dtype)
+        loaded = recipes.saved.load(saved, model=model, dtype=dtype)
     batch = probe(loaded, text)
     live = logits(loaded.model, batch)
     with loaded.model.disable_adapter():
@@ -52,7 +52,7 @@ def merge(
             loaded.task.tokenizer.save_pretrained(str(aside))
         del merged
         with console.status("loading what was written"):
-            again = models.load_base(models.Source(str(aside)), type(loaded.task).auto, precision).eval()
+            again = recipes.bases.load_base(recipes.bases.Source(str(aside)), type(loaded.task).auto, precision).eval()
         found = logits(again, batch)
         allowed = TOLERANCE.get(precision, 1e-3) * max(1.0, live.abs().max().item())
         difference = (found - live).abs().max().item()
@@ -66,7 +66,7 @@ def merge(
         shutil.rmtree(aside, ignore_errors=True)
     facts(
         [
-            ("merged model", f"{output} ({size(folder_size(output))}, {precision})"),
+            ("merged model", f"{output} ({size(recipes.record.folder_size(output))}, {precision})"),
             ("logits, merged against live adapter", f"differ by {difference:.2e} at most; allowed {allowed:.2e}"),
             ("the adapter moves the logits by", f"{moved:.3g}"),
         ],

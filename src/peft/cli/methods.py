@@ -7,6 +7,9 @@ from typing import Annotated, Any
 
 import typer
 
+import peft
+
+from .. import recipes
 from .console import command, console, escape, facts, heading, table
 
 # What follows from the form in which a method states its maths.
@@ -15,7 +18,6 @@ SUPPORTS = {
     "weight": "any layer whose weight can be read; merges; several add up; per row",
     "before": "any layer with a weight; merges; several compose in order; per row",
     "after": "any layer; several compose in order; per row",
-    "params": "any module's own parameters; merges; several add up",
     "replace": "any module's own parameters; merges; several add up",
     "prompt": "the whole model; nothing to merge; per row",
 }
@@ -26,17 +28,15 @@ def methods(
     name: Annotated[str | None, typer.Argument(help="One method, in detail.", show_default=False)] = None,
 ) -> None:
     """List the methods: one sentence, formula and what each supports."""
-    from . import adapters
-
     if name is not None:
-        return detail(*adapters.method(name))
+        return detail(*recipes.saved.method(name))
     grid = table("method", "what it does", "formula", "supports")
-    for key, method in sorted(adapters.registry.methods().items()):
+    for key, method in sorted(peft.registry.methods().items()):
         grid.add_row(
             f"[bold]{escape(key.lower())}[/]", escape(method.summary), escape(method.formula), supports(method)
         )
     console.print(grid)
-    facts(((kind, layer.summary) for kind, layer in adapters.registry.kinds().items()), "Layers they work on")
+    facts(((kind, layer.summary) for kind, layer in peft.registry.kinds().items()), "Layers they work on")
     return None
 
 

@@ -8,7 +8,10 @@ from typing import Annotated, Any
 
 import typer
 
-from .console import UserError, command, console, escape, quiet_libraries, table
+from .. import recipes
+from ..errors import UserError
+from .console import command, console, escape, quiet_libraries, table
+from .report import Report
 
 Adapter = Annotated[str, typer.Argument(help="The folder of a run, or of an adapter.", show_default=False)]
 Base = Annotated[str | None, typer.Option("--model", "-m", help="The base, if not the one that the adapter names.")]
@@ -33,23 +36,22 @@ def predict(
     """Label texts or rows. Where rows have the target column, the score is printed too."""
     import datasets
 
-    from . import adapters
-    from . import data as files
-
     quiet_libraries()
     if bool(texts) == bool(data):
         raise UserError("Give either --text (repeat it for more) or --data.")
-    saved = adapters.open_adapter(adapter)
-    rows = files.rows(data) if data else None
-    loaded = adapters.load(saved, model=model, dtype=dtype, data={"template": template, "choices": choice})
-    task = loaded.task
-    if rows is None:
-        rows = datasets.Dataset.from_list([{task.data.text: text} for text in texts or []])
-    files.check_columns(rows, task.data, target=False)
-    found = task.predict(loaded.model, rows, batch_size)
-    if data and task.data.target in rows.column_names:
-        scores = task.evaluate(loaded.model, rows, batch_size)
-        console.print("  ".join(f"{k} {v:.4f}" if isinstance(v, float) else f"{k} {v}" for k, v in scores.items()))
+    saved = recipes.saved.open_adapter(adapter)
+    rows = recipes.data.rows(data) if data else None
+    given = {"template": template, "choices": choice}
+    with Report() as report:
+        loaded = recipes.saved.load(saved, model=model, dtype=dtype, data=given, on_event=report)
+        task = loaded.task
+        if rows is None:
+            rows = datasets.Dataset.from_list([{task.data.text: text} for text in texts or []])
+        recipes.data.check_columns(rows, task.data, target=False)
+        found = task.predict(loaded.model, rows, batch_size)
+        if data and task.data.target in rows.column_names:
+            scores = task.evaluate(loaded.model, rows, batch_size)
+            console.print("  ".join(f"{k} {v:.4f}" if isinstance(v, float) else f"{k} {v}" for k, v in scores.items()))
     if output is not None:
         output.parent.mkdir(parents=True, exist_ok=True)
         with output.open("w", encoding="utf-8") as file:

@@ -1,61 +1,119 @@
-"""What a run tells: the plan before training, the three counts, the loss plot, the metrics file."""
+"""What a run looks like: its events as lines, tables and bars."""
 
 from __future__ import annotations
 
-import json
-import os
-import platform
 import re
-from collections.abc import Iterable
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
-from .console import console, escape, heading, shape, table
+from ..recipes import events
+from .console import console, escape, facts, heading, shape, size, table
+from .progress import Bar
 
 
-def plan(rows: Iterable[Any], *, every: bool = False, title: str = "What will be adapted") -> int:
-    """Prints the dry run, layers that differ only in their number as one line, and returns the parameters it adds."""
-    groups: dict[tuple[Any, ...], list[Any]] = {}
-    for row in rows:
-        sizes = tuple(row.shape) if row.shape is not None else None
-        path = row.path if every else re.sub(r"(?<=\.)\d+(?=\.|$)", "*", row.path)
-        groups.setdefault((path, row.kind, sizes, row.parameters), []).append(row)
-    heading(title)
+class Report:
+    """The listener of a command: prints every event. A context: what is left of a bar is taken away at its end."""
+
+    def __init__(self, *, every: bool = False) -> None:
+        self.every, self.bar = every, Bar(console)
+
+    def __enter__(self) -> Report:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.bar.close()
+
+    def __call__(self, event: events.Event) -> None:
+        match event:
+            case events.Began(title):
+                self.bar.spin(title)
+            case events.Progress(title, done, total) if done < total:
+                self.bar.move(title, done, total)
+            case events.Step(step, steps):
+                self.bar.move("training", step, steps, lines=False)
+            case events.Ended() | events.Progress() | events.TrainingEnded():
+                self.bar.close()
+            case events.Plan():
+                plan(event, every=self.every)
+            case events.Finished():
+                facts(outcome(event), "Done")
+            case events.Answered(rows):
+                answered(rows)
+            case _:
+                for line in lines(event):
+                    console.print(line)
+
+
+def lines(event: events.Event) -> list[str]:
+    """The events that take a line of text."""
+    match event:
+        case events.RowsRead(train, held_out):
+            return [f"{train} rows to train on, {'none' if held_out is None else held_out} held out"]
+        case events.GoingOn(step, steps):
+            return [f"Going on from step {step} of {steps}."]
+        case events.BaseScored(found):
+            return ["  ".join(f"base {name} {value}" for name, value in scores(found, None))]
+        case events.Logged():
+            return logged(event)
+        case events.StopAsked():
+            return ["Stopping after this step; its state will be saved."]
+        case events.Stopped(step, steps):
+            return [f"Stopped after step {step} of {steps}. The same command goes on from there."]
+        case events.NoPlot(package):
+            return [f"No loss plot: {package} is not installed (pip install {package})."]
+    return []
+
+
+def logged(event: events.Logged) -> list[str]:
+    """Step, losses, learning rate, memory and the time that is left; nothing where no loss was logged."""
+    parts = [f"{name} {event.numbers[name]:.4f}" for name in ("loss", "eval_loss") if name in event.numbers]
+    if not parts:
+        return []
+    if "learning_rate" in event.numbers:
+        parts.append(f"lr {event.numbers['learning_rate']:.2e}")
+    parts.append(f"memory {size(event.memory.get('accelerator_peak', event.memory['now']))}")
+    return ["  ".join([f"step {event.step}/{event.steps}", *parts, f"{event.seconds_left:.0f} s left"])]
+
+
+def plan(found: events.Plan, *, every: bool = False) -> None:
+    """The table of what will be adapted; layers that differ only in their number as one line, unless `every`."""
+    groups: dict[tuple[Any, ...], int] = {}
+    for target in found.targets:
+        path = target.path if every else re.sub(r"(?<=\.)\d+(?=\.|$)", "*", target.path)
+        key = (path, target.kind, target.shape, target.parameters)
+        groups[key] = groups.get(key, 0) + 1
+    heading(f"What {found.method} adapts in {found.model} ({found.task})")
     grid = table("where", "kind", "shape", "layers", "parameters", right=("layers", "parameters"))
-    total = layers = 0
-    for (path, kind, sizes, each), found in groups.items():
-        total, layers = total + each * len(found), layers + len(found)
-        grid.add_row(
-            escape(path or "(the whole model)"),
-            str(getattr(kind, "name", kind) or ""),
-            shape(sizes),
-            str(len(found)),
-            f"{each * len(found):,}",
-        )
+    for (path, kind, sizes, each), count in groups.items():
+        grid.add_row(escape(path or "(the whole model)"), kind, shape(sizes), str(count), f"{each * count:,}")
     grid.add_section()
-    grid.add_row("total", "", "", str(layers), f"{total:,}")
+    grid.add_row("total", "", "", str(len(found.targets)), f"{found.added:,}")
     console.print(grid)
-    return total
 
 
-def counts(found: Any) -> dict[str, Any]:
-    """The three ways of counting, kept apart: trainable, updated base parameters, rank of the update."""
-    ranks: dict[str, int] = {}
-    for rank in found.ranks.values():
-        ranks[str(rank)] = ranks.get(str(rank), 0) + 1
-    return {
-        "trainable": found.trainable,
-        "total": found.total,
-        "trainable_percent": 100 * found.trainable / max(1, found.total),
-        "updated": found.updated,
-        "updated_percent": 100 * found.updated / max(1, found.total - found.trainable),
-        "rank": found.rank,
-        "layers_by_rank": ranks,
-    }
+def dry_run(found: events.Plan, *, every: bool = False) -> None:
+    """The plan, and how large it is beside the base."""
+    plan(found, every=every)
+    share = 100 * found.added / found.base_parameters
+    console.print(
+        f"{found.added:,} new parameters beside {found.base_parameters:,} of the base ({share:.4f} %), "
+        f"{found.steps} steps"
+    )
 
 
-def count_facts(found: dict[str, Any]) -> list[tuple[str, str]]:
+def outcome(found: events.Finished) -> list[tuple[str, Any]]:
+    """What a finished run achieved, as names and values."""
+    metrics = found.metrics
+    used = metrics["memory_bytes"]
+    rows: list[tuple[str, Any]] = [*counts(metrics["counts"])]
+    rows += [("adapter", f"{found.adapter} ({size(metrics['adapter_bytes'])})")]
+    rows += scores(metrics["before"], metrics["after"])
+    rows += [("peak memory", size(used.get("accelerator_peak", used["peak"])))]
+    rows += [("time", f"{metrics['seconds']['total'] / 60:.1f} min")]
+    return [*rows, ("loss plot", found.plot), ("metrics", found.metrics_file)]
+
+
+def counts(found: Mapping[str, Any]) -> list[tuple[str, str]]:
     rank = "no single rank" if found["rank"] is None else f"at most {found['rank']}"
     layers = sum(found["layers_by_rank"].values())
     return [
@@ -65,7 +123,7 @@ def count_facts(found: dict[str, Any]) -> list[tuple[str, str]]:
     ]
 
 
-def scores(before: dict[str, float] | None, after: dict[str, float] | None) -> list[tuple[str, str]]:
+def scores(before: Mapping[str, float] | None, after: Mapping[str, float] | None) -> list[tuple[str, str]]:
     """Each held-out score as `before → after`."""
     names = [n for n in (after or before or {}) if n not in ("rows", "tokens", "seconds")]
     rows = []
@@ -75,42 +133,8 @@ def scores(before: dict[str, float] | None, after: dict[str, float] | None) -> l
     return rows
 
 
-def plot(history: list[dict[str, float]], path: Path, title: str) -> bool:
-    """The loss over the steps as a PNG; False where matplotlib is missing or nothing was logged."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        console.print("No loss plot: matplotlib is not installed (pip install matplotlib).")
-        return False
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.subplots()
-    drawn = False
-    for key, label in (("loss", "training"), ("eval_loss", "held out")):
-        points = [(row["step"], row[key]) for row in history if key in row]
-        if points:
-            axes.plot(*zip(*points), marker="o", markersize=3, label=label)
-            drawn = True
-    if drawn:
-        axes.set(xlabel="step", ylabel="loss", title=title)
-        axes.grid(alpha=0.3)
-        axes.legend()
-        figure.savefig(path, dpi=120)
-    return drawn
-
-
-def versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for name in ("peft", "torch", "transformers", "datasets", "accelerate"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "unknown"
-    return found
-
-
-def write(path: Path, content: dict[str, Any]) -> None:
-    """JSON, written aside and renamed, so that a crash leaves the old file or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(path.name + ".part")
-    aside.write_text(json.dumps(content, indent=2, default=str) + "\n", encoding="utf-8")
-    os.replace(aside, path)
+def answered(rows: tuple[tuple[str, str], ...]) -> None:
+    """Held-out rows with what the adapted model answers."""
+    heading("Held-out rows, answered")
+    for asked, answer in rows:
+        console.print(f"{escape(asked.rstrip())} [green]{escape(answer)}[/]", soft_wrap=True)

@@ -7,8 +7,11 @@ from typing import Annotated, Any
 
 import typer
 
-from . import job as jobs
-from .console import command
+from .. import recipes
+from ..recipes.events import Stopped
+from .console import command, quiet_libraries
+from .report import Report
+from .report import dry_run as show_plan
 
 JobFile = Annotated[
     Path | None, typer.Argument(help="A YAML job file; flags override what it says.", show_default=False)
@@ -34,7 +37,9 @@ def train(
     choice: Annotated[list[str] | None, typer.Option(help="A possible answer; repeat for each.")] = None,
     max_length: Annotated[int | None, typer.Option(help="Tokens kept of a row.")] = None,
     method: Annotated[str | None, typer.Option(help="`peft methods` lists them.")] = None,
-    set: Annotated[list[str] | None, typer.Option("--set", help="A field of the method's config: r=8.")] = None,
+    set: Annotated[
+        list[str] | None, typer.Option("--set", help="A field of the method's config: r=8, layers_to_transform=15-29.")
+    ] = None,
     trainer: Annotated[
         list[str] | None, typer.Option("--trainer", help="A training argument: learning_rate=1e-3.")
     ] = None,
@@ -58,11 +63,11 @@ def train(
         "output": output,
         "dtype": dtype,
         "seed": seed,
-        "config": jobs.assignments(set or [], "--set"),
-        "trainer": jobs.assignments(trainer or [], "--trainer"),
+        "config": recipes.job.assignments(set or [], "--set"),
+        "trainer": recipes.job.assignments(trainer or [], "--trainer"),
         "data": {
             "train": train,
-            "eval": jobs.parse(eval, "--eval") if eval is not None else None,
+            "eval": recipes.job.parse(eval, "--eval") if eval is not None else None,
             "text": text,
             "target": target,
             "template": template,
@@ -70,10 +75,13 @@ def train(
             "max_length": max_length,
         },
     }
-    from .run import Run  # loads torch and transformers
-
-    run = Run(jobs.read(file, flags))
-    if dry_run:
-        run.dry_run(every)
-    else:
-        run.train(restart=restart, stop_after=stop_after, every=every)
+    job = recipes.job.read(file, flags)
+    quiet_libraries()
+    with Report(every=every) as report:
+        run = recipes.run.Run(job, report)
+        if dry_run:
+            return show_plan(run.dry_run(), every=every)
+        end = run.train(restart=restart, stop_after=stop_after)
+    if isinstance(end, Stopped) and end.asked:
+        raise typer.Exit(130)
+    return None

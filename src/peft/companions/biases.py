@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import nn
 
+from ..contract.capabilities import Companion
 from ..contract.site import Site
 from ..core.anatomy.patterns import means
 from ..core.anatomy.targets import find
@@ -20,19 +21,19 @@ from ..methods.bitfit import BitFit, own_biases
 
 
 @dataclass
-class Along:
+class BiasSites:
     """What the companion needs to know: which of its sites another method adapts, too."""
 
     targeted: set[str] = dataclasses.field(default_factory=set)
 
 
-class BiasAlong(BitFit):
+class BiasAlong(Companion, BitFit):
     companion = "bias"
     peft_type = ""
     examples = ()
 
     @classmethod
-    def accompany(cls, config: Any, model: nn.Module) -> tuple[list[Place], Along]:
+    def accompany(cls, config: Any, model: nn.Module) -> tuple[list[Place], BiasSites]:
         targeted = find(model, config)
         saved = list(getattr(config, "modules_to_save", None) or [])
         places = targeted
@@ -44,13 +45,13 @@ class BiasAlong(BitFit):
             for p in places
             if "bias" in own_biases(p.module) or (_virtual_bias(p) and p.disk_path != p.owner.disk_path)
         ]
-        return places, Along({p.path for p in targeted})
+        return places, BiasSites({p.path for p in targeted})
 
     @classmethod
     def chosen(cls, names: list[str]) -> list[str]:
         return [n for n in names if n == "bias"]
 
-    def __init__(self, config: Along, site: Site) -> None:
+    def __init__(self, config: BiasSites, site: Site) -> None:
         self.targeted = site.path in config.targeted
         super().__init__(config, site)
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..contract.capabilities import Companion
 from ..contract.site import Site
 from ..core.anatomy.targets import find_whole
 from ..core.anatomy.ties import end_of, followers, shared_by_ends
@@ -20,7 +21,7 @@ from ..core.anatomy.walk import Place, walk
 from ..core.forms.copies import Copies, outermost
 
 
-class ModulesToSave(Copies):
+class ModulesToSave(Companion, Copies):
     companion = "modules_to_save"
     peft_type = ""
     summary = "Trains whole modules along with any adapter."

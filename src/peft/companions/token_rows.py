@@ -7,7 +7,9 @@ from typing import Any
 
 from torch import nn
 
-from ..core.anatomy.language import input_embedding
+from ..contract.capabilities import Companion
+from ..contract.tensors import Stored
+from ..core.anatomy.embeddings import embedding_name
 from ..core.anatomy.patterns import means
 from ..core.anatomy.targets import find_whole
 from ..core.anatomy.walk import Place
@@ -15,7 +17,7 @@ from ..methods.trainable_tokens import TrainableTokens, check_indices
 
 
 @dataclass
-class Along:
+class TokenRows:
     """`trainable_token_indices` as this method reads it."""
 
     by_name: dict[str, list[int]]
@@ -26,10 +28,10 @@ class Along:
         return next((v for k, v in self.by_name.items() if means(k, path)), default)
 
 
-class TokensAlong(TrainableTokens):
+class TokensAlong(Companion, TrainableTokens):
     companion = "trainable_token_indices"
     peft_type = ""
-    keys = {"trainable_tokens_delta": "token_adapter.trainable_tokens_delta"}
+    tensors = {"trainable_tokens_delta": Stored("token_adapter.trainable_tokens_delta")}
     examples = ()
 
     @classmethod
@@ -40,9 +42,9 @@ class TokensAlong(TrainableTokens):
         )
 
     @classmethod
-    def accompany(cls, config: Any, model: nn.Module) -> tuple[list[Place], Along]:
+    def accompany(cls, config: Any, model: nn.Module) -> tuple[list[Place], TokenRows]:
         asked = config.trainable_token_indices
-        by_name = asked if isinstance(asked, dict) else {input_embedding(model): asked}
+        by_name = asked if isinstance(asked, dict) else {embedding_name(model): asked}
         for name, indices in by_name.items():
             check_indices(indices, f"trainable_token_indices[{name!r}]")
             if any(means(name, m) or means(m, name) for m in getattr(config, "modules_to_save", None) or ()):
@@ -51,7 +53,7 @@ class TokensAlong(TrainableTokens):
                 )
         places = find_whole(model, list(by_name), "trainable_token_indices")
         places += cls.followers(config, model, places)
-        along = Along(by_name)
+        along = TokenRows(by_name)
         if getattr(config, "ensure_weight_tying", False):
             for weight in {id(p.module._parameters.get("weight")) for p in places}:
                 ends = [p.path for p in places if id(p.module._parameters.get("weight")) == weight]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,10 +13,10 @@ from torch import Tensor, nn
 class _Later:
     """A container that nearly no module ever uses: made when it is first asked for."""
 
-    def __init__(self, name: str, container: type) -> None:
+    def __init__(self, name: str, container: Callable[[], object]) -> None:
         self.name, self.container = name, container
 
-    def __get__(self, module: Any, owner: type) -> Any:
+    def __get__(self, module: nn.Module | None, owner: type) -> object:
         return self if module is None else module.__dict__.setdefault(self.name, self.container())
 
 
@@ -45,7 +45,7 @@ class CheapModule(nn.Module):
         for name, container, value in self._fresh:
             fields[name] = value if container is None else container()
 
-    def set(self, **values: Any) -> None:
+    def set(self, **values: object) -> None:
         """Attributes that are neither parameters, buffers nor modules, all at once."""
         self.__dict__.update(values)
 

@@ -35,6 +35,11 @@ class Geometry:
         return self.kernel == 1 and self.groups == 1 and not self.indexed
 
     @property
+    def is_matrix(self) -> bool:
+        """Whether the layer is one matrix on the last axis of its input: y = x Wᵀ, no kernel of whatever size."""
+        return self.pointwise and not self.shape
+
+    @property
     def width(self) -> int:
         """The size of the vectors an input transform (`before`) acts on: channels, or the columns of a kernel's W."""
         return self.inputs if self.pointwise or self.indexed else self.fan_in

@@ -1,14 +1,14 @@
 """The contract a base-layer kind fulfils, so that every method works on it.
 
-A kind describes one sort of module: where its weight matrix is, how to run the layer's own geometry with another
-matrix, and how to read and write the weight. All matrices are `W[out, fan_in]`, whatever the native layout:
-`fan_in` is inputs x kernel size / groups for convolutions and the vocabulary for embeddings.
+A kind describes one sort of module, `LayerKind[nn.Linear]` says of which class: where its weight matrix is, how to run
+the layer's own geometry with another matrix, and how to read and write the weight. All matrices are `W[out, fan_in]`,
+whatever the native layout: `fan_in` is inputs x kernel size / groups for convolutions and the vocabulary for embeddings.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Generic, NamedTuple, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,35 +16,48 @@ from torch.nn import functional as F
 
 from . import offload
 from .geometry import Geometry
+from .method import Method
 from .offload import on_device
 from .tree import Composite, _bare, named
 
+M = TypeVar("M", bound=nn.Module)  # the class of the modules that a kind describes
 
-class LayerKind:
+Inputs: TypeAlias = Tensor | tuple[Tensor, ...]
+Example: TypeAlias = tuple[nn.Module, Inputs] | tuple[nn.Module, Inputs, dict[str, list[str]]]
+Examples: TypeAlias = dict[str, Callable[[], Example]]  # by name
+
+
+class Kept(NamedTuple):
+    """A layer's tensors by name, each with what it held (None where there was none), and what its hooks load from."""
+
+    parameters: dict[str, tuple[nn.Parameter, Tensor] | None]
+    buffers: dict[str, tuple[Tensor, Tensor] | None]
+    sources: list[tuple[offload.Hook, offload.Source]]
+
+
+class LayerKind(Generic[M]):
     """One sort of base layer. Instances hold no state and are shared by all layers of the kind."""
 
-    name: ClassVar[str]
-    summary: ClassVar[str] = ""
+    name: str
+    summary: str = ""
     priority: ClassVar[int] = 0  # asked in descending order: the most specific kind claims first
     linear: ClassVar[bool] = False  # what `all-linear` means
-    composes: ClassVar[bool] = False  # `stand_in` gives a stand-in
     by_type: ClassVar[bool] = False  # `claims` asks for the module's class and nothing else
     for_parameters: ClassVar[bool] = False  # asked for `target_parameters` only
-    fresh_output: ClassVar[bool] = True  # the base call's result may be added into, in place
     factored: ClassVar[bool] = True  # False where only whole matrices can be run (raw parameters)
 
     tolerance: ClassVar[float] = 2e-5  # forward against merged, relative to the output
     castable: ClassVar[bool] = True  # the layer can be cast to bf16
     compiles: ClassVar[bool] = True  # the plain layer compiles in one graph
 
-    def examples(self) -> dict[str, Callable[[], tuple[Any, ...]]]:
+    def examples(self) -> Examples:
         """`name -> maker of (layer, inputs)` or `(layer, inputs, targeting fields)`: small layers that the laws test."""
         return {}
 
     def claims(self, module: nn.Module) -> bool:
         raise NotImplementedError(f"{type(self).__name__}.claims")
 
-    def stand_in(self, module: nn.Module) -> Composite | None:
+    def stand_in(self, module: M) -> Composite | None:
         """For modules made of several weights: a stand-in whose `parts()` are single-weight layers."""
         return None
 
@@ -53,7 +66,7 @@ class LayerKind:
         """Whether `stand_in` may give a stand-in."""
         return type(self).stand_in is not LayerKind.stand_in
 
-    def geometry(self, module: nn.Module) -> Geometry:
+    def geometry(self, module: M) -> Geometry:
         raise NotImplementedError(f"{type(self).__name__}.geometry")
 
     def installed(self, modules: Iterable[nn.Module]) -> None:
@@ -62,29 +75,29 @@ class LayerKind:
     def removed(self, modules: Iterable[nn.Module]) -> None:
         """The inverse, when all wrappers were taken out."""
 
-    def merge_refusal(self, module: nn.Module) -> str:
+    def merge_refusal(self, module: M) -> str:
         """Why the base's format has no way to hold a changed weight; "" where it has."""
         return ""
 
-    def admit(self, module: nn.Module, method: Any, path: str) -> None:
+    def admit(self, module: M, method: Method, path: str) -> None:
         """Raise `Refusal` where this kind cannot run what a planned method does; called before anything changes."""
 
-    def adopted(self, module: nn.Module, dtype: torch.dtype) -> None:
+    def adopted(self, module: M, dtype: torch.dtype) -> None:
         """Called when a layer was wrapped, with the model's floating dtype, for formats that do not record theirs."""
 
     # -- running ----------------------------------------------------------------------------------------------------
-    def run(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    def run(self, module: M, *args: Any, **kwargs: Any) -> Any:
         """The base layer's own forward."""
         return module(*args, **kwargs)
 
-    def trainable(self, module: nn.Module) -> None:
+    def trainable(self, module: M) -> None:
         """Make the layer ready for a backward through it, where its format has a form that is for inference only."""
 
-    def op(self, module: nn.Module, x: Tensor, matrix: Tensor) -> Tensor:
+    def op(self, module: M, x: Tensor, matrix: Tensor) -> Tensor:
         """This layer's geometry with `matrix[k, fan_in]` as its weight, without bias."""
         raise NotImplementedError(f"{type(self).__name__}.op")
 
-    def as_linear(self, module: nn.Module) -> tuple[Tensor, Tensor | None] | None:
+    def as_linear(self, module: M) -> tuple[Tensor, Tensor | None] | None:
         """(W, b) where calling the module is `F.linear(x, W, b)` and nothing else: what fused kernels take over."""
         return None
 
@@ -100,37 +113,37 @@ class LayerKind:
         return t
 
     # -- weights ----------------------------------------------------------------------------------------------------
-    def matrix(self, native: Tensor, module: nn.Module) -> Tensor:
+    def matrix(self, native: Tensor, module: M) -> Tensor:
         """The native weight tensor as `[out, fan_in]`."""
         return native
 
-    def native(self, matrix: Tensor, module: nn.Module) -> Tensor:
+    def native(self, matrix: Tensor, module: M) -> Tensor:
         """The inverse of `matrix`."""
         return matrix
 
-    def absorb(self, module: nn.Module, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def absorb(self, module: M, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """A composed (W, b) as this layer can hold it: layers that have no bias may move it into W."""
         return W, b
 
-    def parameters(self, module: nn.Module) -> dict[str, Tensor]:
+    def parameters(self, module: M) -> dict[str, Tensor]:
         """The layer's parameters in native layout and floating point, by name."""
         with on_device(module):
             return {n: p.clone() if p.is_meta else p for n, _, p in named(module, "_parameters")}
 
-    def buffers(self, module: nn.Module) -> dict[str, Tensor]:
+    def buffers(self, module: M) -> dict[str, Tensor]:
         """The buffers that belong to the layer's state (BatchNorm's running statistics), by name."""
         return {n: b for n, _, b in named(module, "_buffers")}
 
-    def read(self, module: nn.Module) -> Tensor:
+    def read(self, module: M) -> Tensor:
         """`W[out, fan_in]`, in floating point, brought from wherever it is kept."""
         with on_device(module):
             return self.matrix(module.weight, module)  # type: ignore[arg-type]
 
-    def bias(self, module: nn.Module) -> Tensor | None:
+    def bias(self, module: M) -> Tensor | None:
         with on_device(module):
             return getattr(module, "bias", None)
 
-    def dtype(self, module: nn.Module) -> torch.dtype:
+    def dtype(self, module: M) -> torch.dtype:
         """The dtype new adapter parameters follow: the layer's compute dtype."""
         for p in module._parameters.values():
             if p is not None and p.is_floating_point():
@@ -140,7 +153,7 @@ class LayerKind:
                 return p.dtype
         return torch.get_default_dtype()
 
-    def device(self, module: nn.Module) -> torch.device:
+    def device(self, module: M) -> torch.device:
         """Where adapter parameters live: where the layer computes."""
         found = offload.home(module)
         if found is not None:
@@ -151,11 +164,11 @@ class LayerKind:
         first = next(module.parameters(), None)
         return torch.device("cpu") if first is None else first.device
 
-    def swappable(self, module: nn.Module) -> bool:
+    def swappable(self, module: M) -> bool:
         """Whether the module itself can run with other tensors in the place of its parameters; else `op` runs them."""
         return True
 
-    def write(self, module: nn.Module, values: dict[str, Tensor]) -> nn.Module:
+    def write(self, module: M, values: dict[str, Tensor]) -> nn.Module:
         """Put new parameter values into the layer; returns the module that now computes with them."""
         with on_device(module):
             for name, value in values.items():
@@ -169,7 +182,7 @@ class LayerKind:
                 offload.store(owner, [leaf])
         return module
 
-    def untie(self, module: nn.Module, names: list[str], tied: frozenset[int] | set[int]) -> bool:
+    def untie(self, module: M, names: list[str], tied: frozenset[int] | set[int]) -> bool:
         """Give the layer its own Parameter where the present one is in `tied`; returns whether it did."""
         found = False
         for name in names:
@@ -180,25 +193,39 @@ class LayerKind:
                 found = True
         return found
 
-    def requantize(self, original: nn.Module, merged: nn.Module) -> tuple[nn.Module, float]:
+    def requantize(self, original: M, merged: nn.Module) -> tuple[nn.Module, float]:
         """The merged weight in the original's quantised format, and the largest error that made; floats stay."""
         return merged, 0.0
 
-    def keep(self, module: nn.Module, names: list[str]) -> Any:
+    def keep(self, module: M, names: list[str]) -> object:
         """What `restore` needs to bring back the very bits: references, no copies."""
-        owners = [(*_owner(module, n), n) for n in names]
-        tensors = [(n, o._parameters[leaf] if leaf in o._parameters else o._buffers[leaf]) for o, leaf, n in owners]
-        held = [(n, t, None if t is None else t.data) for n, t in tensors]
-        return held, [source for o in {id(o): o for o, *_ in owners}.values() for source in offload.sources(o)]
-
-    def restore(self, module: nn.Module, kept: Any) -> nn.Module:
-        held, sources = kept
-        offload.put_back(sources)
-        for name, param, data in held:
+        kept, owners = Kept({}, {}, []), []
+        for name in names:
             owner, leaf = _owner(module, name)
-            if param is not None:
-                param.data = data
-            (owner._buffers if leaf in owner._buffers else owner._parameters)[leaf] = param
+            owners.append(owner)
+            if leaf in owner._parameters:
+                param = owner._parameters[leaf]
+                kept.parameters[name] = None if param is None else (param, param.data)
+            else:
+                buffer = owner._buffers[leaf]
+                kept.buffers[name] = None if buffer is None else (buffer, buffer.data)
+        for owner in {id(o): o for o in owners}.values():
+            kept.sources.extend(offload.sources(owner))
+        return kept
+
+    def restore(self, module: M, kept: object) -> nn.Module:
+        assert isinstance(kept, Kept)
+        offload.put_back(kept.sources)
+        for tensors in (kept.parameters, kept.buffers):
+            for was in tensors.values():
+                if was is not None:
+                    was[0].data = was[1]
+        for name, held in kept.parameters.items():
+            owner, leaf = _owner(module, name)
+            owner._parameters[leaf] = None if held is None else held[0]
+        for name, one in kept.buffers.items():
+            owner, leaf = _owner(module, name)
+            owner._buffers[leaf] = None if one is None else one[0]
         return module
 
 

@@ -14,7 +14,8 @@ Merging several gives what activating them gives: both go through the same compo
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from operator import attrgetter
 from typing import Any, ClassVar
 
 import torch
@@ -26,6 +27,7 @@ from ..kernels.terms import Banks, Thin
 from .cheap_modules import CheapModule
 from .geometry import Geometry
 from .site import Op, Site
+from .tensors import Shown, Stored, TensorTable, fit_to_file
 
 declared: list[type[Method]] = []  # every class of this process, in the order of their creation
 listeners: list[Callable[[type[Method]], None]] = []  # told of each new one
@@ -41,42 +43,25 @@ class Method(CheapModule):
     summary: ClassVar[str] = ""  # one sentence
     formula: ClassVar[str] = ""
     paper: ClassVar[str] = ""
-    prefix: ClassVar[str] = ""  # the disk_path of upstream's parameter names
-    keys: ClassVar[dict[str, str]] = {}  # attribute -> key below the site's path; "" extends with the attribute's own
-    shared_keys: ClassVar[dict[str, str]] = {}  # attribute -> key below the model: one tensor for all sites
+    prefix: ClassVar[str] = ""  # the beginning of upstream's parameter names
+    tensors: ClassVar[Mapping[str, Stored]] = {}  # what it keeps: attribute -> how it is made, stored, joined and shown
+    table: TensorTable = TensorTable()  # the same by use; an instance may have one of its own
     takes_span: ClassVar[bool] = False  # `after(y, x, span)` is told which tokens the call holds: core/acting/span.py
-    identity: ClassVar[bool] = True  # a fresh adapter leaves the model's output as it is
-    optional: ClassVar[tuple[str, ...]] = ()  # attributes that a file may lack
-    unwritten: tuple[str, ...] = ()  # attributes that a file may hold, but that are not saved: another site's tensors
-    repeats: ClassVar[tuple[str, ...]] = ()  # starts of keys under which a file may hold a site's tensors once more
-    # Of a stack of matrices (experts), a file holds one tensor per key. key -> (axis of the matrix's number, axis that
-    # is then joined with the next); keys not named have that number first. `transposed`: the key that holds this
-    # key's transpose in a file about ΔWᵀ.
-    stacking: ClassVar[dict[str, tuple[int, int]]] = {}
-    transposed: ClassVar[dict[str, str]] = {}
-    # How tensors of several matrices become those of one that has them one above the other: key -> "rows" (one below
-    # the other) or "blocks" (along a diagonal). {}: that is not among what this method can hold.
-    joins: ClassVar[dict[str, str]] = {}
-    as_modules: tuple[str, ...] = ()  # parameters whose views have a `.weight` though their keys lack it
-    view_names: ClassVar[tuple[str, ...]] = ()  # further tensors that upstream's layer has, empty where none is held
-    view_attributes: ClassVar[tuple[str, ...]] = ()  # settings that upstream's layer shows, by adapter
-    assignable: ClassVar[tuple[str, ...]] = ()  # those of them that are read in every forward
-    dropout_name: ClassVar[str] = ""  # what upstream calls the module that is `dropout` here
-    form: str = ""
+    identity: bool = True  # a fresh adapter leaves the model's output as it is
+    shown: ClassVar[Shown] = Shown()  # how upstream's layer shows it: core/adapted/views.py
+    form: str = ""  # an instance may choose its own
+    channelwise: ClassVar[bool] = False  # a `before` that only scales channels: it commutes with any kernel
     plain_delta: ClassVar[bool] = False  # a delta that is added as this class does it
     replaced_names: tuple[str, ...] = ()  # for the form `replace`
     dropout: float = 0.0  # on the input of the added term, in training
     role: ClassVar[str] = "attention"  # what it targets when the config names nothing: see core/anatomy/roles.py
     examples: ClassVar[tuple[dict[str, Any], ...]] = ()  # config fields of the variants that the laws test
     test_noise: ClassVar[float] = 0.3  # how far tests move parameters from their start
+    _indexed_table: TensorTable = TensorTable()  # for layers that look rows up
     config: Any
     geometry: Geometry
     device: torch.device
     multiplier: float
-    companion: ClassVar[str] = ""  # the config field by which any other method brings this one along
-    wraps: ClassVar[str] = (
-        ""  # the config field that puts this method around any delta: made as cls(config, site, delta)
-    )
 
     def __init__(self, config: Any, site: Site) -> None:
         super().__init__()
@@ -86,6 +71,18 @@ class Method(CheapModule):
             device=site.device,  # where parameters of the meta device go when they get values
             multiplier=1.0,  # set_scale/scale_layer: a factor on the adapter's effect where it has one
         )
+        if site.geometry.indexed:
+            self.set(table=self._indexed_table)
+
+    def create(self, site: Site, given: Mapping[str, nn.Parameter] | None = None) -> None:
+        """Make the tensors whose shapes the table states; those in `given` are taken instead."""
+        for attr, shape, when in self.table.made:
+            if given and attr in given:
+                self._parameters[attr] = given[attr]
+            elif when is None or when(self):
+                self._parameters[attr] = site.empty(*shape(self))
+            else:
+                self.__dict__[attr] = None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -95,7 +92,9 @@ class Method(CheapModule):
         cls.plain_delta = (
             cls.form == "delta" and cls.add is Method.add and cls.term is Method.term and cls.dropped is Method.dropped
         )
-
+        if "tensors" in cls.__dict__ or "shown" in cls.__dict__:
+            cls.table = TensorTable.of(cls.tensors, cls.shown.empty)
+            cls._indexed_table = TensorTable.of(cls.tensors, cls.shown.empty, indexed=True)
         declared.append(cls)
         for told in listeners:
             told(cls)
@@ -115,26 +114,12 @@ class Method(CheapModule):
         return []
 
     @classmethod
-    def tokens_needed(cls, config: Any) -> int:
-        """How many word embeddings the base must have for what `config` asks, as far as the config says."""
-        return 0
-
-    @classmethod
-    def accompany(cls, config: Any, model: nn.Module) -> tuple[list[Any], Any]:
-        """For companions: (places, config of this method) for what `config` asks by the field `companion`."""
-        raise NotImplementedError(f"{cls.__name__}.accompany")
-
-    @classmethod
     def check(cls, config: Any, site: Site) -> None:
         """Raise `Refusal` when mathematics or the format rules this site out."""
-        if cls.needs_weight() and site.geometry.weightless:
+        if cls.form in ("delta", "weight", "before") and site.geometry.weightless:
             raise Refusal(
                 cls.peft_type, f"{site.path} ({site.layer})", "this module has no single weight matrix to change"
             )
-
-    @classmethod
-    def needs_weight(cls) -> bool:
-        return cls.form in ("delta", "weight", "before")
 
     @classmethod
     def shared_tensors(cls, config: Any, sites: list[Site], rng: torch.Generator) -> dict[str, nn.Parameter]:
@@ -152,11 +137,10 @@ class Method(CheapModule):
         """Whether there is such state."""
         return type(self).derive is not Method.derive
 
-    def loaded(self) -> None:
-        """Called after weights were read into this method (shapes may have changed through `resize`)."""
-
     def resize(self, state: dict[str, Tensor]) -> None:
-        """Adjust parameter shapes to a checkpoint's, where a method allows that (AdaLoRA's pruned ranks)."""
+        """Adjust parameter shapes to a checkpoint's tensors (by attribute), along the axes that the table leaves open."""
+        for attr, axis, more in self.table.flexible:
+            fit_to_file(attrgetter(attr)(self), state.get(attr), axis, more)
 
     # -- the one door ---------------------------------------------------------------------------------------------------
     def forward(self, stage: str, *args: Any) -> Any:
@@ -190,21 +174,16 @@ class Method(CheapModule):
             h = op.pointwise(h, f)
         return h
 
-    def thin(self, op: Op) -> Thin | None:
-        """ΔW as the two thin matrices that fused kernels run, where the term is just their product with the input.
+    def fused_term(self, op: Op) -> Thin | Banks | None:
+        """ΔW as what fused kernels run, where the term is just its product with the input: two thin matrices, or frozen
+        matrices with trained vectors between and after them.
 
         None where it is more than that: another chain of factors, a term or a dropout of the method's own.
         """
         if not self.plain_delta:
             return None
-        if (pair := self.two_factors()) is not None:
-            return Thin(*pair)
         factors = self.delta()
         return Thin(*factors) if len(factors) == 2 else None
-
-    def banks(self, op: Op) -> Banks | None:
-        """ΔW as two frozen matrices with trained vectors between and after them, for the form `delta`."""
-        return None
 
     def bias_change(self) -> Tensor | None:
         """What the forms `delta` and `weight` add to the bias, [out]."""
@@ -243,10 +222,6 @@ class Method(CheapModule):
         """For the form `replace`: the new value of each parameter this method changes."""
         return {name: self.replace(name, parameters[name]) for name in self.replaced_names}
 
-    def frozen(self) -> tuple[str, ...]:
-        """Names of parameters that never train (banks, indices)."""
-        return ()
-
     @property
     def shifts(self) -> bool:
         """Whether a part of its effect is a constant vector, which merges into a bias only."""
@@ -259,85 +234,10 @@ class Method(CheapModule):
             return type(self).fold is not Method.fold and not self.geometry.weightless
         return self.form != "prompt"
 
-    @property
-    def channelwise(self) -> bool:
-        """A `before` that only scales channels commutes with any kernel, so needs no detour through W."""
-        return False
-
-    def penalty(self) -> Tensor | None:
-        """A term this method adds to the loss in training (AdaLoRA's orthogonality, an L0 penalty)."""
-        return None
-
-    @classmethod
-    def total_penalty(cls, terms: list[Tensor], config: Any) -> Tensor:
-        """The sites' penalties as one number added to the loss."""
-        return torch.stack([t.to(terms[0].device) for t in terms]).sum()
-
-    @classmethod
-    def after_step(cls, methods: dict[str, Method], config: Any, global_step: int) -> None:
-        """Called once per optimiser step, after backward, with the adapter's methods by path (budget schedules)."""
-
-    # -- combining adapters into a new one: core/load/combine.py ---------------------------------------------------------------
-    def two_factors(self) -> tuple[Tensor, Tensor, float] | None:
-        """(A[r, fan_in], B[out, r], s) with ΔW = s·B A, for methods whose ΔW is any product of two thin matrices."""
-        return None
-
-    @classmethod
-    def pair_config(cls, config: Any, ranks: dict[str, int]) -> Any:
-        """A copy of `config` for adapters that hold any pair of the given ranks (path -> r) with ΔW = B A; or None."""
-        return None
-
-    @classmethod
-    def join(cls, config: Any, path: str, former: list[str]) -> None:
-        """Let `config` give the matrix at `path` what it gives the matrices `former` that lie in it: for `joins`."""
-
-    def set_pair(self, A: Tensor, B: Tensor, bias: Tensor | None) -> None:
-        """Become ΔW = B A, and `bias` added to the layer's; for the configs that `pair_config` returns."""
-        raise Refusal(self.peft_type, "a combination", "its ΔW is not any product of two matrices")
-
-    @classmethod
-    def blend(cls, methods: list[Method], weights: list[float]) -> dict[str, Tensor] | None:
-        """Parameters of the adapter whose effect is the weighted sum of these, where the effect is linear in them."""
-        return None
-
-    # -- as upstream's layers show it: core/adapted/views.py ------------------------------------------------------------------------
-    @property
-    def adapter_layer_names(self) -> tuple[str, ...]:
-        """Upstream's names of the tensors."""
-        heads = (k.partition(".")[0] for k in self.keys.values())
-        return tuple(dict.fromkeys((*heads, *self.as_modules, *self.view_names)))
-
-    @property
-    def other_param_names(self) -> tuple[str, ...]:
-        """Upstream's names of the settings."""
-        return (*self.view_attributes, *([self.dropout_name] if self.dropout_name else []))
-
-    def setting(self, name: str) -> Any:
-        """What upstream shows of a setting."""
-        return getattr(self, name)
-
-    def rescale(self, scaling: float) -> None:
-        """Make `scaling` this number, by the multiplier."""
-        self.multiplier = 1.0
-        own = getattr(self, "scaling", 0.0)
-        if not own and scaling:
-            raise ValueError(f"{self.peft_type}: a strength of 0 cannot be rescaled to {scaling}.")
-        self.multiplier = scaling / own if own else 1.0
-
-    # -- on disk ---------------------------------------------------------------------------------------------------------
-    def disk_keys(self) -> dict[str, str]:
-        """attribute path -> key below the site's path."""
-        return self.keys
-
     def stored(self, attr: str, tensor: Tensor) -> Tensor:
         """What the file holds of a tensor: all of it, unless the method leaves some out (pruned ranks)."""
         return tensor
 
-    def disk_shape(self, attr: str) -> tuple[int, ...] | None:
-        """The shape a tensor has in the file where it differs (one -1 allowed); None keeps it."""
-        return None
-
-    # -- counts -----------------------------------------------------------------------------------------------------------
     def rank(self) -> int | None:
         """The largest rank of the update of W, None when it is not a change of W."""
         return None

@@ -7,31 +7,44 @@ be lost, so written values go into what the hook loads from.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
-from typing import Any
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Protocol, TypeAlias
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+Source: TypeAlias = Mapping[str, Tensor]
 
 
-def on_device(module: nn.Module) -> Any:
+class Hook(Protocol):
+    """What of accelerate's hook is used here."""
+
+    offload: bool
+    weights_map: Source
+
+    def pre_forward(self, module: nn.Module) -> object: ...
+
+    def post_forward(self, module: nn.Module, output: None) -> object: ...
+
+
+def on_device(module: nn.Module) -> AbstractContextManager[None]:
     """A context in which offloaded weights at and below `module` are present."""
     if not any("_hf_hook" in m.__dict__ for m in module.modules()):
         return nullcontext()
     return present(module)
 
 
-class Written(Mapping[str, Any]):
+class Written(Mapping[str, Tensor]):
     """A hook's source of tensors with some of them replaced; never changed, so that an earlier one brings all back."""
 
-    source: Mapping[str, Any]
-    written: dict[str, torch.Tensor]
+    source: Source
+    written: dict[str, Tensor]
 
-    def __init__(self, source: Mapping[str, Any], written: dict[str, torch.Tensor]) -> None:
+    def __init__(self, source: Source, written: dict[str, Tensor]) -> None:
         self.source = source.source if isinstance(source, Written) else source
         self.written = {**source.written, **written} if isinstance(source, Written) else written
 
-    def __getitem__(self, name: str) -> Any:
+    def __getitem__(self, name: str) -> Tensor:
         return self.written[name] if name in self.written else self.source[name]
 
     def __iter__(self) -> Iterator[str]:
@@ -41,10 +54,10 @@ class Written(Mapping[str, Any]):
         return len(list(iter(self)))
 
 
-def hooks(module: nn.Module) -> list[Any]:
+def hooks(module: nn.Module) -> list[Hook]:
     """The module's own hooks that load its tensors for a forward."""
     held = getattr(module, "_hf_hook", None)
-    return [h for h in getattr(held, "hooks", (held,)) if getattr(h, "offload", False)]
+    return [h for h in getattr(held, "hooks", (held,)) if h is not None and getattr(h, "offload", False)]
 
 
 @contextmanager
@@ -67,7 +80,7 @@ def store(owner: nn.Module, names: list[str]) -> None:
     hook = getattr(owner, "_hf_hook", None)
     for h in getattr(hook, "hooks", (hook,)):
         source = getattr(h, "weights_map", None)
-        if source is None:
+        if h is None or source is None:
             continue
         tables = (owner._parameters, owner._buffers if getattr(h, "offload_buffers", False) else {})
         held = {n: t for table in tables for n in names if (t := table.get(n)) is not None}
@@ -75,12 +88,12 @@ def store(owner: nn.Module, names: list[str]) -> None:
         h.weights_map = Written(source, values)
 
 
-def sources(owner: nn.Module) -> list[tuple[Any, Any]]:
+def sources(owner: nn.Module) -> list[tuple[Hook, Source]]:
     """What `put_back` needs to undo `store`."""
     return [(h, h.weights_map) for h in hooks(owner)]
 
 
-def put_back(found: list[tuple[Any, Any]]) -> None:
+def put_back(found: list[tuple[Hook, Source]]) -> None:
     for hook, source in found:
         hook.weights_map = source
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +27,7 @@ class Site:
     layer: str = "layer"  # for messages
     shared: dict[str, nn.Parameter] = field(default_factory=dict)  # from Method.shared_tensors
     tied: str = ""  # the path of an earlier site of this method that holds the very same weight
-    config: Any = None  # the base model's config, where it has one
+    config: object = None  # the base model's config, where it has one
     embed: Callable[[Tensor], Tensor] | None = None  # for the whole model: its embeddings of token ids
     vocabulary: int = 0  # and how many ids there are
 
@@ -44,12 +44,28 @@ def _without_values(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     return torch.empty(shape, device="meta", dtype=dtype)
 
 
+class Runs(Protocol):
+    """What of a layer kind an `Op` uses."""
+
+    def op(self, module: nn.Module, x: Tensor, matrix: Tensor) -> Tensor: ...
+
+    def pointwise(self, h: Tensor, matrix: Tensor) -> Tensor: ...
+
+    def channels_last(self, t: Tensor) -> Tensor: ...
+
+    def channels_back(self, t: Tensor) -> Tensor: ...
+
+    def read(self, module: nn.Module) -> Tensor: ...
+
+    def bias(self, module: nn.Module) -> Tensor | None: ...
+
+
 class Op:
     """A layer's geometry as a method's `add` sees it: run another matrix, apply a channel matrix, read W."""
 
     __slots__ = ("base", "geometry", "kind")
 
-    def __init__(self, kind: Any, base: nn.Module, geometry: Geometry) -> None:
+    def __init__(self, kind: Runs, base: nn.Module, geometry: Geometry) -> None:
         self.kind, self.base, self.geometry = kind, base, geometry
 
     def __call__(self, x: Tensor, matrix: Tensor) -> Tensor:

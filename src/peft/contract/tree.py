@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .cheap_modules import CheapModule, Uncalled
+from .method import Method
 
 
 @dataclass
@@ -76,14 +77,14 @@ class Composite(Wrapper):
         """Path below the composite -> where the part hangs."""
         raise NotImplementedError(f"{type(self).__name__}.parts")
 
-    def to_disk(self, state: dict[str, Tensor], methods: dict[str, Any]) -> dict[str, Tensor]:
+    def to_disk(self, state: dict[str, Tensor], methods: dict[str, Method]) -> dict[str, Tensor]:
         """The parts' tensors (keys below the composite's disk_path) in upstream's layout; and back.
 
         methods: the adapter's method at each part, by the part's disk_path.
         """
         return state
 
-    def from_disk(self, state: dict[str, Tensor], methods: dict[str, Any]) -> dict[str, Tensor]:
+    def from_disk(self, state: dict[str, Tensor], methods: dict[str, Method]) -> dict[str, Tensor]:
         return state
 
     def __getattr__(self, name: str) -> Any:
@@ -104,7 +105,7 @@ def _bare(module: nn.Module) -> nn.Module:
 
 def named(
     module: nn.Module, table: str, name: str = "", held: str = "", seen: set[int] | None = None
-) -> Iterator[tuple[str, str, Any]]:
+) -> Iterator[tuple[str, str, Tensor]]:
     """(name in the base model, name as it hangs now, tensor) of all parameters or persistent buffers.
 
     The two names differ where adapters wrapped something inside `module`; their own tensors do not appear.

@@ -12,22 +12,24 @@ import importlib
 import pkgutil
 from collections.abc import Callable
 from functools import cache
-from typing import Any
+from typing import Any, TypeAlias
 
 from ..errors import near
 
+Start: TypeAlias = Callable[..., Any]  # of either sort
+
 
 @cache
-def table(which: str) -> dict[str, Callable[..., Any]]:
+def table(which: str) -> dict[str, Start]:
     """`name -> function` over all files here, for `which` in ("random", "from_weight")."""
-    found: dict[str, Callable[..., Any]] = {}
+    found: dict[str, Start] = {}
     for m in sorted(pkgutil.iter_modules(__path__), key=lambda m: m.name):
         found.update(getattr(importlib.import_module(f"peft.inits.{m.name}"), which, {}))
     return found
 
 
 @cache
-def find(value: bool | str) -> tuple[Callable[..., Any], str, bool]:
+def find(value: bool | str) -> tuple[Start, str, bool]:
     """(function, argument, whether it starts from W) for what `init_lora_weights` says."""
     name = value.lower() if isinstance(value, str) else "default" if value else "noise"
     for which in ("random", "from_weight"):

@@ -47,3 +47,21 @@ def unpack(bits: Tensor, shape: torch.Size) -> Tensor:
 def dropped(x: Tensor, keep: Tensor) -> Tensor:
     """x where kept, else 0; without the factor 1/(1 − p), which costs less on what is thinner."""
     return torch.where(keep, x, 0)
+
+
+def drop(x: Tensor, p: float) -> tuple[Tensor, Tensor | None, int, float]:
+    """(x where it is kept, the packed mask, its seed, the factor of what is kept)."""
+    if not p:
+        return x, None, 0, 1.0
+    seed = int(torch.randint(2**62, (1,)).item())
+    keep = draw(x.shape, p, seed, x.device)
+    bits = pack(keep) if x.device.type == "cpu" else None
+    return dropped(x, keep), bits, seed, 1 / (1 - rounded(p))
+
+
+def kept(x: Tensor, p: float, bits: Tensor | None, seed: int) -> tuple[Tensor | None, float]:
+    """The mask that `drop` drew for x, and its factor."""
+    if not p:
+        return None, 1.0
+    keep = draw(x.shape, p, seed, x.device) if bits is None else unpack(bits, x.shape)
+    return keep, 1 / (1 - rounded(p))

@@ -10,14 +10,15 @@ call share, so that copying into it stays in the cache; backward stacks anew and
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from . import triton_lowrank
-from .lowrank import MANY, Where, again
+from . import triton_launch
+from .lowrank import MANY
+from .node import Context, Where, again
 from .terms import Thin
 from .triton_rows import grouped_linear, runs_of
 
@@ -30,15 +31,15 @@ class Scratch:
 
     def __init__(self) -> None:
         self.held: Tensor | None = None
-        self.found: dict[tuple[Any, ...], tuple[list[Where], Any]] = {}
+        self.found: dict[tuple[object, ...], tuple[Sequence[Where], Any]] = {}
 
-    def of(self, find: Callable[[list[Where], torch.device], Found], where: list[Where], x: Tensor) -> Found:
+    def of(self, find: Callable[[Sequence[Where], torch.device], Found], where: Sequence[Where], x: Tensor) -> Found:
         """What `find` says of these rows, known by the objects that say where. They are kept, so that no other can take
         their place."""
         key = (find, x.device, *map(id, where))
         if key not in self.found:
             self.found[key] = where, find(where, x.device)
-        return self.found[key][1]  # type: ignore[no-any-return]
+        return self.found[key][1]
 
     def stack(self, factors: Sequence[Tensor], like: Tensor) -> Tensor:
         """The factors as one tensor of `like`'s dtype; valid until the next stack."""
@@ -61,14 +62,14 @@ def rows_linear(
     W: Tensor,
     b: Tensor | None,
     terms: list[Thin],
-    where: list[Where],
-    drop: list[float] | None,
+    where: Sequence[Where],
+    drop: Sequence[float] | None,
     scratch: Scratch,
 ) -> Tensor | None:
     """x[..., k] -> y[..., n] with the terms' own rows. None where neither the grouped kernels nor batched products take
     it: these want an even, ascending share of the rows each, and no dropout."""
     many = x.shape[:-1].numel() >= MANY
-    if terms and many and triton_lowrank.available(x) and len(set(drop or [0.0])) == 1:
+    if terms and many and triton_launch.available(x) and len(set(drop or [0.0])) == 1:
         runs = scratch.of(runs_of, where, x)
         if runs is not None and (y := grouped_linear(x, W, b, terms, runs, drop[0] if drop else 0.0)) is not None:
             return y
@@ -78,10 +79,10 @@ def rows_linear(
     flat = [f for t in terms for f in (t.A, t.B)]
     if not torch.is_grad_enabled():
         return _forward(x, W, b, terms[0].scale, share, scratch, *flat)[0]
-    return _Rows.apply(x, W, b, terms[0].scale, share, scratch, *flat)  # type: ignore[no-any-return]
+    return _Rows.apply(x, W, b, terms[0].scale, share, scratch, *flat)
 
 
-def share_of(where: list[Where], device: torch.device) -> tuple[int, int, int] | None:
+def share_of(where: Sequence[Where], device: torch.device) -> tuple[int, int, int] | None:
     """(first row, adapters, rows of each) where all have equally many, one adapter's after the other's."""
     if len(where) < 2 or not isinstance(first := where[0], slice):
         return None
@@ -120,16 +121,31 @@ def _forward(
     return y, h
 
 
+class Held(Context, Protocol):
+    s: float
+    share: tuple[int, int, int]
+    scratch: Scratch
+
+
 class _Rows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, *given: Any) -> Tensor:
-        y, h = _forward(*given)
-        x, W, _, ctx.s, ctx.share, ctx.scratch, *flat = given
+    def forward(
+        ctx: Held,
+        x: Tensor,
+        W: Tensor,
+        b: Tensor | None,
+        s: float,
+        share: tuple[int, int, int],
+        scratch: Scratch,
+        *flat: Tensor,
+    ) -> Tensor:
+        y, h = _forward(x, W, b, s, share, scratch, *flat)
+        ctx.s, ctx.share, ctx.scratch = s, share, scratch
         ctx.save_for_backward(x, W, h, *flat)
         return y
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Held, *grads: Tensor) -> tuple[Tensor | None, ...]:
         dy = grads[0].contiguous()
         x, W, h, *flat = ctx.saved_tensors
         share, scratch, s, needs = ctx.share, ctx.scratch, ctx.s, ctx.needs_input_grad
@@ -143,8 +159,7 @@ class _Rows(torch.autograd.Function):
                 at = torch.arange(first, first + n * rows, device=x.device)
                 return y.view(-1, len(W)).index_add(0, at, part.flatten(0, 1)).view(y.shape)
 
-            dx, *found = again(formula, (x, *flat), (needs[0], *needs[6:]), dy)
-            return dx, None, None, None, None, None, *found
+            return again(formula, (x, *flat), needs, dy)
         dys, xs = _part(dy, share), _part(x.contiguous(), share)
         dx = torch.matmul(dy, W) if needs[0] else None
         dB = torch.bmm(dys.mT, h * s) if any(needs[7::2]) else None

@@ -21,368 +21,17 @@ shapes, not of a timing.
 The mask is Philox4x32-10 with the seed as key and (column // 8, row) as counter. One draw gives 128 bits: eight columns
 of 16 bits, so p is rounded to 1/65536, and the cost of drawing stays below that of reading x. It depends on seed, row
 and column alone, so every kernel sees the same mask whatever its blocks.
-
-Triton is imported at first use. Under TRITON_INTERPRET=1 tensors on the CPU run through Triton's interpreter. The
-kernels use the language's primitives only, none of its library functions: these are bound to one mode when Triton is
-imported, while interpreted and compiled kernels may live side by side here.
 """
 
 from __future__ import annotations
 
-import functools
-import importlib.util
-import os
-import types
 from collections.abc import Sequence
-from contextlib import nullcontext
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-tl: Any = None  # triton.language in the kernels' own scope, see `_kernels`
-
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-
-
-# -- kernels -----------------------------------------------------------------------------------------------------------
-# Parameters in capitals are compile-time constants. `r`: rank. `w`: a weight, or with GROUPED an array of addresses of
-# weights of element type W_TYPE. RANK_ROWS: the weight is [rank, columns] like A, else [columns, rank] like B; w_row is
-# the distance of its rows (with GROUPED they are contiguous). A launch's first axis runs over tiles of rows: `chunk`
-# rows each, or with GROUPED what `tiles` lists, (adapter, first row, end row).
-
-
-def _tile(tiles, ranks, scales, T, r, scale, chunk, GROUPED: tl.constexpr):
-    pid = tl.program_id(0)
-    if GROUPED:
-        a = tl.load(tiles + 3 * pid)
-        s = scale
-        if scales is not None:
-            s = scale * tl.load(scales + a)
-        return a, tl.load(tiles + 3 * pid + 1), tl.load(tiles + 3 * pid + 2), tl.load(ranks + a), s
-    else:
-        return 0, pid * chunk, tl.minimum(pid * chunk + chunk, T), r, scale
-
-
-def _weight(w, a, j, c, r, columns, w_row, RANK_ROWS: tl.constexpr, GROUPED: tl.constexpr, W_TYPE: tl.constexpr):
-    """The weight's entries at ranks j and columns c, which broadcast against each other; zero outside."""
-    if GROUPED:
-        base = tl.multiple_of(tl.load(w + a).to(tl.pointer_type(W_TYPE)), 16)
-    else:
-        base = w
-    if RANK_ROWS:
-        at = j * (columns if GROUPED else w_row) + c
-    else:
-        at = c * (r if GROUPED else w_row) + j
-    return tl.load(base + at, mask=(j < r) & (c < columns), other=0.0)
-
-
-def _keep(seed_lo, seed_hi, rows, col, threshold, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Which entries of rows × (col..col + BLOCK_C) stay, [BLOCK_T, BLOCK_C] booleans; 8 divides col."""
-    k0 = seed_lo.to(tl.uint32, bitcast=True)
-    k1 = seed_hi.to(tl.uint32, bitcast=True)
-    group = (col // 8 + tl.arange(0, BLOCK_C // 8)).to(tl.uint32)
-    c0 = group[None, :] + tl.full([BLOCK_T, BLOCK_C // 8], 0, tl.uint32)
-    c1 = rows.to(tl.uint32)[:, None] + tl.full([BLOCK_T, BLOCK_C // 8], 0, tl.uint32)
-    c2 = tl.full([BLOCK_T, BLOCK_C // 8], 0, tl.uint32)
-    c3 = tl.full([BLOCK_T, BLOCK_C // 8], 0, tl.uint32)
-    m0 = tl.full([BLOCK_T, BLOCK_C // 8], 0xD2511F53, tl.uint32)
-    m1 = tl.full([BLOCK_T, BLOCK_C // 8], 0xCD9E8D57, tl.uint32)
-    for _ in tl.static_range(10):
-        high0 = tl.umulhi(m0, c0)
-        high1 = tl.umulhi(m1, c2)
-        low0 = tl.mul(m0, c0, sanitize_overflow=False)
-        low1 = tl.mul(m1, c2, sanitize_overflow=False)
-        c0 = high1 ^ c1 ^ k0
-        c1 = low1
-        c2 = high0 ^ c3 ^ k1
-        c3 = low0
-        k0 = tl.add(k0, 0x9E3779B9, sanitize_overflow=False)
-        k1 = tl.add(k1, 0xBB67AE85, sanitize_overflow=False)
-    # the draws of a group lie side by side in a thread, as the eight columns of a 16-byte load do
-    words = tl.reshape(tl.join(tl.join(c0, c1), tl.join(c2, c3)), [BLOCK_T, BLOCK_C // 2])
-    bits = tl.reshape(tl.join(words & 0xFFFF, words >> 16), [BLOCK_T, BLOCK_C])
-    return bits.to(tl.int32) >= threshold
-
-
-def _mask(out, T, k, seed_lo, seed_hi, threshold, scale, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr):
-    rows = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
-    col = tl.program_id(1) * BLOCK_C
-    c = col + tl.arange(0, BLOCK_C)
-    keep = _keep(seed_lo, seed_hi, rows, col, threshold, BLOCK_T, BLOCK_C)
-    at = rows.to(tl.int64)[:, None] * k + c[None, :]
-    value = tl.where(keep, scale, 0.0).to(out.dtype.element_ty)
-    tl.store(out + at, value, mask=(rows[:, None] < T) & (c[None, :] < k))
-
-
-def _shrink(
-    x, w, h, tiles, ranks, scales, T, k, r, R, x_row, w_row, span, scale, seed_lo, seed_hi, threshold,
-    RANK_ROWS: tl.constexpr, GROUPED: tl.constexpr, DROP: tl.constexpr, W_TYPE: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
-):  # fmt: skip
-    """h[part, T, R] = scale (M ⊙ x) wᵀ over the `span` columns of each part (the launch's second axis)."""
-    a, row0, row1, rank, s = _tile(tiles, ranks, scales, T, r, scale, BLOCK_T, GROUPED)
-    rows = row0 + tl.arange(0, BLOCK_T)
-    inside = (rows < row1)[:, None]
-    at = rows.to(tl.int64)[:, None]
-    j = tl.arange(0, BLOCK_R)[None, :]
-    part = tl.program_id(1)
-    acc = tl.full([BLOCK_T, BLOCK_R], 0.0, tl.float32)
-    for col in range(part * span, tl.minimum(part * span + span, k), BLOCK_C):
-        c = col + tl.arange(0, BLOCK_C)
-        xt = tl.load(x + at * x_row + c[None, :], mask=inside & (c[None, :] < k), other=0.0)
-        wt = _weight(w, a, j, c[:, None], rank, k, w_row, RANK_ROWS, GROUPED, W_TYPE)
-        if DROP:
-            xt = tl.where(_keep(seed_lo, seed_hi, rows, col, threshold, BLOCK_T, BLOCK_C), xt, 0.0).to(xt.dtype)
-        acc = tl.dot(xt, wt.to(xt.dtype), acc, input_precision=PRECISION)
-    out = h + part.to(tl.int64) * T * R + at * R + j
-    tl.store(out, (acc * s).to(h.dtype.element_ty), mask=inside & (j < R))
-
-
-def _expand(
-    y, h, w, tiles, ranks, scales, T, n, r, y_row, h_row, w_row, scale, seed_lo, seed_hi, threshold,
-    RANK_ROWS: tl.constexpr, GROUPED: tl.constexpr, DROP: tl.constexpr, W_TYPE: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr, STEP: tl.constexpr,
-):  # fmt: skip
-    """y += scale M ⊙ (h w) for w[rank, columns] (RANK_ROWS), y += scale h wᵀ for w[columns, rank]."""
-    a, row0, row1, rank, s = _tile(tiles, ranks, scales, T, r, scale, BLOCK_T, GROUPED)
-    rows = row0 + tl.arange(0, BLOCK_T)
-    inside = (rows < row1)[:, None]
-    at = rows.to(tl.int64)[:, None]
-    col = tl.program_id(1) * BLOCK_C
-    c = (col + tl.arange(0, BLOCK_C))[None, :]
-    yp = y + at * y_row + c
-    here = inside & (c < n)
-    yt = tl.load(yp, mask=here, other=0.0)
-    acc = tl.full([BLOCK_T, BLOCK_C], 0.0, tl.float32)
-    for start in range(0, BLOCK_R, STEP):  # in slices: a whole product of rank 256 does not fit into registers in fp32
-        j = start + tl.arange(0, STEP)
-        ht = tl.load(h + at * h_row + j[None, :], mask=inside & (j[None, :] < rank), other=0.0)
-        wt = _weight(w, a, j[:, None], c, rank, n, w_row, RANK_ROWS, GROUPED, W_TYPE)
-        acc = tl.dot(ht.to(yt.dtype), wt.to(yt.dtype), acc, input_precision=PRECISION)
-    change = acc * s
-    if DROP:
-        change = tl.where(_keep(seed_lo, seed_hi, rows, col, threshold, BLOCK_T, BLOCK_C), change, 0.0)
-    tl.store(yp, (yt.to(tl.float32) + change).to(yt.dtype), mask=here)
-
-
-def _both(
-    dy, h, w, dh, dw, tiles, ranks, scales, T, n, r, R, dy_row, h_row, w_row, span, scale,
-    GROUPED: tl.constexpr, W_TYPE: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
-):  # fmt: skip
-    """dh[part, T, R] = scale dy w over the part's columns, and dw[tile, n, R] = dyᵀ h over the tile's rows."""
-    a, row0, row1, rank, s = _tile(tiles, ranks, scales, T, r, scale, BLOCK_T, GROUPED)
-    rows = row0 + tl.arange(0, BLOCK_T)
-    inside = (rows < row1)[:, None]
-    at = rows.to(tl.int64)[:, None]
-    j = tl.arange(0, BLOCK_R)[None, :]
-    part = tl.program_id(1)
-    ht = tl.load(h + at * h_row + j, mask=inside & (j < rank), other=0.0).to(dy.dtype.element_ty)
-    dw_tile = dw + tl.program_id(0).to(tl.int64) * n * R
-    acc = tl.full([BLOCK_T, BLOCK_R], 0.0, tl.float32)
-    for col in range(part * span, tl.minimum(part * span + span, n), BLOCK_C):
-        c = col + tl.arange(0, BLOCK_C)
-        g = tl.load(dy + at * dy_row + c[None, :], mask=inside & (c[None, :] < n), other=0.0)
-        wt = _weight(w, a, j, c[:, None], rank, n, w_row, False, GROUPED, W_TYPE)
-        acc = tl.dot(g, wt.to(g.dtype), acc, input_precision=PRECISION)
-        dwt = tl.dot(tl.trans(g), ht, input_precision=PRECISION)
-        tl.store(dw_tile + c[:, None] * R + j, dwt, mask=(c[:, None] < n) & (j < R))
-    out = dh + part.to(tl.int64) * T * R + at * R + j
-    tl.store(out, (acc * s).to(dh.dtype.element_ty), mask=inside & (j < R))
-
-
-def _grad(
-    x, h, dw, dx, w, tiles, ranks, T, k, r, R, chunk, x_row, h_row, dx_row, w_row, scale, seed_lo, seed_hi, threshold,
-    RANK_ROWS: tl.constexpr, GROUPED: tl.constexpr, DROP: tl.constexpr, W_TYPE: tl.constexpr, PRECISION: tl.constexpr,
-    ADD: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
-):  # fmt: skip
-    """dw[tile, R, k] = scale hᵀ (M ⊙ x) over the tile's rows (or its transpose, [tile, k, R], without RANK_ROWS);
-    with ADD also dx += scale M ⊙ (h w)."""
-    a, row0, row1, rank, s = _tile(tiles, ranks, None, T, r, scale, chunk, GROUPED)
-    col = tl.program_id(1) * BLOCK_C
-    c = (col + tl.arange(0, BLOCK_C))[None, :]
-    j = tl.arange(0, BLOCK_R)
-    if ADD:
-        wt = _weight(w, a, j[:, None], c, rank, k, w_row, True, GROUPED, W_TYPE).to(x.dtype.element_ty)
-    acc = tl.full([BLOCK_R, BLOCK_C], 0.0, tl.float32)
-    for row in range(row0, row1, BLOCK_T):
-        rows = row + tl.arange(0, BLOCK_T)
-        inside = (rows < row1)[:, None]
-        at = rows.to(tl.int64)[:, None]
-        here = inside & (c < k)
-        xt = tl.load(x + at * x_row + c, mask=here, other=0.0)
-        ht = tl.load(h + at * h_row + j[None, :], mask=inside & (j[None, :] < rank), other=0.0).to(xt.dtype)
-        if DROP:
-            keep = _keep(seed_lo, seed_hi, rows, col, threshold, BLOCK_T, BLOCK_C)
-            xt = tl.where(keep, xt, 0.0).to(xt.dtype)
-        acc = tl.dot(tl.trans(ht), xt, acc, input_precision=PRECISION)
-        if ADD:
-            change = tl.dot(ht, wt, input_precision=PRECISION) * s
-            if DROP:
-                change = tl.where(keep, change, 0.0)
-            old = tl.load(dx + at * dx_row + c, mask=here, other=0.0)
-            tl.store(dx + at * dx_row + c, (old.to(tl.float32) + change).to(old.dtype), mask=here)
-    out = dw + tl.program_id(0).to(tl.int64) * k * R
-    if RANK_ROWS:
-        out = out + j[:, None] * k + c
-    else:
-        out = out + c * R + j[:, None]
-    tl.store(out, (acc * s).to(dw.dtype.element_ty), mask=(j[:, None] < R) & (c < k))
-
-
-def _total(part, out, first, scales, M, count, scale, GROUPED: tl.constexpr, BLOCK: tl.constexpr):
-    """out[a, M] = scale scales[a] Σ part[i, M] over i in first[a]..first[a + 1], in this order; else over all parts."""
-    a = tl.program_id(1)
-    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    inside = at < M
-    if GROUPED:
-        lo = tl.load(first + a)
-        hi = tl.load(first + a + 1)
-    else:
-        lo = a * 0
-        hi = count
-    s = scale
-    if scales is not None:
-        s = scale * tl.load(scales + a)
-    acc = tl.full([BLOCK], 0.0, tl.float32)
-    for i in range(lo, hi, 4):
-        for u in tl.static_range(4):  # four loads in flight
-            row = tl.full([BLOCK], 0, tl.int64) + (i + u)
-            acc += tl.load(part + row * M + at, mask=inside & (row < hi), other=0.0)
-    tl.store(out + a.to(tl.int64) * M + at, (acc * s).to(out.dtype.element_ty), mask=inside)
-
-
-HELPERS: tuple[Any, ...] = (_tile, _weight, _keep)
-KERNELS: tuple[Any, ...] = (_mask, _shrink, _expand, _both, _grad, _total)
-# values that change from call to call, which must not give a new kernel each
-FREE = ("seed_lo", "seed_hi", "threshold", "count")
-
-
-# -- building and launching --------------------------------------------------------------------------------------------
-@functools.cache
-def _kernels(interpret: bool) -> dict[str, Any]:
-    """The kernels of one mode, in a scope of their own where helpers and `tl` are that mode's."""
-    import triton.language
-
-    if interpret:
-        from triton.runtime.interpreter import InterpretedFunction
-    else:
-        from triton.runtime.jit import JITFunction
-
-    scope: dict[str, Any] = {"__name__": __name__, "__file__": __file__, "tl": triton.language}
-
-    def bound(fn: Any) -> Any:
-        copy = types.FunctionType(fn.__code__, scope, fn.__name__, fn.__defaults__)
-        copy.__annotations__, copy.__module__, copy.__qualname__ = fn.__annotations__, __name__, fn.__qualname__
-        return copy
-
-    for fn in HELPERS:
-        scope[fn.__name__] = bound(fn) if interpret else JITFunction(bound(fn))
-    for fn in KERNELS:
-        free = [name for name in FREE if name in fn.__code__.co_varnames[: fn.__code__.co_argcount]]
-        made = bound(fn)
-        scope[fn.__name__] = InterpretedFunction(made) if interpret else JITFunction(made, do_not_specialize=free)
-    return scope
-
-
-@functools.cache
-def _installed() -> bool:
-    if importlib.util.find_spec("triton") is None:
-        return False
-    try:
-        import triton.language  # noqa: F401
-    except Exception:  # a build for another platform: as good as none
-        return False
-    return True
-
-
-@functools.cache
-def _capable(index: int) -> bool:
-    return torch.cuda.get_device_capability(index) >= (8, 0)
-
-
-@functools.cache
-def _processors(device: torch.device) -> int:
-    """How many programs run side by side. The interpreter's number makes small tests split their sums, too."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
-
-
-def available(x: Tensor) -> bool:
-    """Whether the kernels take x: on a GPU with Triton installed, or interpreted under TRITON_INTERPRET=1.
-
-    The interpreter multiplies bfloat16 wrongly: numpy does not know the type.
-    """
-    if x.dtype not in DTYPES:
-        return False
-    if x.is_cuda:
-        return _installed() and _capable(x.device.index or 0)
-    interpreted = x.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
-    return interpreted and x.dtype != torch.bfloat16 and _installed()
-
-
-def _launch(name: str, grid: tuple[int, ...], like: Tensor, *args: Any, **constants: Any) -> None:
-    kernel = _kernels(not like.is_cuda)[name]
-    elsewhere = like.is_cuda and like.device.index != torch.cuda.current_device()
-    with torch.cuda.device(like.device) if elsewhere else nullcontext():
-        kernel[grid](*args, **constants)
-
-
-def _cdiv(a: int, b: int) -> int:
-    return -(-a // b)
-
-
-def _width(r: int) -> int:
-    """Ranks as the matrix units take them: a power of two, 16 or more."""
-    return max(16, 1 << (r - 1).bit_length())
-
-
-def _precision(like: Tensor) -> str:
-    """How fp32 is multiplied. Three TF32 products keep fp32's accuracy and use the matrix units."""
-    if not like.is_cuda or torch.version.hip is not None:
-        return "ieee"
-    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "tf32x3"
-
-
-def _type(dtype: torch.dtype) -> Any:
-    import triton.language as language
-
-    return {torch.float16: language.float16, torch.bfloat16: language.bfloat16, torch.float32: language.float32}[dtype]
-
-
-class Blocks(NamedTuple):
-    """A launch's tile of rows and columns, and the kernel's warps and pipeline stages."""
-
-    rows: int
-    columns: int
-    warps: int
-    stages: int
-
-
-def blocks(kernel: str, width: int, itemsize: int) -> Blocks:
-    """By padded rank and bytes an element: tiles that leave registers and shared memory for several programs at once.
-
-    Chosen by compiling for sm_80 and sm_90 and looking at registers, spills and shared memory.
-    """
-    wide = itemsize > 2
-    warps = 4 if width < 128 else 8
-    if kernel == "_both":
-        return Blocks(64, 32, 4, 2) if wide else Blocks(128, 64, 4, 3)
-    if kernel == "_expand":
-        return Blocks(64, 32 if wide else 64, 4, 2)
-    rows = 32 if wide and width > 64 and kernel == "_grad" else 64
-    columns = (32 if wide else 64) if width < 256 else (16 if wide else 32)
-    return Blocks(rows, columns, warps, 3 if kernel == "_shrink" and not wide else 2)
-
-
-def _drop(p: float, seed: int) -> tuple[bool, tuple[int, int, int], float]:
-    """(whether to drop, (seed's low and high half, threshold), 1/(1 − p)) with p as the 16 bits can say it."""
-    if p <= 0:
-        return False, (0, 0, 0), 1.0
-    threshold = min(round(p * 65536), 65536)
-    halves = [((seed >> shift) & 0xFFFFFFFF) for shift in (0, 32)]
-    lo, hi = (v - (1 << 32) if v >> 31 else v for v in halves)  # always int32, which keeps the kernel's type
-    return True, (lo, hi, threshold), 0.0 if threshold == 65536 else 65536 / (65536 - threshold)
+from .triton_launch import blocks, cdiv, drop_arguments, launch, padded_rank, precision, processors, triton_type
 
 
 # -- N adapters --------------------------------------------------------------------------------------------------------
@@ -452,7 +101,7 @@ class _Group(NamedTuple):
 
     def tiles(self, T: int, rows: int) -> tuple[int, Tensor | None, Tensor | None]:
         if self.segments is None:
-            return _cdiv(T, rows), None, None
+            return cdiv(T, rows), None, None
         table, first = self.segments.tiles(rows)
         return len(table), table, first
 
@@ -470,9 +119,9 @@ ONE = _Group(None, None, None)
 
 def _parts(tiles: int, columns: int, block: int, device: torch.device) -> tuple[int, int]:
     """(parts, columns in each): split a sum over columns until the device is busy, but not below eight blocks."""
-    wanted = max(1, min(2 * _processors(device) // max(tiles, 1), columns // (8 * block)))
-    span = _cdiv(_cdiv(columns, wanted), block) * block
-    return _cdiv(columns, span), span
+    wanted = max(1, min(2 * processors(device) // max(tiles, 1), columns // (8 * block)))
+    span = cdiv(cdiv(columns, wanted), block) * block
+    return cdiv(columns, span), span
 
 
 def _total_of(
@@ -481,8 +130,8 @@ def _total_of(
     """Add up partial sums part[count, ...] into out[...], or with `first` into out[N, ...]."""
     many = first is not None
     M = out[0].numel() if many else out.numel()
-    grid = (_cdiv(M, 512), out.shape[0] if many else 1)
-    _launch("_total", grid, part, part, out, first, scales, M, part.shape[0], scale, GROUPED=many, BLOCK=512)
+    grid = (cdiv(M, 512), out.shape[0] if many else 1)
+    launch("_total", grid, part, part, out, first, scales, M, part.shape[0], scale, GROUPED=many, BLOCK=512)
     return out
 
 
@@ -504,18 +153,18 @@ def _run_shrink(
     if not (T and k and R):
         return x.new_zeros(T, R)
     x, w = _by_rows(x), _by_rows(w)
-    width = _width(R)
+    width = padded_rank(R)
     b = blocks("_shrink", width, x.element_size())
     tiles, table, _ = group.tiles(T, b.rows)
     parts, span = _parts(tiles, k, b.columns, x.device)
-    drop, random, undo = _drop(p, seed)
+    drop, random, undo = drop_arguments(p, seed)
     h = group.fresh((T, R), T, x.dtype, x.device)
     out = h if parts == 1 else group.fresh((parts, T, R), T, torch.float32, x.device)
     if tiles:
-        _launch(
+        launch(
             "_shrink", (tiles, parts), x, x, w, out, table, group.ranks, group.scales, T, k, r, R, x.stride(0),
             w.stride(0), span, s * undo, *random, RANK_ROWS=rank_rows, GROUPED=group.segments is not None, DROP=drop,
-            W_TYPE=_type(w_type), PRECISION=_precision(x), BLOCK_T=b.rows, BLOCK_C=b.columns, BLOCK_R=width,
+            W_TYPE=triton_type(w_type), PRECISION=precision(x), BLOCK_T=b.rows, BLOCK_C=b.columns, BLOCK_R=width,
             num_warps=b.warps, num_stages=b.stages,
         )  # fmt: skip
     return h if parts == 1 else _total_of(out, h)
@@ -526,18 +175,18 @@ def _run_expand(
     w_type: torch.dtype,
 ) -> None:  # fmt: skip
     T, n = y.shape
-    width = _width(h.shape[1])
+    width = padded_rank(h.shape[1])
     b = blocks("_expand", width, y.element_size())
     tiles, table, _ = group.tiles(T, b.rows)
     if not (tiles and n and h.shape[1]):
         return
     _in_place(y)
     h, w = _by_rows(h), _by_rows(w)
-    drop, random, undo = _drop(p, seed)
-    _launch(
-        "_expand", (tiles, _cdiv(n, b.columns)), y, y, h, w, table, group.ranks, group.scales, T, n, r, y.stride(0),
+    drop, random, undo = drop_arguments(p, seed)
+    launch(
+        "_expand", (tiles, cdiv(n, b.columns)), y, y, h, w, table, group.ranks, group.scales, T, n, r, y.stride(0),
         h.stride(0), w.stride(0), s * undo, *random, RANK_ROWS=rank_rows, GROUPED=group.segments is not None, DROP=drop,
-        W_TYPE=_type(w_type), PRECISION=_precision(y), BLOCK_T=b.rows, BLOCK_C=b.columns, BLOCK_R=width,
+        W_TYPE=triton_type(w_type), PRECISION=precision(y), BLOCK_T=b.rows, BLOCK_C=b.columns, BLOCK_R=width,
         STEP=min(width, 64),        num_warps=b.warps, num_stages=b.stages,
     )  # fmt: skip
 
@@ -549,7 +198,7 @@ def _run_both(
     T, n = dy.shape
     R = h.shape[1]
     many = group.segments is not None
-    width = _width(R)
+    width = padded_rank(R)
     dy, h, B = _by_rows(dy), _by_rows(h), _by_rows(B)
     if width > 32 or not (
         T and n and R
@@ -563,10 +212,10 @@ def _run_both(
     dh_part = dh if parts == 1 else group.fresh((parts, T, R), T, torch.float32, dy.device)
     dB_part = torch.empty(tiles, n, R, dtype=torch.float32, device=dy.device)
     if tiles:
-        _launch(
+        launch(
             "_both", (tiles, parts), dy, dy, h, B, dh_part, dB_part, table, group.ranks, group.scales, T, n, r, R,
-            dy.stride(0), h.stride(0), B.stride(0), span, s, GROUPED=many, W_TYPE=_type(w_type),
-            PRECISION=_precision(dy), BLOCK_T=b.rows, BLOCK_C=b.columns, BLOCK_R=width, num_warps=b.warps,
+            dy.stride(0), h.stride(0), B.stride(0), span, s, GROUPED=many, W_TYPE=triton_type(w_type),
+            PRECISION=precision(dy), BLOCK_T=b.rows, BLOCK_C=b.columns, BLOCK_R=width, num_warps=b.warps,
             num_stages=b.stages,
         )  # fmt: skip
     if parts > 1:
@@ -583,29 +232,29 @@ def _run_grad(
     T, k = x.shape
     R = h.shape[1]
     many = group.segments is not None
-    shape = (R, k) if rank_rows else (k, R)
-    shape = (len(group.segments), *shape) if group.segments is not None else shape  # type: ignore[assignment]
+    shape: tuple[int, ...] = (R, k) if rank_rows else (k, R)
+    shape = (len(group.segments), *shape) if group.segments is not None else shape
     if not (T and k and R):
         return torch.zeros(shape, dtype=dtype, device=x.device)
     x, h, w = _by_rows(x), _by_rows(h), w if w is None else _by_rows(w)
     if dx is not None:
         _in_place(dx)
-    width = _width(R)
+    width = padded_rank(R)
     b = blocks("_grad", width, x.element_size())
-    across = _cdiv(k, b.columns)
-    wanted = max(1, min(2 * _processors(x.device) // across, _cdiv(T, 4 * b.rows)))
-    chunk = _cdiv(_cdiv(T, wanted), b.rows) * b.rows
+    across = cdiv(k, b.columns)
+    wanted = max(1, min(2 * processors(x.device) // across, cdiv(T, 4 * b.rows)))
+    chunk = cdiv(cdiv(T, wanted), b.rows) * b.rows
     tiles, table, first = group.tiles(T, chunk)
-    drop, random, undo = _drop(p, seed)
+    drop, random, undo = drop_arguments(p, seed)
     direct = tiles == 1 and not many
     out = torch.empty(shape, dtype=dtype, device=x.device)
     part = out if direct else torch.empty(tiles, k * R, dtype=torch.float32, device=x.device)
     if tiles:
-        _launch(
+        launch(
             "_grad", (tiles, across), x, x, h, part, dx, w, table, group.ranks, T, k, r, R, chunk, x.stride(0),
             h.stride(0), 0 if dx is None else dx.stride(0), 0 if w is None else w.stride(0),
             s * undo, *random, RANK_ROWS=rank_rows, GROUPED=many, DROP=drop,
-            W_TYPE=_type(w_type), PRECISION=_precision(x), ADD=dx is not None, BLOCK_T=b.rows, BLOCK_C=b.columns,
+            W_TYPE=triton_type(w_type), PRECISION=precision(x), ADD=dx is not None, BLOCK_T=b.rows, BLOCK_C=b.columns,
             BLOCK_R=width, num_warps=b.warps, num_stages=b.stages,
         )  # fmt: skip
     return out if direct else _total_of(part, out, 1.0, first, group.scales_of_segments())
@@ -649,11 +298,11 @@ def mask(
 ) -> Tensor:
     """M[..., k] = keep/(1 − p) as the kernels draw it; leading axes count as rows."""
     out = torch.ones(*shape, dtype=dtype, device=device)
-    drop, random, undo = _drop(p, seed)
+    drop, random, undo = drop_arguments(p, seed)
     if drop and out.numel():
         k = shape[-1]
         T = out.numel() // k
-        _launch("_mask", (_cdiv(T, 64), _cdiv(k, 64)), out, out, T, k, *random, undo, BLOCK_T=64, BLOCK_C=64)
+        launch("_mask", (cdiv(T, 64), cdiv(k, 64)), out, out, T, k, *random, undo, BLOCK_T=64, BLOCK_C=64)
     return out
 
 

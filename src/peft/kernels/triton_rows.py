@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from . import triton_lowrank
-from .lowrank import Where, _matrix, again_on_device
+from . import triton_launch, triton_lowrank
+from .lowrank import Spec, again_on_device
+from .node import Context, Where, matrix
 from .terms import Thin
 from .triton_lowrank import Segments
 
@@ -55,11 +56,11 @@ def grouped_linear(
     take something of it as it is not."""
     flat = [f for t in terms for f in (t.A, t.B)]
     one = flat[0]
-    if one.dtype not in triton_lowrank.DTYPES or any(
+    if one.dtype not in triton_launch.DTYPES or any(
         f.dtype is not one.dtype or f.device != x.device or not f.is_contiguous() or f.data_ptr() % 16 for f in flat
     ):
         return None
-    return _Grouped.apply(x, W, b, runs, tuple(float(t.scale) for t in terms), p, *flat)  # type: ignore[no-any-return]
+    return _Grouped.apply(x, W, b, runs, tuple(float(t.scale) for t in terms), p, *flat)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -88,10 +89,17 @@ def _tables(scales: tuple[float, ...], flat: Sequence[Tensor]) -> _Tables:
     )
 
 
+class Held(Context, Protocol):
+    runs: Segments
+    scales: tuple[float, ...]
+    p: float
+    seed: int
+
+
 class _Grouped(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
+        ctx: Held,
         x: Tensor,
         W: Tensor,
         b: Tensor | None,
@@ -103,22 +111,21 @@ class _Grouped(torch.autograd.Function):
         y = F.linear(x, W, b)
         seed = int(torch.randint(2**62, (1,)).item()) if p else 0
         t, weights = _tables(scales, flat), flat[0].dtype
-        h = triton_lowrank.grouped_shrink(_matrix(x), t.A, t.ranks, runs, t.widest, p, seed, weights)
+        h = triton_lowrank.grouped_shrink(matrix(x), t.A, t.ranks, runs, t.widest, p, seed, weights)
         triton_lowrank.grouped_expand_(y.view(-1, len(W)), h, t.B, t.ranks, t.scales, runs, weights)
         ctx.save_for_backward(x, W, h, *flat)
         ctx.runs, ctx.scales, ctx.p, ctx.seed = runs, scales, p, seed
         return y
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Held, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (dy,) = grads
         x, W, h, *flat = ctx.saved_tensors
         runs, needs = ctx.runs, ctx.needs_input_grad
         if torch.is_grad_enabled():
             spec = _spec(runs, ctx.scales, ctx.p, x.device)
-            dx, *found = again_on_device(spec, W, (x, *flat), (needs[0], *needs[6:]), dy)
-            return dx, None, None, None, None, None, *found
-        dy2, x2 = _matrix(dy), _matrix(x)
+            return again_on_device(spec, W, (x, *flat), needs, dy)
+        dy2, x2 = matrix(dy), matrix(x)
         dx = dy2 @ W if needs[0] else None
         t, kept = _tables(ctx.scales, flat), flat[0].dtype
         dA, dB = triton_lowrank.grouped_grads(
@@ -138,9 +145,7 @@ def _sum(parts: list[Tensor], like: Tensor) -> Tensor:
     return parts[0].contiguous() if len(parts) == 1 else torch.stack(parts).sum(0)
 
 
-def _spec(
-    runs: Segments, scales: tuple[float, ...], p: float, device: torch.device
-) -> tuple[tuple[float, float, Where], ...]:
+def _spec(runs: Segments, scales: tuple[float, ...], p: float, device: torch.device) -> Spec:
     """The terms with their rows, as `lowrank_linear` has them."""
     rows = [[torch.arange(0, device=device)] for _ in (*scales, 0.0)]
     for first, last, term in zip(runs.offsets, runs.offsets[1:], runs.terms, strict=False):

@@ -1,11 +1,4 @@
-"""nn.MultiheadAttention: a composite of its input projection and its output projection.
-
-    q, k, v = rows of W_in x + b_in      y = W_out softmax(q kᵀ/√d + mask) v + b_out
-
-The module reads its weights raw, so wrapping its children does nothing. The composite in its place calls the original
-while no adapter acts. Otherwise it computes attention between its two parts, which are layers like any other: a slice
-that stands for `in_proj_weight` (three slices where key and value have sizes of their own), and `out_proj`. Inputs
-are turned batch first on the way, so that the first axis of what the parts see is the rows of the batch.
+"""nn.MultiheadAttention, whose part in a model is taken by a composite of its projections.
 
 In eval, nn.TransformerEncoderLayer hands the raw weights of its children to one fused kernel, and nn.TransformerEncoder
 packs sequences for it. While an adapter acts below them, both take their ordinary path.
@@ -13,142 +6,21 @@ packs sequences for it. While an adapter acts below them, both take their ordina
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from ..contract.kind import LayerKind
-from ..contract.tree import Composite, Part
-from ..core.acting.adapted_layer import AdaptedLayer
+from ..contract.kind import Examples, LayerKind
+from ..contract.tree import Composite
+from .attention_between_parts import Attention, acts_below
 from .opaque import Opaque
-from .slice import WeightSlice
-
-
-class Attention(Composite):
-    """nn.MultiheadAttention with adapters on its projections."""
-
-    def __init__(self, base_layer: nn.MultiheadAttention) -> None:
-        super().__init__()
-        self.base_layer: nn.MultiheadAttention = base_layer
-        size = base_layer.embed_dim
-        if base_layer._qkv_same_embed_dim:
-            self.in_proj = WeightSlice(base_layer, "in_proj_weight", "in_proj_bias")
-        else:
-            for i, name in enumerate(("q_proj", "k_proj", "v_proj")):
-                rows = slice(i * size, (i + 1) * size)
-                part = WeightSlice(
-                    base_layer, f"{name}_weight", "in_proj_bias", bias_rows=rows, bias_size=3 * size
-                )  # fmt: skip
-                setattr(self, name, part)
-        self.training = base_layer.training
-
-    @property
-    def fused(self) -> bool:
-        return self.base_layer._qkv_same_embed_dim
-
-    def parts(self) -> dict[str, Part]:
-        found = {n: Part(self, n, "" if self.fused else n) for n in self._modules if n != "base_layer"}
-        return {**found, "out_proj": Part(self.base_layer, "out_proj", "base_layer.out_proj")}
-
-    def forward(self, query: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-        if acts_below(self):
-            return self._attend(query, *args, **kwargs)
-        return self.base_layer(query, *args, **kwargs)
-
-    def _attend(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        key_padding_mask: Tensor | None = None,
-        need_weights: bool = True,
-        attn_mask: Tensor | None = None,
-        average_attn_weights: bool = True,
-        is_causal: bool = False,
-    ) -> tuple[Tensor, Tensor | None]:
-        base = self.base_layer
-        if query.is_nested:
-            raise ValueError("Adapters on nn.MultiheadAttention take padded tensors with a mask, not nested ones.")
-        if is_causal and attn_mask is None:
-            raise RuntimeError("is_causal is a hint about attn_mask: pass the mask, too.")
-        batched = query.dim() == 3
-        first = not batched or base.batch_first
-        if not batched:
-            key_padding_mask = None if key_padding_mask is None else key_padding_mask[None]
-
-        def turn(t: Tensor) -> Tensor:  # [rows, positions, channels]
-            return t[None] if not batched else t if first else t.transpose(0, 1)
-
-        q, k, v = self._project(query, key, value, turn)
-        n, length, size = q.shape
-        heads, width = base.num_heads, base.head_dim
-
-        # the hint makes the mask superfluous where nothing else needs it
-        causal = is_causal and key_padding_mask is None and not need_weights
-        mask = None if causal or attn_mask is None else _additive(attn_mask, q.dtype)
-        if mask is not None:
-            mask = (
-                mask.unflatten(0, (n, heads)) if mask.dim() == 3 else mask
-            )  # [n, heads, length, keys] or [length, keys]
-        extra = 0  # learned or zero keys that every query may look at
-        if base.bias_k is not None and base.bias_v is not None:
-            k = torch.cat([k, base.bias_k.expand(n, 1, size)], 1)
-            v = torch.cat([v, base.bias_v.expand(n, 1, size)], 1)
-            extra += 1
-        if base.add_zero_attn:
-            k, v = F.pad(k, (0, 0, 0, 1)), F.pad(v, (0, 0, 0, 1))
-            extra += 1
-        if mask is not None:
-            mask = F.pad(mask, (0, extra))
-        if key_padding_mask is not None:
-            padding = F.pad(_additive(key_padding_mask, q.dtype), (0, extra))[:, None, None]  # [n, 1, 1, keys]
-            mask = padding if mask is None else mask + padding
-
-        q, k, v = (t.unflatten(2, (heads, width)).transpose(1, 2) for t in (q, k, v))  # [n, heads, positions, width]
-        dropout = base.dropout if self.training else 0.0
-        weights = None
-        if need_weights:
-            scores = q @ k.transpose(2, 3) * width**-0.5
-            weights = F.dropout(torch.softmax(scores if mask is None else scores + mask, -1), dropout)
-            y = weights @ v
-            weights = weights.mean(1) if average_attn_weights else weights
-            weights = weights if batched else weights[0]
-        else:
-            y = F.scaled_dot_product_attention(q, k, v, mask, dropout, causal)
-        y = base.out_proj(y.transpose(1, 2).reshape(n, length, size))
-        return (y[0] if not batched else y if first else y.transpose(0, 1)), weights
-
-    def _project(
-        self, query: Tensor, key: Tensor, value: Tensor, turn: Callable[[Tensor], Tensor]
-    ) -> tuple[Tensor, ...]:
-        """q, k, v. The fused projection runs once for each different input, which then takes its rows."""
-        if not self.fused:
-            return self.q_proj(turn(query)), self.k_proj(turn(key)), self.v_proj(turn(value))
-        done: list[tuple[Tensor, tuple[Tensor, ...]]] = []
-        for t in (query, key, value):
-            if not any(t is seen for seen, _ in done):
-                done.append((t, self.in_proj(turn(t)).chunk(3, -1)))
-        return tuple(next(rows for seen, rows in done if seen is t)[i] for i, t in enumerate((query, key, value)))
-
-
-def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """A mask that is added to the scores; of a boolean one, True hides."""
-    if mask.dtype == torch.bool:
-        return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(mask, float("-inf"))
-    return mask.to(dtype)
-
-
-def acts_below(module: nn.Module) -> bool:
-    return any(m.acting for m in module.modules() if isinstance(m, AdaptedLayer))
 
 
 class Unless:
     """A flag of a module, off while an adapter acts below it."""
 
-    def __init__(self, flag: Any, module: nn.Module) -> None:
+    def __init__(self, flag: object, module: nn.Module) -> None:
         self.flag, self.module = flag, module
 
     def __bool__(self) -> bool:
@@ -156,8 +28,6 @@ class Unless:
 
     def __eq__(self, other: object) -> bool:
         return bool(self.flag == other)
-
-    __hash__ = None  # type: ignore[assignment]
 
 
 # the flags that torch asks before it reads the weights of a block's children raw
@@ -171,26 +41,28 @@ class MultiheadAttention(Opaque):
     by_type = True
     summary = "nn.MultiheadAttention: its input and output projections"
     priority = 10
-    composes = True
     linear = False
 
-    def examples(self) -> dict[str, Callable[[], tuple[Any, ...]]]:
+    def examples(self) -> Examples:
         whole = {"target_modules": ["site"]}
-        first = {"batch_first": True}
 
         def sides(*sizes: int) -> tuple[Tensor, ...]:
             return tuple(torch.randn(4, 3 if i == 0 else 5, n) for i, n in enumerate(sizes))
 
         return {
-            "batch_first": lambda: (nn.MultiheadAttention(16, 4, **first), sides(16, 16, 16), whole),
+            "batch_first": lambda: (nn.MultiheadAttention(16, 4, batch_first=True), sides(16, 16, 16), whole),
             "sequence_first": lambda: (
                 SequenceFirst(nn.MultiheadAttention(16, 2, bias=False, add_bias_kv=True, add_zero_attn=True)),
                 torch.randn(4, 3, 16),
                 {"target_modules": ["attn"]},
             ),
-            "own_sizes": lambda: (nn.MultiheadAttention(16, 4, kdim=24, vdim=32, **first), sides(16, 24, 32), whole),
+            "own_sizes": lambda: (
+                nn.MultiheadAttention(16, 4, kdim=24, vdim=32, batch_first=True),
+                sides(16, 24, 32),
+                whole,
+            ),
             "encoder_layer": lambda: (
-                nn.TransformerEncoderLayer(16, 4, 24, dropout=0.0, **first),
+                nn.TransformerEncoderLayer(16, 4, 24, dropout=0.0, batch_first=True),
                 torch.randn(4, 3, 16),
                 {"target_modules": ["self_attn", "linear1"]},
             ),

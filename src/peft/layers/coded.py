@@ -7,7 +7,7 @@ that cost. A kind states how to decode, how to encode, and which dtype the model
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -17,63 +17,64 @@ from ..contract.geometry import Geometry, plain_geometry
 from ..contract.kind import LayerKind
 from ..contract.offload import on_device
 
+C = TypeVar("C", bound=nn.Linear)  # a coded layer
 
-class Quantised(LayerKind):
+
+class Quantised(LayerKind[C]):
     linear = True
     castable = False
     priority = 50
 
-    def geometry(self, module: nn.Module) -> Geometry:
-        out, inputs = int(module.out_features), int(module.in_features)  # type: ignore[arg-type]
-        return plain_geometry(out, inputs)
+    def geometry(self, module: C) -> Geometry:
+        return plain_geometry(int(module.out_features), int(module.in_features))
 
-    def op(self, module: nn.Module, x: Tensor, matrix: Tensor) -> Tensor:
+    def op(self, module: C, x: Tensor, matrix: Tensor) -> Tensor:
         return F.linear(x, matrix.to(x.dtype))
 
-    def decode(self, module: nn.Module) -> Tensor:
+    def decode(self, module: C) -> Tensor:
         """W~[out, fan_in] of a coded layer, in the model's dtype."""
         raise NotImplementedError(f"{type(self).__name__}.decode")
 
-    def encode(self, original: nn.Module, merged: nn.Linear) -> nn.Module:
+    def encode(self, original: C, merged: nn.Linear) -> nn.Module:
         """A layer in the format of `original` with the weight of `merged`."""
         raise NotImplementedError(f"{type(self).__name__}.encode")
 
-    def model_dtype(self, module: nn.Module) -> torch.dtype:
+    def model_dtype(self, module: C) -> torch.dtype:
         """The floating dtype that a coded layer takes and gives in its model: the dtype of the merged weight."""
         raise NotImplementedError(f"{type(self).__name__}.model_dtype")
 
-    def compute_dtype(self, module: nn.Module) -> torch.dtype:
+    def compute_dtype(self, module: C) -> torch.dtype:
         return self.model_dtype(module)
 
     # -- weights: of the coded layer, or of the plain one that a merge left in its place ------------------------------
-    def read(self, module: nn.Module) -> Tensor:
+    def read(self, module: C) -> Tensor:
         with on_device(module):
             return self.decode(module) if self.claims(module) else super().read(module)
 
-    def dtype(self, module: nn.Module) -> torch.dtype:
+    def dtype(self, module: C) -> torch.dtype:
         return self.compute_dtype(module) if self.claims(module) else super().dtype(module)
 
-    def parameters(self, module: nn.Module) -> dict[str, Tensor]:
+    def parameters(self, module: C) -> dict[str, Tensor]:
         bias = self.bias(module)
         W = self.read(module)
         return {"weight": W} if bias is None else {"weight": W, "bias": bias}
 
-    def buffers(self, module: nn.Module) -> dict[str, Tensor]:
+    def buffers(self, module: C) -> dict[str, Tensor]:
         return {}  # codes and scales: the weight, not a state of its own
 
-    def swappable(self, module: nn.Module) -> bool:
+    def swappable(self, module: C) -> bool:
         return False  # its parameters are codes
 
-    def keep(self, module: nn.Module, names: list[str]) -> Any:
+    def keep(self, module: C, names: list[str]) -> None:
         """Nothing: writing makes another layer and leaves this one as it is."""
 
-    def restore(self, module: nn.Module, kept: Any) -> nn.Module:
+    def restore(self, module: C, kept: object) -> nn.Module:
         return module
 
-    def untie(self, module: nn.Module, names: list[str], tied: frozenset[int] | set[int]) -> bool:
+    def untie(self, module: C, names: list[str], tied: frozenset[int] | set[int]) -> bool:
         return False
 
-    def write(self, module: nn.Module, values: dict[str, Tensor]) -> nn.Module:
+    def write(self, module: C, values: dict[str, Tensor]) -> nn.Module:
         """A floating-point layer with these values."""
         dtype, device = self.model_dtype(module), self.device(module)
         values = {**self.parameters(module), **values}
@@ -83,10 +84,11 @@ class Quantised(LayerKind):
             linear._parameters[name] = nn.Parameter(value.detach().to(device, dtype), requires_grad=False)
         return linear.train(module.training)
 
-    def requantize(self, original: nn.Module, merged: nn.Module) -> tuple[nn.Module, float]:
+    def requantize(self, original: C, merged: nn.Module) -> tuple[nn.Module, float]:
         """The merged weight coded again in the original's format, and the largest error that made in a weight."""
         assert isinstance(merged, nn.Linear)
         with torch.no_grad():
             coded = self.encode(original, merged).train(merged.training).requires_grad_(False)
-            error = (self.read(coded).float() - merged.weight.float()).abs().max()
+            W = self.read(coded)  # type: ignore[arg-type]
+            error = (W.float() - merged.weight.float()).abs().max()
         return coded, float(error)

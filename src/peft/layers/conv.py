@@ -7,16 +7,15 @@ With groups each output sees its own group's inputs only, so r shared channels d
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from math import prod
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.conv import _ConvNd
 
 from ..contract.geometry import Geometry
-from ..contract.kind import LayerKind
+from ..contract.kind import Examples, LayerKind
 
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -24,17 +23,18 @@ POINTWISE = (F.conv1d, F.conv2d, F.conv3d)
 DECONV = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
 
 
-class Conv(LayerKind):
+class Conv(LayerKind[_ConvNd]):
     by_type = True
 
     def __init__(self, axes: int) -> None:
-        self.axes, self.module_class = axes, CONVS[axes - 1]
-        self.name = f"conv{axes}d"  # type: ignore[misc]
-        self.summary = f"nn.Conv{axes}d: stride, dilation, groups and every padding mode"  # type: ignore[misc]
+        self.axes = axes
+        self.module_class: type[_ConvNd] = CONVS[axes - 1]
+        self.name = f"conv{axes}d"
+        self.summary = f"nn.Conv{axes}d: stride, dilation, groups and every padding mode"
 
-    def examples(self) -> dict[str, Callable[[], tuple[Any, ...]]]:
-        one = torch.randn(4, 8, 12) if self.axes == 1 else None
+    def examples(self) -> Examples:
         if self.axes == 1:
+            one = torch.randn(4, 8, 12)
             return {
                 "stride": lambda: (nn.Conv1d(8, 16, 3, stride=2, padding=1), one),
                 "same": lambda: (nn.Conv1d(8, 12, 3, padding="same", dilation=2, bias=False), one),
@@ -58,8 +58,7 @@ class Conv(LayerKind):
         # a subclass with a forward of its own may use W in any way (standardise it, say): only its output is known
         return isinstance(module, self.module_class) and type(module).forward is self.module_class.forward
 
-    def geometry(self, module: nn.Module) -> Geometry:
-        assert isinstance(module, (*CONVS, *TRANSPOSED))
+    def geometry(self, module: _ConvNd) -> Geometry:
         kernel = prod(module.kernel_size)
         return Geometry(
             out=module.out_channels,
@@ -70,8 +69,7 @@ class Conv(LayerKind):
             shape=tuple(module.kernel_size),
         )
 
-    def op(self, module: nn.Module, x: Tensor, matrix: Tensor) -> Tensor:
-        assert isinstance(module, CONVS)
+    def op(self, module: _ConvNd, x: Tensor, matrix: Tensor) -> Tensor:
         weight = matrix.to(x.dtype).reshape(len(matrix), -1, *module.kernel_size)
         return module._conv_forward(x, weight, None)
 
@@ -85,11 +83,11 @@ class Conv(LayerKind):
     def channels_back(self, t: Tensor) -> Tensor:
         return t.movedim(-1, -1 - self.axes)
 
-    def matrix(self, native: Tensor, module: nn.Module) -> Tensor:
+    def matrix(self, native: Tensor, module: _ConvNd) -> Tensor:
         return native.flatten(1)
 
-    def native(self, matrix: Tensor, module: nn.Module) -> Tensor:
-        return matrix.reshape(module.weight.shape)  # type: ignore[union-attr]
+    def native(self, matrix: Tensor, module: _ConvNd) -> Tensor:
+        return matrix.reshape(module.weight.shape)
 
 
 class ConvTranspose(Conv):
@@ -97,11 +95,11 @@ class ConvTranspose(Conv):
 
     def __init__(self, axes: int) -> None:
         super().__init__(axes)
-        self.module_class = TRANSPOSED[axes - 1]  # type: ignore[assignment]
-        self.name = f"conv_transpose{axes}d"  # type: ignore[misc]
-        self.summary = f"nn.ConvTranspose{axes}d"  # type: ignore[misc]
+        self.module_class = TRANSPOSED[axes - 1]
+        self.name = f"conv_transpose{axes}d"
+        self.summary = f"nn.ConvTranspose{axes}d"
 
-    def examples(self) -> dict[str, Callable[[], tuple[Any, ...]]]:
+    def examples(self) -> Examples:
         if self.axes == 1:
             return {"stride": lambda: (nn.ConvTranspose1d(8, 16, 3, stride=2), torch.randn(4, 8, 5))}
         if self.axes == 3:
@@ -114,8 +112,8 @@ class ConvTranspose(Conv):
             "groups": lambda: (nn.ConvTranspose2d(8, 16, (3, 2), groups=2), torch.randn(4, 8, 3, 3)),
         }
 
-    def op(self, module: nn.Module, x: Tensor, matrix: Tensor) -> Tensor:
-        assert isinstance(module, TRANSPOSED)
+    def op(self, module: _ConvNd, x: Tensor, matrix: Tensor) -> Tensor:
+        assert not isinstance(module.padding, str)
         return DECONV[self.axes - 1](
             x,
             self.native(matrix.to(x.dtype), module),
@@ -127,12 +125,12 @@ class ConvTranspose(Conv):
             module.dilation,
         )
 
-    def matrix(self, native: Tensor, module: nn.Module) -> Tensor:
+    def matrix(self, native: Tensor, module: _ConvNd) -> Tensor:
         g = self.geometry(module).groups
         per_group = native.flatten(2).unflatten(0, (g, -1))  # [g, in/g, out/g, kernel]
         return per_group.transpose(1, 2).flatten(2).flatten(0, 1)
 
-    def native(self, matrix: Tensor, module: nn.Module) -> Tensor:
+    def native(self, matrix: Tensor, module: _ConvNd) -> Tensor:
         """`matrix[k, in/groups · kernel]` for any k channels as `[in, k/groups, *kernel]`."""
         g = self.geometry(module)
         per_group = matrix.unflatten(1, (-1, g.kernel)).unflatten(0, (g.groups, -1))  # [g, k/g, in/g, kernel]

@@ -6,7 +6,6 @@ when merged. Adapter gradients are dense whatever the layer's `sparse` says: it 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,25 +13,25 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..contract.geometry import Geometry
-from ..contract.kind import LayerKind
+from ..contract.kind import Examples, LayerKind
 
 
 class ScaledEmbedding(nn.Embedding):
     """Word embeddings times a constant, as Gemma and BART have them: an example for the laws."""
 
-    def __init__(self, *args: Any, embed_scale: float) -> None:
-        super().__init__(*args)
+    def __init__(self, num: int, dim: int, padding_idx: int, embed_scale: float) -> None:
+        super().__init__(num, dim, padding_idx)
         self.embed_scale = embed_scale
 
     def forward(self, input: Tensor) -> Tensor:
         return super().forward(input) * self.embed_scale
 
 
-class Embedding(LayerKind):
+class Embedding(LayerKind[nn.Embedding]):
     name = "embedding"
     summary = "nn.Embedding with padding_idx, and scaled word embeddings (Gemma, BART and their like)"
 
-    def examples(self) -> dict[str, Callable[[], tuple[Any, ...]]]:
+    def examples(self) -> Examples:
         return {
             "tokens": lambda: (nn.Embedding(24, 16), _tokens()),
             "padding": lambda: (nn.Embedding(24, 16, padding_idx=0, sparse=True), _tokens()),
@@ -45,14 +44,12 @@ class Embedding(LayerKind):
         # subclasses that compute positions or normalise rows are no lookup of W by the input
         return type(module).forward is nn.Embedding.forward or _scale(module) is not None
 
-    def geometry(self, module: nn.Module) -> Geometry:
-        assert isinstance(module, nn.Embedding)
+    def geometry(self, module: nn.Embedding) -> Geometry:
         return Geometry(
             out=module.embedding_dim, fan_in=module.num_embeddings, inputs=module.embedding_dim, indexed=True
         )
 
-    def op(self, module: nn.Module, x: Tensor, matrix: Tensor) -> Tensor:
-        assert isinstance(module, nn.Embedding)
+    def op(self, module: nn.Embedding, x: Tensor, matrix: Tensor) -> Tensor:
         padding = (
             module.padding_idx if matrix.shape[1] == module.num_embeddings else None
         )  # else: another table's columns
@@ -62,16 +59,16 @@ class Embedding(LayerKind):
             return rows
         return rows * (scale.to(rows.dtype) if torch.is_tensor(scale) else scale)
 
-    def swappable(self, module: nn.Module) -> bool:
+    def swappable(self, module: nn.Embedding) -> bool:
         return not module.sparse
 
-    def matrix(self, native: Tensor, module: nn.Module) -> Tensor:
+    def matrix(self, native: Tensor, module: nn.Embedding) -> Tensor:
         return native.T
 
-    def native(self, matrix: Tensor, module: nn.Module) -> Tensor:
+    def native(self, matrix: Tensor, module: nn.Embedding) -> Tensor:
         return matrix.T
 
-    def absorb(self, module: nn.Module, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def absorb(self, module: nn.Embedding, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
         if b is None:
             return W, None
         scale = _scale(module)
@@ -90,15 +87,15 @@ class ClippedEmbedding(Embedding):
     summary = "nn.Embedding with max_norm"
     factored = False
 
-    def examples(self) -> dict[str, Callable[[], tuple[Any, ...]]]:
+    def examples(self) -> Examples:
         return {"max_norm": lambda: (nn.Embedding(24, 16, max_norm=3.0), _tokens())}
 
     def claims(self, module: nn.Module) -> bool:
         plain = isinstance(module, nn.Embedding) and type(module).forward is nn.Embedding.forward
         return plain and module.max_norm is not None
 
-    def run(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        assert isinstance(module, nn.Embedding) and module.max_norm is not None
+    def run(self, module: nn.Embedding, *args: Any, **kwargs: Any) -> Any:
+        assert module.max_norm is not None
         if module.weight.requires_grad:
             return module(*args, **kwargs)
         x = args[0] if args else kwargs["input"]
@@ -106,14 +103,14 @@ class ClippedEmbedding(Embedding):
         torch.embedding_renorm_(rows, torch.arange(len(rows), device=rows.device), module.max_norm, module.norm_type)
         return rows.reshape(*x.shape, -1)
 
-    def op(self, module: nn.Module, x: Tensor, matrix: Tensor) -> Tensor:
-        assert isinstance(module, nn.Embedding) and module.max_norm is not None
+    def op(self, module: nn.Embedding, x: Tensor, matrix: Tensor) -> Tensor:
+        assert module.max_norm is not None
         rows = super().op(module, x, matrix)
         norm = rows.norm(p=module.norm_type, dim=-1, keepdim=True).detach()  # a rewritten weight has no history
         return torch.where(norm > module.max_norm, rows * (module.max_norm / (norm + 1e-7)), rows)
 
 
-def _scale(module: nn.Module) -> Any:
+def _scale(module: nn.Embedding) -> Tensor | float | None:
     """The constant that a subclass with a forward of its own multiplies rows by; None for a plain lookup."""
     return None if type(module).forward is nn.Embedding.forward else getattr(module, "embed_scale", None)
 

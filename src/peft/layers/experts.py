@@ -1,139 +1,47 @@
-"""Stacks of experts in transformers' mixture-of-experts blocks: y_t = Σ_{e in top-k(t)} p_te · D_e g(U_e x_t).
+"""Stacks of experts in transformers' mixture-of-experts blocks, whose matrices become parts of their own.
 
 U[E, 2i, h] (or U[E, i, h] without a gate) and D[E, h, i] are single parameters, with inputs and outputs swapped where
-the block says `is_transposed`, and with stacked biases in some models. Each expert's matrix is a part of its own: the
-tokens routed to an expert go through its part, whose adapters add their factors, so the delta of a stack never exists.
-When no adapter acts, the block's own forward runs, by whatever implementation the model's config names.
+the block says `is_transposed`, and with stacked biases in some models.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
 from importlib.util import find_spec
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from ..contract.kind import LayerKind
+from ..contract.kind import Example, Examples, LayerKind
 from ..contract.tree import Composite
-from ..core.acting.adapted_layer import AdaptedLayer
-from ..core.acting.roster import Roster
-from ..errors import Refusal
-from .parameter import Stacked
-from .slice import WeightSlice
-
-DOWN = "down_proj"
+from .routed_experts import DOWN, Experts, SortedExperts
+from .weight_slice import WeightSlice
 
 
-class Experts(Stacked):
-    """Experts that are given tokens and their routing (`use_experts_implementation` in transformers)."""
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        roster = self.acting()
-        if roster is None:
-            return self.base_layer(*args, **kwargs)
-        if kwargs:
-            bound = inspect.signature(type(self.base_layer).forward).bind(self.base_layer, *args, **kwargs)
-            args = tuple(bound.arguments.values())[1:]
-        hidden, index, weights = args[:3]
-        x = hidden.reshape(-1, hidden.shape[-1])  # [T, h]
-        index, weights = index.reshape(x.shape[0], -1), weights.reshape(x.shape[0], -1)  # [T, k]
-        row = self.rows_of(roster, x.shape[0], x.device)
-        out = torch.zeros_like(x)
-        for e, token, weight in self._routes(index, weights):
-            chosen = x if token is None else x[token]
-            y = self.expert(e, chosen, row if row is None or token is None else row[token])
-            y = (y * weight[:, None]).to(out.dtype)
-            out = out + y if token is None else out.index_add(0, token, y)
-        return out.reshape(hidden.shape)
-
-    def _routes(self, index: Tensor, weights: Tensor) -> Iterator[tuple[int, Tensor | None, Tensor]]:
-        """(expert, its tokens, their weights); in a compiled graph, whose shapes are fixed, all tokens with weight 0
-        for those routed elsewhere. Indices past the last expert belong to other ranks."""
-        experts = len(self.of(DOWN))
-        if torch.compiler.is_compiling():
-            for e in range(experts):
-                yield e, None, (weights * (index == e)).sum(-1)
-            return
-        flat = index.reshape(-1)
-        order = torch.argsort(flat, stable=True)
-        ends = torch.bincount(flat, minlength=experts)[:experts].cumsum(0).tolist()
-        start = 0
-        for e, end in enumerate(ends):
-            if end > start:
-                pairs = order[start:end]
-                yield e, pairs // index.shape[1], weights.reshape(-1)[pairs]
-            start = end
-
-    def rows_of(self, roster: Roster, n: int, device: torch.device) -> Tensor | None:
-        """The batch row of each token, where rows have adapters of their own."""
-        return None if roster.mix.rows is None else roster.mix.rows.row_of(n, self.adapted()[0].path, device)
-
-    def expert(self, e: int, x: Tensor, row: Tensor | None) -> Tensor:
-        base: Any = self.base_layer
-        first = next(n for n in self.single if n != DOWN)
-        h = _through(self.of(first)[e], x, row)
-        h = base._apply_gate(h) if base.has_gate else base.act_fn(h)
-        y = _through(self.of(DOWN)[e], h, row)
-        return base.post_expert_norm(y) if getattr(base, "has_post_expert_norm", False) else y
-
-
-class SortedExperts(Experts):
-    """Experts that are each given all tokens, already weighted: x[E · T, h] (Llama 4)."""
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        roster = self.acting()
-        if roster is None:
-            return self.base_layer(*args, **kwargs)
-        hidden = args[0] if args else next(iter(kwargs.values()))
-        each = hidden.reshape(len(self.of(DOWN)), -1, hidden.shape[-1])  # [E, T, h]
-        rows = roster.mix.rows
-        if rows is not None and each.shape[1] % len(rows):
-            raise Refusal(
-                "adapter_names",
-                self.adapted()[0].path,
-                f"each expert sees {each.shape[1]} tokens, which {len(rows)} rows of a batch cannot share evenly",
-            )
-        row = self.rows_of(roster, each.shape[1], hidden.device)
-        out = torch.stack([self.expert(e, x, row) for e, x in enumerate(each)])
-        return out.reshape(-1, hidden.shape[-1])
-
-    def expert(self, e: int, x: Tensor, row: Tensor | None) -> Tensor:
-        first = next(n for n in self.single if n != DOWN)
-        gate, up = _through(self.of(first)[e], x, row).chunk(2, dim=-1)
-        return _through(self.of(DOWN)[e], up * self.base_layer.act_fn(gate), row)  # type: ignore[operator]
-
-
-def _through(part: nn.Module, x: Tensor, row: Tensor | None) -> Tensor:
-    return part(x, rows=row) if isinstance(part, AdaptedLayer) else part(x)
-
-
-class ExpertStack(LayerKind):
+class ExpertStack(LayerKind[nn.Module]):
     name = "experts"
     summary = "stacked expert parameters of transformers' mixture-of-experts blocks, by target_parameters"
     for_parameters = True
 
-    def examples(self) -> dict[str, Callable[[], tuple[Any, ...]]]:
+    def examples(self) -> Examples:
         if find_spec("transformers") is None:
             return {}
         target = {"target_parameters": ["site.gate_up_proj", "site.down_proj"]}
 
-        def make(model: str, implementation: str = "eager") -> tuple[Any, ...]:
+        def make(model: str, implementation: str = "eager") -> Example:
             import transformers
             from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
             from transformers.models.llama4.modeling_llama4 import Llama4TextExperts
             from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
-            sizes = {"hidden_size": 16, "intermediate_size": 24, "num_local_experts": 3}
-            cls, config = {
-                "mixtral": (MixtralExperts, transformers.MixtralConfig(**sizes)),
-                "gpt_oss": (GptOssExperts, transformers.GptOssConfig(**sizes)),
-                "llama4": (Llama4TextExperts, transformers.Llama4TextConfig(**sizes)),
+            block, config_class = {
+                "mixtral": (MixtralExperts, transformers.MixtralConfig),
+                "gpt_oss": (GptOssExperts, transformers.GptOssConfig),
+                "llama4": (Llama4TextExperts, transformers.Llama4TextConfig),
             }[model]
+            config = config_class(hidden_size=16, intermediate_size=24, num_local_experts=3)
             config._experts_implementation = implementation
-            layer = cls(config)
+            layer = block(config)
             for p in layer.parameters():
                 nn.init.normal_(p, std=0.2)
             if model == "llama4":
@@ -151,11 +59,11 @@ class ExpertStack(LayerKind):
     def claims(self, module: nn.Module) -> bool:
         return _first(module) is not None
 
-    def stand_in(self, module: Any) -> Composite:
+    def stand_in(self, module: nn.Module) -> Composite:
         first = _first(module)
         assert first is not None
         routed = hasattr(module, "has_gate")
-        transposed = module.is_transposed if routed else True
+        transposed = bool(module.is_transposed) if routed else True
         bias = routed and module.has_bias
         slices = {
             name: [

@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..contract.geometry import Geometry, plain_geometry
-from ..contract.kind import LayerKind
+from ..contract.kind import Examples, LayerKind
+
+if TYPE_CHECKING:
+    from transformers.pytorch_utils import Conv1D
 
 
-class GPT2Conv1D(LayerKind):
+class GPT2Conv1D(LayerKind["Conv1D"]):
     name = "gpt2_conv1d"
     by_type = True
     linear = True
     summary = "transformers' Conv1D, the linear layer of GPT-2 with its weight transposed"
 
-    def examples(self) -> dict[str, Callable[[], tuple[Any, ...]]]:
+    def examples(self) -> Examples:
         from transformers.pytorch_utils import Conv1D
 
         return {"sequence": lambda: (Conv1D(24, 16), torch.randn(4, 3, 16))}
@@ -30,17 +32,17 @@ class GPT2Conv1D(LayerKind):
         home = sys.modules.get("transformers.pytorch_utils")
         return home is not None and isinstance(module, home.Conv1D)
 
-    def geometry(self, module: nn.Module) -> Geometry:
-        inputs, out = module.weight.shape  # type: ignore[union-attr,misc]
+    def geometry(self, module: Conv1D) -> Geometry:
+        inputs, out = module.weight.shape
         return plain_geometry(int(out), int(inputs))
 
-    def op(self, module: nn.Module, x: Tensor, matrix: Tensor) -> Tensor:
+    def op(self, module: Conv1D, x: Tensor, matrix: Tensor) -> Tensor:
         return F.linear(x, matrix.to(x.dtype))
 
-    def matrix(self, native: Tensor, module: nn.Module) -> Tensor:
+    def matrix(self, native: Tensor, module: Conv1D) -> Tensor:
         return native.T
 
-    def native(self, matrix: Tensor, module: nn.Module) -> Tensor:
+    def native(self, matrix: Tensor, module: Conv1D) -> Tensor:
         return matrix.T
 
 

@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..contract.geometry import Geometry, plain_geometry
-from ..contract.kind import LayerKind
+from ..contract.kind import Examples, LayerKind
 
 
-class Linear(LayerKind):
+class Linear(LayerKind[nn.Linear]):
     name = "linear"
     by_type = True
     linear = True
     summary = "nn.Linear and its subclasses with a plain weight"
 
-    def examples(self) -> dict[str, Callable[[], tuple[Any, ...]]]:
+    def examples(self) -> Examples:
         return {
             "bias": lambda: (nn.Linear(16, 24), torch.randn(4, 16)),
             "sequence": lambda: (nn.Linear(16, 24, bias=False), torch.randn(4, 3, 16)),
@@ -28,13 +25,13 @@ class Linear(LayerKind):
     def claims(self, module: nn.Module) -> bool:
         return isinstance(module, nn.Linear)
 
-    def geometry(self, module: nn.Module) -> Geometry:
-        return plain_geometry(int(module.out_features), int(module.in_features))  # type: ignore[arg-type]
+    def geometry(self, module: nn.Linear) -> Geometry:
+        return plain_geometry(int(module.out_features), int(module.in_features))
 
-    def op(self, module: nn.Module, x: Tensor, matrix: Tensor) -> Tensor:
+    def op(self, module: nn.Linear, x: Tensor, matrix: Tensor) -> Tensor:
         return F.linear(x, matrix.to(x.dtype))
 
-    def as_linear(self, module: nn.Module) -> tuple[Tensor, Tensor | None] | None:
+    def as_linear(self, module: nn.Linear) -> tuple[Tensor, Tensor | None] | None:
         if type(module) is not nn.Linear or module._forward_hooks or module._forward_pre_hooks:
             return None
         held = module._parameters  # not by attribute: this runs in every call of every adapted layer

@@ -6,16 +6,15 @@ inside it; where that is not possible the width is 0, and methods that need it r
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from math import prod
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..contract import offload
 from ..contract.geometry import Geometry
-from ..contract.kind import LayerKind
+from ..contract.kind import Examples, LayerKind
 from ..contract.tree import tree
 
 WIDTHS = ("hidden_size", "d_model", "n_embd", "embed_dim")  # what blocks call the size of the residual stream
@@ -36,13 +35,13 @@ class DecoderBlock(nn.Module):
         return hidden_states + self.mlp(weights @ hidden_states), weights
 
 
-class Opaque(LayerKind):
+class Opaque(LayerKind[nn.Module]):
     name = "opaque"
     summary = "any module without a single weight matrix: decoder blocks, MLPs, attention, norms, heads"
     priority = -100  # what no other kind claims
     fresh_output = False
 
-    def examples(self) -> dict[str, Callable[[], tuple[Any, ...]]]:
+    def examples(self) -> Examples:
         return {
             "mlp": lambda: (nn.Sequential(nn.Linear(16, 32), nn.GELU(), nn.Linear(32, 16)), torch.randn(4, 3, 16)),
             "norm": lambda: (nn.LayerNorm(16), torch.randn(4, 3, 16)),
@@ -72,7 +71,7 @@ class Maps(Opaque):
     summary = "any module that ends in a 2-d or 3-d convolution or batch norm: its output has the channels second"
     priority = -99
 
-    def examples(self) -> dict[str, Callable[[], tuple[Any, ...]]]:
+    def examples(self) -> Examples:
         stage = (nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU())
         return {
             "stage": lambda: (nn.Sequential(*stage), torch.randn(4, 3, 5, 5)),
@@ -109,7 +108,7 @@ def last_sized(module: nn.Module) -> nn.Module | None:
     return last
 
 
-def stated(owner: Any, names: tuple[str, ...] = WIDTHS) -> int:
+def stated(owner: object, names: tuple[str, ...] = WIDTHS) -> int:
     return next((size for n in names if isinstance(size := getattr(owner, n, None), int)), 0)
 
 

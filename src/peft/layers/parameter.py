@@ -7,117 +7,23 @@ stack of matrices has a factored form has a kind of its own.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..contract.kind import LayerKind
+from ..contract.kind import Examples, LayerKind
 from ..contract.method import Method
 from ..contract.offload import on_device
-from ..contract.tree import Composite, Part
+from ..contract.tree import Composite
 from ..core.acting.adapted_layer import AdaptedLayer
 from ..core.acting.mix import BASE
-from ..core.acting.roster import Roster
 from ..core.anatomy.walk import kind_of
 from ..errors import Refusal
-from .slice import Slice, WeightSlice
-
-
-class Stacked(Composite):
-    """A stand-in whose parts are the matrices of some parameters: `name` for a 2-D one, `name[e]` for each of a stack.
-
-    On disk upstream nests one wrapper for each adapted parameter, in the module's order, the last one outermost: the
-    keys of the others stand below `base_layer.`, and the tensors of a stack are one tensor (`Method.stacking`).
-    """
-
-    def __init__(self, module: nn.Module, slices: dict[str, list[WeightSlice]]) -> None:
-        super().__init__()
-        self.base_layer = module
-        self.slices = nn.Module()
-        self.slices._modules.update({n: nn.ModuleList(s) for n, s in slices.items()})  # any name a parameter may have
-        self.single = {n: s[0].index is None for n, s in slices.items()}
-        self.flipped = False  # whether the file holds each ΔW transposed
-        self.training = module.training
-
-    def of(self, name: str) -> nn.ModuleList:
-        return self.slices._modules[name]  # type: ignore[return-value]
-
-    def part_names(self, name: str) -> list[str]:
-        return [name] if self.single[name] else [f"{name}[{e}]" for e in range(len(self.of(name)))]
-
-    def parts(self) -> dict[str, Part]:
-        return {
-            part: Part(self.of(name), str(e), part)
-            for name in self.single
-            for e, part in enumerate(self.part_names(name))
-        }
-
-    # -- which adapters act ---------------------------------------------------------------------------------------------
-    def adapted(self, name: str | None = None) -> list[AdaptedLayer]:
-        held = self.of(name) if name else [m for n in self.single for m in self.of(n)]  # type: ignore[union-attr]
-        return [m for m in held if isinstance(m, AdaptedLayer)]
-
-    def acting(self) -> Roster | None:
-        """The roster, if any of its acting adapters has something here."""
-        roster = next((x.roster for x in self.adapted() if x.acting), None)  # what is merged is in the parameter
-        if roster is None:
-            return None
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            roster.check_recompute()
-        return roster
-
-    # -- on disk ----------------------------------------------------------------------------------------------------------
-    def _nest(self, methods: dict[str, Method]) -> dict[str, str]:
-        present = [n for n in self.single if any(p in methods for p in self.part_names(n))]
-        return {n: "base_layer." * (len(present) - 1 - i) for i, n in enumerate(present)}
-
-    def to_disk(self, state: dict[str, Tensor], methods: dict[str, Method]) -> dict[str, Tensor]:
-        out = {}
-        for name, prefix in self._nest(methods).items():
-            parts = self.part_names(name)
-            like = methods[parts[0]]
-            for key in [k.removeprefix(parts[0] + ".") for k in state if k.startswith(parts[0] + ".")]:
-                tensors = [state[f"{p}.{key}"] for p in parts]
-                target = key
-                if self.flipped and key in like.transposed:
-                    target, tensors = like.transposed[key], [t.T for t in tensors]
-                out[prefix + target] = tensors[0] if self.single[name] else _stack(tensors, like.stacking.get(target))
-        return out
-
-    def from_disk(self, state: dict[str, Tensor], methods: dict[str, Method]) -> dict[str, Tensor]:
-        out = dict(state)
-        for name, prefix in self._nest(methods).items():
-            parts = self.part_names(name)
-            like = methods[parts[0]]
-            for key in like.disk_keys().values():
-                flip = self.flipped and key in like.transposed
-                source = like.transposed[key] if flip else key
-                whole = out.pop(prefix + source, None) if prefix + source in state else None
-                if whole is None:
-                    continue
-                tensors = [whole] if self.single[name] else _unstack(whole, len(parts), like.stacking.get(source))
-                out.update({f"{p}.{key}": t.T if flip else t for p, t in zip(parts, tensors, strict=True)})
-        return out
-
-
-def _stack(tensors: list[Tensor], how: tuple[int, int] | None) -> Tensor:
-    """One tensor with a new axis for the expert; `how`: (where that axis goes, which axis is joined with the next)."""
-    if how is None:
-        return torch.stack(tensors)
-    axis, joined = how
-    return torch.stack(tensors, axis).flatten(joined, joined + 1)
-
-
-def _unstack(whole: Tensor, experts: int, how: tuple[int, int] | None) -> Sequence[Tensor]:
-    if how is None:
-        return whole.unbind(0)
-    axis, joined = how
-    if whole.shape[joined] % experts:
-        raise ValueError(f"a stacked tensor of shape {tuple(whole.shape)} does not divide among {experts} experts")
-    sizes = (experts, -1) if axis == joined else (-1, experts)
-    return whole.unflatten(joined, sizes).unbind(axis)
+from .slice import Slice
+from .stacked import Stacked
+from .weight_slice import WeightSlice
 
 
 class RawSlice(WeightSlice):
@@ -133,7 +39,7 @@ class Raw(Slice):
     def claims(self, module: nn.Module) -> bool:
         return isinstance(module, RawSlice)
 
-    def admit(self, module: nn.Module, method: Method, path: str) -> None:
+    def admit(self, module: WeightSlice, method: Method, path: str) -> None:
         super().admit(module, method, path)
         where = f"{path} (a bare parameter)"
         if method.dropout:
@@ -159,16 +65,16 @@ class Swapped(Stacked):
         if not args:  # the input by name
             first, *names = kwargs
             args, kwargs = (kwargs[first],), {n: kwargs[n] for n in names}
-        x, *args = args  # type: ignore[assignment]
+        x, *others = args
         where = self.adapted()[0].path
-        if any(torch.is_tensor(a) for a in (*args, *kwargs.values())):
+        if any(torch.is_tensor(a) for a in (*others, *kwargs.values())):
             raise Refusal(
                 "adapter_names",
                 where,
                 "this block takes further tensors besides its input, which have no rows to split",
             )
         groups, undo = rows.groups(x.shape[0], where, x.device)
-        outs = [self._run(() if name == BASE else (name,), (x[index], *args), kwargs) for name, index in groups]
+        outs = [self._run(() if name == BASE else (name,), (x[index], *others), kwargs) for name, index in groups]
         if not torch.is_tensor(outs[0]):
             raise Refusal("adapter_names", where, "this block gives no single tensor whose rows could be put together")
         return torch.cat(outs)[undo]
@@ -194,13 +100,13 @@ class Swapped(Stacked):
         return out[0] if self.single[name] else torch.stack(out)
 
 
-class Parameter(LayerKind):
+class Parameter(LayerKind[nn.Module]):
     name = "parameter"
     summary = "a bare 2-D or 3-D parameter of any module, by target_parameters"
     for_parameters = True
     priority = -200
 
-    def examples(self) -> dict[str, Callable[[], tuple[Any, ...]]]:
+    def examples(self) -> Examples:
         two = {"target_parameters": ["site.first", "site.second"]}
         return {
             "two": lambda: (TwoMatrices(), torch.randn(4, 3, 16), two),

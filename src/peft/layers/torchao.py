@@ -7,27 +7,27 @@ shows are those of the decoded weight. The library is never imported here unless
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..contract.kind import Example, Examples
 from ..errors import Refusal
 from .coded import Quantised
 
 
-class TorchAO(Quantised):
+class TorchAO(Quantised[nn.Linear]):
     name = "torchao"
     summary = "nn.Linear with a weight quantised by torchao"
     tolerance = 1e-4  # weight-only: the forward is the dequantised layer's, up to the order of fp32 sums
 
-    def examples(self) -> dict[str, Callable[[], tuple[Any, ...]]]:
+    def examples(self) -> Examples:
         if find_spec("torchao") is None:
             return {}
 
-        def make(bits: int) -> tuple[Any, ...]:
+        def make(bits: int) -> Example:
             from torchao.quantization import Int8WeightOnlyConfig, IntxWeightOnlyConfig, PerGroup, quantize_
 
             layer = nn.Sequential(nn.Linear(32, 24))
@@ -41,15 +41,17 @@ class TorchAO(Quantised):
     def claims(self, module: nn.Module) -> bool:
         base = getattr(sys.modules.get("torchao.utils"), "TorchAOBaseTensor", None)
         weight = module._parameters.get("weight")
-        return base is not None and isinstance(module, nn.Linear) and isinstance(weight.data, base)  # type: ignore[union-attr]
+        return (
+            base is not None and isinstance(module, nn.Linear) and weight is not None and isinstance(weight.data, base)
+        )
 
-    def decode(self, module: Any) -> Tensor:
+    def decode(self, module: nn.Linear) -> Tensor:
         return module.weight.dequantize()
 
-    def model_dtype(self, module: Any) -> torch.dtype:
+    def model_dtype(self, module: nn.Linear) -> torch.dtype:
         return module.weight.dtype
 
-    def encode(self, original: Any, merged: nn.Linear) -> nn.Module:
+    def encode(self, original: nn.Linear, merged: nn.Linear) -> nn.Module:
         coded = nn.Linear(merged.in_features, merged.out_features, bias=False, device="meta")
         coded.bias = merged.bias
         coded.weight = nn.Parameter(_encode(original.weight.data, merged.weight.data), requires_grad=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -30,9 +31,13 @@ def examples_of(batch: Any) -> Iterator[Any]:
 def originals(model: nn.Module) -> dict[Method, Callable[[], dict[str, Tensor]]]:
     """For every method in a model: its module's own parameters, as the base has them."""
     return {
-        m: (lambda layer=layer: layer.kind.parameters(layer.base_layer))  # type: ignore[misc]
+        m: functools.partial(_parameters, layer)
         for layer in tree(model, wrappers=True)
         if isinstance(layer, AdaptedLayer)
         for methods in layer.methods.values()
         for m in methods
     }
+
+
+def _parameters(layer: AdaptedLayer) -> dict[str, Tensor]:
+    return layer.kind.parameters(layer.base_layer)

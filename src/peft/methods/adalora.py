@@ -15,9 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..config import require
+from ..config_fields import require
+from ..contract.capabilities import Penalised, Scheduled
 from ..contract.method import Method
 from ..contract.site import Site
+from ..contract.tensors import Shown, Stored
 from .lora import LoraConfig
 
 __all__ = ["AdaLoraConfig"]
@@ -68,19 +70,25 @@ class AdaLoraConfig(LoraConfig):
             warnings.warn(f"AdaLoRA makes no use of {', '.join(unused)}; the rank is `init_r`.", stacklevel=3)
 
 
-class AdaLora(Method):
+class AdaLora(Penalised, Scheduled, Method):
     peft_type = "ADALORA"
     config_class = AdaLoraConfig
     summary = "LoRA as a singular value decomposition whose ranks move to the layers that need them."
     formula = "W' = W + s·B diag(E) A / n"
     paper = "arXiv 2303.10512"
     prefix = "lora_"
-    keys = {"lora_A": "lora_A", "lora_B": "lora_B", "lora_E": "lora_E"}
+    tensors = {
+        "lora_A": Stored(shape="r fan_in"),
+        "lora_B": Stored(shape="out r"),
+        "lora_E": Stored(shape="r 1"),
+    }
+    shown = Shown(
+        settings=("r", "lora_alpha", "scaling", "ranknum"),
+        assignable=("lora_alpha",),
+        dropout="lora_dropout",
+        empty=("lora_embedding_A", "lora_embedding_B"),
+    )
     role = "every_linear"
-    view_names = ("lora_embedding_A", "lora_embedding_B")
-    view_attributes = ("r", "lora_alpha", "scaling", "ranknum")
-    assignable = ("lora_alpha",)
-    dropout_name = "lora_dropout"
     examples = (
         {"init_r": 4, "target_r": 2, "total_step": 10},
         {"init_r": 4, "target_r": 2, "total_step": 10, "lora_dropout": 0.1, "use_dora": True},

@@ -12,10 +12,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..config import TunerConfig, require
+from ..config import TunerConfig
+from ..config_fields import require
 from ..contract.method import Method
+from ..contract.refusals import refusal
 from ..contract.site import Op, Site
-from ..errors import Refusal
+from ..contract.tensors import Shown, Stored
+from ..maths.rotations import butterfly, cayley, identity_like
 
 __all__ = ["BOFTConfig"]
 
@@ -57,40 +60,44 @@ class BOFT(Method):
     formula = "W' = s ⊙ (W Bᵀ), B = ∏ P_i blockdiag(Cayley(R_i)) P_iᵀ"
     paper = "arXiv 2311.06243"
     prefix = "boft_"
-    keys = {"boft_R": "boft_R", "boft_s": "boft_s"}
+    tensors = {
+        # where upstream finds no CUDA compiler it trains and saves one factor, whatever the config asks for
+        "boft_R": Stored(
+            shape="config.boft_n_butterfly_factor boft_block_num boft_block_size boft_block_size", shrinks=0
+        ),
+        "boft_s": Stored(shape="out", disk="-1 1", kernel="1 -1"),
+    }
+    shown = Shown(settings=("boft_block_size", "boft_block_num"))
     examples = (
         {"boft_block_size": 4},
         {"boft_block_size": 2, "boft_n_butterfly_factor": 2, "boft_dropout": 0.5},
         {"boft_block_size": 0, "boft_block_num": 2},
     )
-    view_attributes = ("boft_block_size", "boft_block_num")
 
     def __init__(self, config: BOFTConfig, site: Site) -> None:
         super().__init__(config, site)
         width = site.geometry.width
         self.boft_block_size: int = config.boft_block_size or width // config.boft_block_num
         self.boft_block_num = width // self.boft_block_size
-        b = self.boft_block_size
-        self.boft_R = site.empty(config.boft_n_butterfly_factor, self.boft_block_num, b, b)
-        self.boft_s = site.empty(site.geometry.out)
-        self.identity = config.init_weights  # type: ignore[misc]
+        self.create(site)
+        self.identity = config.init_weights
 
     @classmethod
     def check(cls, config: BOFTConfig, site: Site) -> None:
         super().check(config, site)
-        width, where = site.geometry.width, f"{site.path} ({site.layer})"
+        width = site.geometry.width
         field = "boft_block_size" if config.boft_block_size else "boft_block_num"
         value = getattr(config, field)
         if width % value:
-            raise Refusal(cls.peft_type, where, f"its input width {width} must be divisible by {field} ({value})")
+            raise refusal(cls, site, f"its input width {width} must be divisible by {field} ({value})")
         b = config.boft_block_size or width // config.boft_block_num
         furthest = 2 ** (config.boft_n_butterfly_factor - 1)
         if b == 1:
-            raise Refusal(cls.peft_type, where, "blocks of size 1 cannot rotate: choose larger blocks")
+            raise refusal(cls, site, "blocks of size 1 cannot rotate: choose larger blocks")
         if furthest > 1 and (b % 2 or (width // b) % furthest):
-            raise Refusal(
-                cls.peft_type,
-                where,
+            raise refusal(
+                cls,
+                site,
                 f"{config.boft_n_butterfly_factor} butterfly factors need an even block size (here {b}) and a number of "
                 f"blocks (here {width // b}) that {furthest} divides",
             )
@@ -104,39 +111,20 @@ class BOFT(Method):
             self.boft_R.normal_(0, 0.1, generator=rng)
             self.boft_s.normal_(1, 0.1, generator=rng)
 
-    def resize(self, state: dict[str, Tensor]) -> None:
-        """Where upstream finds no CUDA compiler it trains and saves one factor, whatever the config asks for."""
-        stored = state.get("boft_R")
-        if stored is not None and stored.shape[1:] == self.boft_R.shape[1:] and len(stored) < len(self.boft_R):
-            self.boft_R = torch.nn.Parameter(self.boft_R.detach()[: len(stored)].clone())
-
     def rotations(self) -> Tensor:
         """The blocks of every factor, [m, blocks, b, b]."""
         R = self.boft_R
-        A = (R - R.mT) / 2
-        eye = torch.eye(R.shape[-1], device=R.device, dtype=R.dtype).expand_as(A)
-        Q = torch.linalg.solve(eye + A, eye - A, left=False)
+        Q = cayley((R - R.mT) / 2)
         if self.training and (left_out := int(self.config.boft_dropout * R.shape[1])):
             kept = (torch.randperm(R.shape[1], device=R.device) >= left_out)[:, None, None]
             factor = torch.randint(len(R), (1,), device=R.device)
             other = torch.arange(len(R), device=R.device)[:, None, None, None] != factor
-            Q = torch.where(kept | other, Q, eye)
+            Q = torch.where(kept | other, Q, identity_like(Q))
         return Q
 
     def rotate(self, rows: Tensor) -> Tensor:
         """rows Bᵀ for rows[..., width], factor by factor."""
-        Q = self.rotations().to(rows.dtype)
-        n, b = rows.shape[-1], self.boft_block_size
-        order = torch.arange(n, device=rows.device)
-        for i, blocks in enumerate(Q):
-            if i:  # halves of blocks that are 2^i apart come together: even halves first, then odd ones
-                perm = order.view(-1, 2**i, 2, b // 2).transpose(1, 2).reshape(n)
-                back = torch.argsort(perm)
-                rows = torch.einsum("...nk,nck->...nc", rows[..., back].unflatten(-1, (-1, b)), blocks).flatten(-2)
-                rows = rows[..., perm]
-            else:
-                rows = torch.einsum("...nk,nck->...nc", rows.unflatten(-1, (-1, b)), blocks).flatten(-2)
-        return rows
+        return butterfly(rows, self.rotations().to(rows.dtype))
 
     def weight(self, W: Tensor) -> Tensor:
         turned = self.rotate(W.T).T if self.geometry.indexed else self.rotate(W)
@@ -147,11 +135,6 @@ class BOFT(Method):
             return super().add(x, y, op)
         base = op(x, op.read())  # the looked-up rows, not the whole table
         return y + (self.boft_s.to(y.dtype) * self.rotate(base) - base).to(y.dtype)
-
-    def disk_shape(self, attr: str) -> tuple[int, ...] | None:
-        if attr == "boft_s":
-            return (1, -1) if self.geometry.shape else (-1, 1)
-        return None
 
     def rank(self) -> int:
         return min(self.geometry.out, self.geometry.width)

@@ -10,7 +10,6 @@ the identity. f is not linear, so nothing merges.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -18,25 +17,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..config import TunerConfig, require
+from ..config import TunerConfig
+from ..config_fields import one_of, require
 from ..contract.method import Method
+from ..contract.refusals import refusal, require_channels
 from ..contract.site import Site
-from ..core.anatomy.roles import default_targets
+from ..contract.tensors import Stored
 from ..errors import Refusal
+from ..maths.networks import ACTIVATIONS, affine
 
 __all__ = ["BottleneckConfig"]
-
-NON_LINEARITIES: dict[str, Callable[[Tensor], Tensor]] = {
-    "relu": F.relu,
-    "gelu": F.gelu,
-    "gelu_new": lambda h: F.gelu(h, approximate="tanh"),
-    "silu": F.silu,
-    "swish": F.silu,
-    "tanh": torch.tanh,
-    "leaky_relu": F.leaky_relu,
-    "linear": lambda h: h,
-}
-STARTS = ("bert", "mam", "lora")
 
 
 @dataclass
@@ -70,8 +60,8 @@ class BottleneckConfig(TunerConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         one_of(self, "variant", self.roles)
-        one_of(self, "non_linearity", NON_LINEARITIES)
-        one_of(self, "init_weights", STARTS)
+        one_of(self, "non_linearity", ACTIVATIONS)
+        one_of(self, "init_weights", ("bert", "mam", "lora"))
         if isinstance(self.scaling, str):
             one_of(self, "scaling", ("learned", "gated"))
         if self.bottleneck_size is not None:
@@ -79,15 +69,24 @@ class BottleneckConfig(TunerConfig):
         require(self, "reduction_factor", 1e-6)
         require(self, "dropout", 0, 1)
 
+    @property
+    def role(self) -> str:
+        return self.roles[self.variant]
+
     def size(self, width: int) -> int:
         """b for inputs of `width` channels."""
         return self.bottleneck_size or max(1, int(width / self.reduction_factor))
 
 
-def one_of(config: Any, name: str, allowed: Any) -> None:
-    value = getattr(config, name)
-    if value not in allowed:
-        raise ValueError(f"`{name}` should be one of {', '.join(map(repr, allowed))} but the value passed is {value!r}")
+BESIDE_THE_MATRICES = {
+    "adapter_down_bias": Stored("adapter_down.bias", "size"),
+    "adapter_up_bias": Stored("adapter_up.bias", "out"),
+    "adapter_scaling": Stored(shape="1", when="learned"),
+    "adapter_gate": Stored("adapter_gate.weight", "1 channels", when="gated"),
+    "adapter_gate_bias": Stored("adapter_gate.bias", "1", when="gated"),
+    "adapter_norm": Stored("adapter_norm.weight", "channels", when="config.layer_norm"),
+    "adapter_norm_bias": Stored("adapter_norm.bias", "channels", when="config.layer_norm"),
+}
 
 
 class Bottleneck(Method):
@@ -97,16 +96,10 @@ class Bottleneck(Method):
     formula = "y ← y + s·W_up f(W_down h), h = y, or x in parallel"
     paper = "arXiv 1902.00751, 2005.00247, 2110.04366"
     prefix = "adapter_"
-    keys = {
-        "adapter_down": "adapter_down.weight",
-        "adapter_up": "adapter_up.weight",
-        "adapter_down_bias": "adapter_down.bias",
-        "adapter_up_bias": "adapter_up.bias",
-        "adapter_scaling": "adapter_scaling",
-        "adapter_gate": "adapter_gate.weight",
-        "adapter_gate_bias": "adapter_gate.bias",
-        "adapter_norm": "adapter_norm.weight",
-        "adapter_norm_bias": "adapter_norm.bias",
+    tensors: ClassVar[dict[str, Stored]] = {
+        "adapter_down": Stored("adapter_down.weight", "size channels"),
+        "adapter_up": Stored("adapter_up.weight", "out size"),
+        **BESIDE_THE_MATRICES,
     }
     examples: ClassVar[tuple[dict[str, Any], ...]] = (
         {"bottleneck_size": 4, "scaling": 2.0},
@@ -114,24 +107,29 @@ class Bottleneck(Method):
         {"bottleneck_size": 4, "variant": "parallel", "scaling": "gated", "init_weights": "mam"},
     )
 
+    adapter_down: Tensor
+    adapter_up: Tensor
+    adapter_down_bias: Tensor
+    adapter_up_bias: Tensor
+    adapter_scaling: Tensor | None
+    adapter_gate: Tensor | None
+    adapter_gate_bias: Tensor | None
+    adapter_norm: Tensor | None
+    adapter_norm_bias: Tensor | None
+
     def __init__(self, config: BottleneckConfig, site: Site) -> None:
         super().__init__(config, site)
         g = site.geometry
         self.parallel = config.variant == "parallel"
-        self.width = g.inputs if self.parallel else g.out
-        self.size = config.size(self.width)
+        self.channels = g.inputs if self.parallel else g.out
+        self.size = config.size(self.channels)
         self.make(site)
-        self.adapter_down_bias, self.adapter_up_bias = site.empty(self.size), site.empty(g.out)
-        gated, learned = config.scaling == "gated", config.scaling == "learned"
-        self.adapter_scaling = site.empty(1) if learned else None
-        self.adapter_gate = site.empty(1, self.width) if gated else None
-        self.adapter_gate_bias = site.empty(1) if gated else None
-        self.adapter_norm = site.empty(self.width) if config.layer_norm else None
-        self.adapter_norm_bias = site.empty(self.width) if config.layer_norm else None
+        self.gated, self.learned = config.scaling == "gated", config.scaling == "learned"
+        self.create(site)
 
     # -- the two matrices: what the PHM adapters state in another way -------------------------------------------------
     def make(self, site: Site) -> None:
-        self.adapter_down, self.adapter_up = site.empty(self.size, self.width), site.empty(site.geometry.out, self.size)
+        """Tensors that the table does not make."""
 
     def start(self, rng: torch.Generator) -> None:
         if self.config.init_weights == "bert":
@@ -146,50 +144,34 @@ class Bottleneck(Method):
 
     # -- the method -----------------------------------------------------------------------------------------------------
     @classmethod
-    def prepare(cls, config: BottleneckConfig, model: nn.Module) -> None:
-        if config.target_modules is None and not config.target_parameters:
-            model_type = getattr(getattr(model, "config", None), "model_type", None)
-            config.target_modules = default_targets(config.roles[config.variant], model_type, cls.peft_type)
-
-    @classmethod
     def check(cls, config: Any, site: Site) -> None:
         super().check(config, site)
-        g, where = site.geometry, f"{site.path} ({site.layer})"
-        if g.out == 0:
-            raise Refusal(cls.peft_type, where, "the number of channels of its output cannot be told from the module")
-        if config.variant == "parallel" and g.indexed:
-            raise Refusal(cls.peft_type, where, "its input holds indices, and W_down needs vectors to project")
-        if config.variant == "parallel" and g.kernel > 1:
-            raise Refusal(
-                cls.peft_type, where, "its kernel gathers several positions, so no position of the input is an output's"
-            )
+        require_channels(cls, site)
+        if config.variant == "parallel" and site.geometry.indexed:
+            raise refusal(cls, site, "its input holds indices, and W_down needs vectors to project")
+        if config.variant == "parallel" and site.geometry.kernel > 1:
+            reason = "its kernel gathers several positions, so no position of the input is an output's"
+            raise refusal(cls, site, reason)
 
     @torch.no_grad()
     def reset(self, rng: torch.Generator, site: Site) -> None:
         self.start(rng)
-        for p in (self.adapter_down_bias, self.adapter_up_bias, self.adapter_gate, self.adapter_gate_bias):
-            if p is not None:
-                p.zero_()
-        if self.adapter_norm is not None and self.adapter_norm_bias is not None:
-            self.adapter_norm.fill_(1)
-            self.adapter_norm_bias.zero_()
-        if self.adapter_scaling is not None:
-            self.adapter_scaling.fill_(1)
+        biases = (self.adapter_down_bias, self.adapter_up_bias, self.adapter_gate_bias, self.adapter_norm_bias)
+        for value, tensors in ((0, (*biases, self.adapter_gate)), (1, (self.adapter_norm, self.adapter_scaling))):
+            for p in tensors:
+                if p is not None:
+                    p.fill_(value)
 
     def after(self, y: Tensor, x: Any) -> Tensor:
-        def to(p: Tensor | None) -> Tensor | None:
-            return None if p is None else p.to(y.dtype)
-
         h = x.to(y.dtype) if self.parallel else y
         if self.parallel and h.shape[:-1] != y.shape[:-1]:
-            raise Refusal(
-                self.peft_type, "a parallel branch", f"{tuple(h.shape)} does not go to {tuple(y.shape)} row by row"
-            )
-        if self.adapter_norm is not None:
-            h = F.layer_norm(h, (self.width,), to(self.adapter_norm), to(self.adapter_norm_bias))
+            reason = f"{tuple(h.shape)} does not go to {tuple(y.shape)} row by row"
+            raise Refusal(self.peft_type, "a parallel branch", reason)
+        if self.adapter_norm is not None and self.adapter_norm_bias is not None:
+            h = F.layer_norm(h, (self.channels,), self.adapter_norm.to(h.dtype), self.adapter_norm_bias.to(h.dtype))
         down, up = self.matrices()
-        z = NON_LINEARITIES[self.config.non_linearity](F.linear(h, down.to(y.dtype), to(self.adapter_down_bias)))
-        z = F.linear(F.dropout(z, self.config.dropout, self.training), up.to(y.dtype), to(self.adapter_up_bias))
+        z = ACTIVATIONS[self.config.non_linearity](affine(h, down, self.adapter_down_bias))
+        z = affine(F.dropout(z, self.config.dropout, self.training), up, self.adapter_up_bias)
         return y + self.multiplier * self.scaled(z, h)
 
     def scaled(self, z: Tensor, h: Tensor) -> Tensor:
@@ -197,5 +179,5 @@ class Bottleneck(Method):
         if self.adapter_scaling is not None:
             return z * self.adapter_scaling.to(z.dtype)
         if self.adapter_gate is not None and self.adapter_gate_bias is not None:
-            return z * torch.sigmoid(F.linear(h, self.adapter_gate.to(z.dtype), self.adapter_gate_bias.to(z.dtype)))
+            return z * torch.sigmoid(affine(h, self.adapter_gate, self.adapter_gate_bias))
         return z * self.config.scaling

@@ -13,10 +13,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..config import require
+from ..config_fields import require
 from ..contract.site import Site
-from .bottleneck import Bottleneck
-from .phm import Phm, PhmConfig, kronecker_sum
+from ..contract.tensors import Stored
+from ..maths.kron import kronecker_sum
+from .bottleneck import BESIDE_THE_MATRICES
+from .phm import Phm, PhmConfig
 
 __all__ = ["CompacterConfig"]
 
@@ -45,11 +47,11 @@ class Compacter(Phm):
     summary = "A bottleneck adapter of Kronecker products whose left factors are shared by all layers."
     formula = "y ← y + s·W_up f(W_down y), W = Σ_i A_i ⊗ (s_i t_iᵀ), A shared"
     paper = "arXiv 2106.04647"
-    keys = {
-        **{k: v for k, v in Bottleneck.keys.items() if k not in ("adapter_down", "adapter_up")},
-        **{f"adapter_{part}_{m}": f"adapter_{part}.phm_{m}" for part in ("down", "up") for m in "st"},
+    tensors = {
+        **BESIDE_THE_MATRICES,
+        **{f"adapter_{part}_{m}": Stored(f"adapter_{part}.phm_{m}") for part in ("down", "up") for m in "st"},
+        "adapter_phm_rule": Stored(shared=True),
     }
-    shared_keys = {"adapter_phm_rule": "adapter_phm_rule"}
     examples = (
         {"bottleneck_size": 4, "phm_dim": 2},
         {"bottleneck_size": 4, "phm_dim": 4, "variant": "compacter++", "phm_rank": 2, "scaling": "learned"},
@@ -68,15 +70,15 @@ class Compacter(Phm):
     def make(self, site: Site) -> None:
         n, b, k, out = self.config.phm_dim, self.size, self.config.phm_rank, site.geometry.out
         self.adapter_phm_rule = site.shared["adapter_phm_rule"]
-        self.adapter_down_s, self.adapter_down_t = site.empty(n, b // n, k), site.empty(n, k, self.width // n)
+        self.adapter_down_s, self.adapter_down_t = site.empty(n, b // n, k), site.empty(n, k, self.channels // n)
         self.adapter_up_s, self.adapter_up_t = site.empty(n, out // n, k), site.empty(n, k, b // n)
 
     def start(self, rng: torch.Generator) -> None:
         """s and t alike, so that W_down has variance 1/in."""
         rank = self.config.phm_rank
         for p, inputs in (
-            (self.adapter_down_s, self.width),
-            (self.adapter_down_t, self.width),
+            (self.adapter_down_s, self.channels),
+            (self.adapter_down_t, self.channels),
             (self.adapter_up_s, self.size),
         ):
             nn.init.normal_(p, std=(inputs * rank) ** -0.25, generator=rng)

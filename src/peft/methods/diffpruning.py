@@ -10,16 +10,19 @@ fixed positions, which can be trained on; only then is the adapter small.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from ..config import TunerConfig, own_field, require
+from ..config import TunerConfig
+from ..config_fields import own_field, require
+from ..contract.capabilities import Penalised
 from ..contract.site import Site
+from ..contract.tensors import TensorTable
 from ..core.forms.copies import put, take
 from ..core.forms.sparse import SparseCopies, top_entries
+from ..maths.hard_concrete import gates, open_probability
 from ..measure.examples import originals
 
 __all__ = ["DiffPruningConfig", "prune_diff"]
@@ -55,7 +58,7 @@ class DiffPruningConfig(TunerConfig):
             )
 
 
-class DiffPruning(SparseCopies):
+class DiffPruning(Penalised, SparseCopies):
     peft_type = "DIFFPRUNING"
     config_class = DiffPruningConfig
     summary = "Learns a sparse difference to the frozen weights under an L0 penalty, then prunes it."
@@ -75,31 +78,28 @@ class DiffPruning(SparseCopies):
             self.add_module(tree, nn.Module())
             for name, shape in self.shapes.items():
                 put(getattr(self, tree), name, site.empty(*(() if tree == "diff_group" else shape)))
-        self.keys = {f"{tree}.{n}": f"{tree}.{n}" for tree in trees for n in self.shapes}  # type: ignore[misc]
+        keys = {k: k for k in (f"{tree}.{n}" for tree in trees for n in self.shapes)}
+        self.set(table=TensorTable(keys=keys, own=keys))
 
     @property
     def pruned(self) -> bool:
         return self.holder in self._modules
 
-    @classmethod
-    def prepare(cls, config: DiffPruningConfig, model: nn.Module) -> None:
-        if config.target_modules is None and not config.target_parameters:
-            config.target_modules = "all-linear"
-
     @torch.no_grad()
     def reset(self, rng: torch.Generator, site: Site) -> None:
         if self.pruned:
             return super().reset(rng, site)
-        for key in self.keys:
+        for key in self.table.keys:
             take(self, key).fill_(0 if key.startswith("diff_delta.") else self.config.alpha_init)
+
+    @property
+    def stretch(self) -> tuple[float, float]:
+        """(l, r)."""
+        return self.config.concrete_lower, self.config.concrete_upper
 
     def mask(self, alpha: Tensor) -> Tensor:
         """z for log-odds α: a draw in training, its noiseless value in evaluation."""
-        low, high = self.config.concrete_lower, self.config.concrete_upper
-        if self.training:
-            u = torch.rand_like(alpha).clamp(1e-6, 1 - 1e-6)
-            alpha = alpha + torch.log(u) - torch.log1p(-u)
-        return (torch.sigmoid(alpha) * (high - low) + low).clamp(0, 1)
+        return gates(alpha, *self.stretch, noisy=self.training)
 
     def difference(self, name: str) -> Tensor:
         """z ⊙ δ of one tensor."""
@@ -113,12 +113,11 @@ class DiffPruning(SparseCopies):
         """λ times the expected number of nonzero entries of z."""
         if self.pruned:
             return None
-        shift = math.log(-self.config.concrete_lower / self.config.concrete_upper)
         expected = []
         for name in self.shapes:
-            nonzero = torch.sigmoid(take(self.diff_alpha, name) - shift)
+            nonzero = open_probability(take(self.diff_alpha, name), *self.stretch)
             if self.config.structured:
-                nonzero = nonzero * torch.sigmoid(take(self.diff_group, name) - shift)
+                nonzero = nonzero * open_probability(take(self.diff_group, name), *self.stretch)
             expected.append(nonzero.sum())
         return self.config.sparsity_penalty * torch.stack(expected).sum()
 

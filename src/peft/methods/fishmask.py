@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..config import TunerConfig, own_field, require
+from ..config import TunerConfig
+from ..config_fields import own_field, require
 from ..contract.site import Site
 from ..core.acting.mix import Mix
 from ..core.forms.sparse import SparseCopies, top_entries
@@ -58,11 +59,6 @@ class FishMask(SparseCopies):
         super().__init__(config, site)
         self.make_room(config.keep_ratio, site.device, site.dtype)
         self.probes: dict[str, Tensor] = {}  # zeros added to whole parameters while their gradients are measured
-
-    @classmethod
-    def prepare(cls, config: FishMaskConfig, model: nn.Module) -> None:
-        if config.target_modules is None and not config.target_parameters:
-            config.target_modules = "all-linear"
 
     def replace(self, name: str, P: Tensor) -> Tensor:
         if name in self.probes:

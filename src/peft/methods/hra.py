@@ -14,10 +14,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..config import TunerConfig, require
+from ..config import TunerConfig
+from ..config_fields import require
 from ..contract.method import Method
+from ..contract.refusals import refusal
 from ..contract.site import Site
-from ..errors import Refusal
+from ..contract.tensors import Stored
+from ..maths.rotations import reflect, reflect_orthonormalised
 
 __all__ = ["HRAConfig"]
 
@@ -48,24 +51,23 @@ class HRA(Method):
     formula = "W' = W ∏(I − 2 u_i u_iᵀ)"
     paper = "arXiv 2405.17484"
     prefix = "hra_"
-    keys = {"hra_u": "hra_u"}
+    tensors = {"hra_u": Stored(shape="width config.r")}
     examples = ({"r": 4}, {"r": 4, "apply_GS": True})
+
+    hra_u: Tensor
 
     def __init__(self, config: HRAConfig, site: Site) -> None:
         super().__init__(config, site)
-        self.hra_u = site.empty(site.geometry.width, config.r)
+        self.create(site)
         self.paired = config.init_weights and not config.apply_GS and config.r % 2 == 0
-        self.identity = self.paired  # type: ignore[misc]
+        self.identity = self.paired
 
     @classmethod
     def check(cls, config: HRAConfig, site: Site) -> None:
         super().check(config, site)
         if config.apply_GS and config.r > site.geometry.width:
-            raise Refusal(
-                cls.peft_type,
-                f"{site.path} ({site.layer})",
-                f"r={config.r} directions cannot be orthogonal in {site.geometry.width} dimensions",
-            )
+            reason = f"r={config.r} directions cannot be orthogonal in {site.geometry.width} dimensions"
+            raise refusal(cls, site, reason)
 
     @torch.no_grad()
     def reset(self, rng: torch.Generator, site: Site) -> None:
@@ -82,13 +84,8 @@ class HRA(Method):
     def before(self, x: Tensor) -> Tensor:
         u = self.hra_u
         rows = x.to(u.dtype)
-        if self.config.apply_GS:
-            Q = torch.linalg.qr(u).Q
-            return (rows - 2 * (rows @ Q) @ Q.T).to(x.dtype)
-        U = u / u.norm(dim=0)
-        eye = torch.eye(U.shape[1], device=U.device, dtype=U.dtype)
-        T = torch.linalg.solve_triangular(eye / 2 + torch.triu(U.T @ U, 1), eye, upper=True)
-        return (rows - (rows @ U) @ (T.T @ U.T)).to(x.dtype)
+        turned = reflect_orthonormalised(rows, u) if self.config.apply_GS else reflect(rows, u)
+        return turned.to(x.dtype)
 
     def rank(self) -> int:
         return min(self.config.r, self.geometry.out, self.geometry.width)

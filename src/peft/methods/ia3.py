@@ -7,17 +7,23 @@ The output form scales the bias, too: W' = diag(l) W, b' = l ⊙ b. The input fo
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..config import TunerConfig, own_field
+from ..config import TunerConfig
+from ..config_fields import own_field
+from ..contract.capabilities import Blends
 from ..contract.method import Method
+from ..contract.refusals import refusal
 from ..contract.site import Site
+from ..contract.tensors import Stored
+from ..core.anatomy.language import model_type
 from ..core.anatomy.roles import default_targets
-from ..errors import NoMatchingPeftModuleError, Refusal
+from ..errors import NoMatchingPeftModuleError
 
 __all__ = ["IA3Config"]
 
@@ -52,7 +58,7 @@ class IA3Config(TunerConfig):
         return re.fullmatch(names, path) is not None if isinstance(names, str) else path.endswith(tuple(names))
 
 
-class IA3(Method):
+class IA3(Blends, Method):
     peft_type = "IA3"
     config_class = IA3Config
     form = "after"  # `before` at feed-forward sites
@@ -60,7 +66,8 @@ class IA3(Method):
     formula = "y' = l ⊙ y (feed-forward: y = W (l ⊙ x))"
     paper = "arXiv 2205.05638"
     prefix = "ia3_"
-    keys = {"ia3_l": "ia3_l"}
+    channelwise = True
+    tensors = {"ia3_l": Stored()}
     role = "keys_values_ffn"
     examples = ({"feedforward_modules": []}, {"feedforward_modules": ".*"})
 
@@ -71,33 +78,30 @@ class IA3(Method):
         if self.is_feedforward:
             self.form = "before"
         size = g.inputs if self.is_feedforward else g.out
-        if g.shape:
-            shape = (1, size, *(1 for _ in g.shape))
-        else:
-            shape = (1, size) if self.is_feedforward else (size, 1)
-        self.ia3_l = site.empty(*shape)
-        self.identity = config.init_ia3_weights  # type: ignore[misc]
+        row = self.is_feedforward or g.shape
+        self.ia3_l = site.empty(*((1, size) if row else (size, 1)), *(1 for _ in g.shape))
+        self.identity = config.init_ia3_weights
 
     @classmethod
     def prepare(cls, config: IA3Config, model: nn.Module) -> None:
         super().prepare(config, model)
         if config.feedforward_modules is None:
-            model_type = getattr(getattr(model, "config", None), "model_type", None)
+            name = model_type(model)
             try:
-                config.feedforward_modules = default_targets("ffn", model_type, cls.peft_type)
+                config.feedforward_modules = default_targets("ffn", name, cls.peft_type)
             except NoMatchingPeftModuleError as e:
                 raise ValueError(
                     f"Please specify `feedforward_modules` in `peft_config` ([] for none): {cls.peft_type} has no default "
-                    f"for model type {model_type!r}."
+                    f"for model type {name!r}."
                 ) from e
 
     @classmethod
     def check(cls, config: IA3Config, site: Site) -> None:
         super().check(config, site)
         if config.scales_input(site.path) and site.geometry.weightless:
-            raise Refusal(
-                cls.peft_type,
-                f"{site.path} ({site.layer})",
+            raise refusal(
+                cls,
+                site,
                 "the width of this module's input is not known, so it cannot be scaled; scale its output instead by "
                 "leaving it out of feedforward_modules",
             )
@@ -105,10 +109,6 @@ class IA3(Method):
     @torch.no_grad()
     def reset(self, rng: torch.Generator, site: Site) -> None:
         self.ia3_l.fill_(1) if self.config.init_ia3_weights else self.ia3_l.normal_(generator=rng)
-
-    @property
-    def channelwise(self) -> bool:
-        return True
 
     def before(self, x: Tensor) -> Tensor:
         return (x * self.ia3_l.flatten()).to(x.dtype)
@@ -123,7 +123,7 @@ class IA3(Method):
         return W * scale[:, None], None if b is None else b * scale
 
     @classmethod
-    def blend(cls, methods: list[Method], weights: list[float]) -> dict[str, Tensor]:
+    def blend(cls, methods: Sequence[Method], weights: Sequence[float]) -> dict[str, Tensor]:
         """Σ wᵢ lᵢ: the effect is linear in l."""
         return {"ia3_l": torch.stack([w * m.get_parameter("ia3_l") for m, w in zip(methods, weights)]).sum(0)}
 

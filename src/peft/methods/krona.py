@@ -11,10 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..config import DeltaConfig, require
+from ..config import DeltaConfig
+from ..config_fields import require
 from ..contract.method import Method
 from ..contract.site import Op, Site
-from ..core.kron import apply_kron, factorization, kron, plain
+from ..contract.tensors import Shown, Stored
+from ..maths.kron import apply_kron, factorization, kron
 
 __all__ = ["KronAConfig"]
 
@@ -45,16 +47,15 @@ class KronA(Method):
     formula = "W' = W + s·(A ⊗ B)"
     paper = "arXiv 2212.10650"
     prefix = "krona_"
-    keys = {"krona_A": "krona_A", "krona_B": "krona_B"}
-    view_attributes = ("scaling",)
-    dropout_name = "krona_dropout"
+    tensors = {"krona_A": Stored(shape="a1 a2"), "krona_B": Stored(shape="b1 b2")}
+    shown = Shown(settings=("scaling",), dropout="krona_dropout")
     examples = ({}, {"a_shape": (4, 2), "scale": 2.0, "krona_dropout": 0.1}, {"use_dora": True})
 
     def __init__(self, config: KronAConfig, site: Site) -> None:
         super().__init__(config, site)
-        (a1, b1), (a2, b2) = sizes(config, site.geometry.out, site.geometry.fan_in, site.path)
+        (self.a1, self.b1), (self.a2, self.b2) = sizes(config, site.geometry.out, site.geometry.fan_in, site.path)
         self.dropout = config.krona_dropout
-        self.krona_A, self.krona_B = site.empty(a1, a2), site.empty(b1, b2)
+        self.create(site)
 
     @classmethod
     def check(cls, config: KronAConfig, site: Site) -> None:
@@ -73,7 +74,7 @@ class KronA(Method):
         return (kron(self.scaling * self.krona_A, self.krona_B),)
 
     def term(self, x: Tensor, op: Op, dtype: torch.dtype) -> Tensor:
-        if not plain(op.geometry):
+        if not op.geometry.is_matrix:
             return super().term(x, op, dtype)
         return apply_kron(x.to(dtype), (self.scaling * self.krona_A).to(dtype), self.krona_B.to(dtype))
 

@@ -13,10 +13,11 @@ from torch import Tensor
 
 from ..config import TunerConfig
 from ..contract.method import Method
+from ..contract.refusals import refusal
 from ..contract.site import Site
-from ..core.kron import apply_kron, kron, plain
-from ..errors import Refusal
-from .krona import check_shape, sizes, start
+from ..contract.tensors import Shown, Stored
+from ..maths.kron import apply_kron, kron
+from .krona import KronA, check_shape, sizes, start
 
 __all__ = ["KronAResConfig"]
 
@@ -49,29 +50,28 @@ class KronARes(Method):
     formula = "h = FFN(x) + s·(A ⊗ B) x + t·x"
     paper = "arXiv 2212.10650"
     prefix = "krona_"
-    keys = {"krona_A": "krona_A", "krona_B": "krona_B", "krona_residual": "krona_residual"}
+    tensors = {**KronA.tensors, "krona_residual": Stored(shape="1")}
     role = "mlps"
-    view_attributes = ("scaling",)
+    shown = Shown(settings=("scaling",))
     examples = ({}, {"scale": 2.0, "krona_dropout": 0.1})
 
     def __init__(self, config: KronAResConfig, site: Site) -> None:
         super().__init__(config, site)
-        (a1, b1), (a2, b2) = sizes(config, site.geometry.out, site.geometry.inputs, site.path)
-        self.krona_A, self.krona_B = site.empty(a1, a2), site.empty(b1, b2)
-        self.krona_residual = site.empty(1)
+        (self.a1, self.b1), (self.a2, self.b2) = sizes(config, site.geometry.out, site.geometry.inputs, site.path)
+        self.create(site)
 
     @classmethod
     def check(cls, config: KronAResConfig, site: Site) -> None:
-        g, where = site.geometry, f"{site.path} ({site.layer})"
-        if not g.weightless and not plain(g):
+        g = site.geometry
+        if not g.weightless and not g.is_matrix:
             reason = "a branch beside the layer needs its input as channels at the same positions as its output"
-            raise Refusal(cls.peft_type, where, reason)
+            raise refusal(cls, site, reason)
         if g.out != g.inputs:
             reason = (
                 f"the residual adds the input to the output, but they have {g.inputs} and {g.out} channels: "
                 "target the whole feed-forward block"
             )
-            raise Refusal(cls.peft_type, where, reason)
+            raise refusal(cls, site, reason)
         sizes(config, g.out, g.inputs, site.path)
 
     @torch.no_grad()

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..config import TunerConfig, own_field
+from ..config import TunerConfig
+from ..config_fields import own_field
 from ..core.forms.copies import Copies
 
 __all__ = ["LNTuningConfig"]

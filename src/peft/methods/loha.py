@@ -12,7 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from ..contract.site import Site
-from ..core.forms.lycoris import Lycoris, LycorisConfig, kaiming, tucker
+from ..contract.tensors import Stored
+from ..core.forms.lycoris import Lycoris, LycorisConfig, kaiming
+from ..maths.tucker import tucker
 
 __all__ = ["LoHaConfig"]
 
@@ -32,7 +34,7 @@ class LoHa(Lycoris):
     formula = "W' = W + (α/r)·(B₁A₁) ⊙ (B₂A₂)"
     paper = "arXiv 2108.06098"
     prefix = "hada_"
-    keys = {k: k for k in ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2")}
+    tensors = dict.fromkeys(("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2"), Stored())
     examples = (
         {"r": 4},
         {"r": 2, "use_effective_conv2d": True, "rank_dropout": 0.1},

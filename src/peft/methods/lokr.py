@@ -12,10 +12,12 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from ..config import require
+from ..config_fields import require
 from ..contract.site import Op, Site
-from ..core.forms.lycoris import Lycoris, LycorisConfig, kaiming, tucker
-from ..core.kron import apply_kron, factorization, kron, plain
+from ..contract.tensors import Stored
+from ..core.forms.lycoris import Lycoris, LycorisConfig, kaiming
+from ..maths.kron import apply_kron, factorization, kron
+from ..maths.tucker import tucker
 
 __all__ = ["LoKrConfig", "factorization"]
 
@@ -49,7 +51,7 @@ class LoKr(Lycoris):
     formula = "W' = W + (α/r)·(w₁ ⊗ w₂)"
     paper = "arXiv 2309.14859"
     prefix = "lokr_"
-    keys = {k: k for k in (f"lokr_{k}" for k in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2"))}
+    tensors = {f"lokr_{k}": Stored() for k in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2")}
     examples = (
         {"r": 4},
         {"r": 1, "decompose_both": True, "decompose_factor": 4, "rank_dropout": 0.1, "rank_dropout_scale": True},
@@ -76,7 +78,7 @@ class LoKr(Lycoris):
             shapes |= {"w2_a": (b, r), "w2_b": (r, d * g.kernel)}
         else:
             shapes["w2"] = (b, d, *g.shape)
-        for name in self.keys:
+        for name in self.tensors:
             shape = shapes.get(name.removeprefix(self.prefix))
             self.register_parameter(name, None if shape is None else site.empty(*shape))
 
@@ -107,7 +109,7 @@ class LoKr(Lycoris):
         return (kron(self.scaling * w1, w2),)
 
     def product(self, x: Tensor, op: Op, dtype: torch.dtype) -> Tensor:
-        if not plain(op.geometry):
+        if not op.geometry.is_matrix:
             return super().product(x, op, dtype)
         w1, w2 = self.factors()
         return apply_kron(x.to(dtype), (self.scaling * w1).to(dtype), w2.to(dtype))

@@ -13,8 +13,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ..config import DeltaConfig, require, require_ranks, unavailable
+from ..config import DeltaConfig, require_ranks
+from ..config_fields import require, unavailable
 from ..contract.site import Site
+from ..contract.tensors import Shown, Stored
 from ..core.anatomy.patterns import for_path, to_patterns, with_value
 from ..core.forms.low_rank import LowRank
 from ..errors import Refusal
@@ -88,10 +90,32 @@ class Lora(LowRank):
     paper = "arXiv 2106.09685"
     prefix = "lora_"
     pair_names = ("lora_A", "lora_B")
-    keys = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight", "lora_bias": "lora_B.bias"}
-    stacking = {"lora_A.weight": (0, 0), "lora_B.weight": (2, 1)}  # A[E·r, in], B[out, r·E]
-    transposed = {"lora_A.weight": "lora_B.weight", "lora_B.weight": "lora_A.weight"}  # ΔWᵀ = Aᵀ Bᵀ
-    joins = {"lora_A.weight": "rows", "lora_B.weight": "blocks"}
+    tensors = {
+        "lora_A": Stored(
+            *("lora_A.weight", "r fan_in"),
+            kernel="r -1 taps",
+            indexed="lora_embedding_A",
+            join="rows",
+            stack=(0, 0),  # A[E·r, in]
+            turned="lora_B",  # ΔWᵀ = Aᵀ Bᵀ
+        ),
+        "lora_B": Stored(
+            *("lora_B.weight", "out r"),
+            kernel="-1 r ones",
+            indexed="lora_embedding_B",
+            join="blocks",
+            stack=(2, 1),  # B[out, r·E]
+            turned="lora_A",
+        ),
+        "lora_bias": Stored("lora_B.bias", "out", when="config.lora_bias"),
+    }
+    shown = Shown(
+        settings=("r", "lora_alpha", "scaling", "use_dora", "use_rslora", "lora_bias"),
+        paths={"use_dora": "config.use_dora", "lora_bias": "config.lora_bias"},
+        assignable=("lora_alpha",),
+        dropout="lora_dropout",
+        empty=("lora_magnitude_vector",),
+    )
     examples = (
         {"r": 4, "lora_alpha": 8},
         {"r": 4, "use_rslora": True, "lora_bias": True, "init_lora_weights": "orthogonal"},
@@ -99,10 +123,6 @@ class Lora(LowRank):
         {"r": 4, "init_lora_weights": "pissa"},
         {"r": 4, "init_lora_weights": "olora", "lora_dropout": 0.1},
     )
-    view_names = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector")
-    view_attributes = ("r", "lora_alpha", "scaling", "use_dora", "use_rslora", "lora_bias")
-    assignable = ("lora_alpha",)
-    dropout_name = "lora_dropout"
     lora_A: Tensor
     lora_B: Tensor
     lora_bias: Tensor | None
@@ -117,13 +137,9 @@ class Lora(LowRank):
         named = site.tied if config.ensure_weight_tying and site.tied else site.path
         alpha = for_path(config.alpha_pattern, named, config.lora_alpha)
         self.set(r=self.rank_at(config, named), lora_alpha=alpha, use_rslora=config.use_rslora)
-        self.set(dropout=config.lora_dropout, lora_bias=None)
+        self.set(dropout=config.lora_dropout)
         self._buffers.update(first_A=None, first_B=None)  # PiSSA, OLoRA: the initial factors, subtracted; not saved
-        if site.geometry.indexed:
-            self.keys = {"lora_A": "lora_embedding_A", "lora_B": "lora_embedding_B", "lora_bias": "lora_B.bias"}  # type: ignore[misc]
-        self.place_factors(config, site)
-        if config.lora_bias:
-            self.lora_bias = site.empty(site.geometry.out)
+        self.create(site)
 
     @classmethod
     def rank_at(cls, config: LoraConfig, path: str) -> int:
@@ -133,11 +149,6 @@ class Lora(LowRank):
     def scaling(self) -> float:
         """s, times what set_scale and scale_layer asked for."""
         return self.multiplier * self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
-
-    def setting(self, name: str) -> Any:
-        if name == "lora_bias":
-            return self.lora_bias is not None
-        return self.config.use_dora if name == "use_dora" else super().setting(name)
 
     @property
     def derives(self) -> bool:
@@ -184,7 +195,7 @@ class Lora(LowRank):
         return (*self.factors(), self.scaling)
 
     @classmethod
-    def pair_config(cls, config: LoraConfig, ranks: dict[str, int]) -> LoraConfig:
+    def config_for_ranks(cls, config: LoraConfig, ranks: dict[str, int]) -> LoraConfig:
         r, pattern = to_patterns(ranks)
         plain: dict[str, Any] = {"use_rslora": False, "init_lora_weights": True}
         return replace(config, r=r, lora_alpha=r, rank_pattern=pattern, alpha_pattern=dict(pattern), **plain)
@@ -201,7 +212,7 @@ class Lora(LowRank):
         config.alpha_pattern = with_value(config.alpha_pattern, path, config.lora_alpha, alpha)
 
     @torch.no_grad()
-    def set_pair(self, A: Tensor, B: Tensor, bias: Tensor | None) -> None:
+    def set_factors(self, A: Tensor, B: Tensor, bias: Tensor | None) -> None:
         if not self.follows:
             self.lora_A.copy_(A)
             self.lora_B.copy_(B)
@@ -210,9 +221,3 @@ class Lora(LowRank):
 
     def rank(self) -> int:
         return min(self.r * (1 if self.first_A is None else 2), self.geometry.out, self.geometry.fan_in)
-
-    def disk_shape(self, attr: str) -> tuple[int, ...] | None:
-        kernel = self.geometry.shape
-        if not kernel or attr == "lora_bias":
-            return None
-        return (self.r, -1, *kernel) if attr == "lora_A" else (-1, self.r, *(1 for _ in kernel))

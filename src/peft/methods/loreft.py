@@ -8,7 +8,7 @@ R is the orthonormalised form of a free matrix V (its thin QR, with positive dia
 under any optimiser, and V is what is saved. Training starts at W = R, b = 0, where nothing is changed yet.
 
 Positions. An edit acts on the first p and the last s tokens of a sequence, padding not counted, each token once. In a
-model that takes token ids the core tells which tokens a call holds (`core/acting/span.py`):
+model that takes token ids the core tells which tokens a call holds (`core/span.py`):
 - the first p tokens are counted from the start of the sequence, whatever a key/value cache already holds;
 - the last s tokens are those of the call that starts a sequence. A decoding step continues it: nothing is edited at its
   end. A call that continues a sequence with several tokens might end the prompt or not, so it is refused;
@@ -27,11 +27,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..config import TunerConfig, require
+from ..config import TunerConfig
+from ..config_fields import require
 from ..contract.method import Method
+from ..contract.refusals import refusal, require_channels
 from ..contract.site import Site
+from ..contract.tensors import Stored
 from ..core.acting.span import Span
-from ..errors import Refusal
+from ..maths.rotations import orthonormal_rows
 
 __all__ = ["LoReftConfig"]
 
@@ -78,7 +81,11 @@ class LoReft(Method):
     prefix = "reft_"
     role = "blocks"
     takes_span = True
-    keys = {"reft_R": "reft_R", "reft_W": "reft_W", "reft_b": "reft_b"}
+    tensors = {
+        "reft_R": Stored(shape="edits config.r out"),  # V
+        "reft_W": Stored(shape="edits config.r out"),
+        "reft_b": Stored(shape="edits config.r"),
+    }
     examples = (
         {"r": 2, "prefix_positions": 1, "suffix_positions": 1},
         {"r": 2, "prefix_positions": 1, "suffix_positions": 2, "tied_weights": False, "dropout": 0.1},
@@ -87,23 +94,22 @@ class LoReft(Method):
         {"r": 2, "all_positions": True},
     )
 
+    reft_R: Tensor
+    reft_W: Tensor
+    reft_b: Tensor
+
     def __init__(self, config: LoReftConfig, site: Site) -> None:
         super().__init__(config, site)
         self.edits = 1 if config.all_positions or config.tied_weights else 2  # one for all, or first and last apart
-        out = site.geometry.out
-        self.reft_R = site.empty(self.edits, config.r, out)  # V
-        self.reft_W = site.empty(self.edits, config.r, out)
-        self.reft_b = site.empty(self.edits, config.r)
+        self.create(site)
 
     @classmethod
     def check(cls, config: LoReftConfig, site: Site) -> None:
         super().check(config, site)
-        out, where = site.geometry.out, f"{site.path} ({site.layer})"
-        if out == 0:
-            raise Refusal(cls.peft_type, where, "the number of channels of its output cannot be told from the module")
-        if config.r > out:
+        require_channels(cls, site)
+        if config.r > (out := site.geometry.out):
             reason = f"its output has {out} channels, in which there is no subspace of r={config.r} dimensions"
-            raise Refusal(cls.peft_type, where, reason)
+            raise refusal(cls, site, reason)
 
     @torch.no_grad()
     def reset(self, rng: torch.Generator, site: Site) -> None:
@@ -123,10 +129,7 @@ class LoReft(Method):
         """R[edits, r, width]."""
         if self.config.variant != "loreft":
             return self.reft_R
-        V = self.reft_R if self.reft_R.dtype == torch.float64 else self.reft_R.float()
-        Q, upper = torch.linalg.qr(V.mT)
-        signs = torch.where(torch.diagonal(upper, dim1=-2, dim2=-1) < 0, -1.0, 1.0).to(Q.dtype)
-        return (Q * signs[:, None]).mT
+        return orthonormal_rows(self.reft_R if self.reft_R.dtype == torch.float64 else self.reft_R.float())
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """(P, R) with the edit h ← h + Rᵀ(P h + b), for each of the edits."""

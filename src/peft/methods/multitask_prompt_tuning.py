@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..config import require
+from ..config_fields import require
 from ..contract.site import Site
+from ..contract.tensors import Stored
 from ..core.files.tensors import read_weights
 from ..errors import CheckpointError
 from .prompt_tuning import PromptTuning, PromptTuningConfig, chosen
@@ -63,11 +64,7 @@ class MultitaskPromptTuning(PromptTuning):
     summary = "Prompt tuning for several tasks at once: a shared prompt times a low-rank one for each task."
     formula = "f([P ⊙ U_t V_t; E(x)])"
     paper = "arXiv 2303.02861"
-    keys = {
-        "embedding.weight": "prompt_embeddings",
-        "prefix_task_cols": "prefix_task_cols",
-        "prefix_task_rows": "prefix_task_rows",
-    }
+    tensors = {**PromptTuning.tensors, "prefix_task_cols": Stored(), "prefix_task_rows": Stored()}
     prompts_decoder = True
     examples = (
         {"num_virtual_tokens": 3},

@@ -14,10 +14,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..config import TunerConfig, require
+from ..config import TunerConfig
+from ..config_fields import require
 from ..contract.method import Method
+from ..contract.refusals import refusal
 from ..contract.site import Site
-from ..errors import Refusal
+from ..contract.tensors import Shown, Stored
+from ..maths.rotations import ball_factors, cayley, cayley_neumann, identity_like, rotate_blocks, skew_symmetric
 
 __all__ = ["OFTConfig"]
 
@@ -74,15 +77,16 @@ class OFT(Method):
     formula = "W' = W Rᵀ, R = blockdiag(Cayley(Q₁), …)"
     paper = "arXiv 2306.07280"
     prefix = "oft_"
-    keys = {"oft_R": "oft_R.weight"}
+    tensors = {"oft_R": Stored("oft_R.weight", "blocks entries", indexed="oft_embedding_R.weight")}
+    shown = Shown(settings=("r", "oft_block_size"))
     examples = (
         {"oft_block_size": 4},
         {"r": 4, "oft_block_size": 0, "use_cayley_neumann": False},
         {"oft_block_size": 8, "block_share": True, "module_dropout": 0.5},
         {"oft_block_size": 4, "coft": True, "eps": 0.5},
     )
-    view_names = ("oft_embedding_R",)
-    view_attributes = ("r", "oft_block_size")
+
+    oft_R: Tensor
 
     def __init__(self, config: OFTConfig, site: Site) -> None:
         super().__init__(config, site)
@@ -95,19 +99,18 @@ class OFT(Method):
                 stacklevel=2,
             )
         b = self.oft_block_size
-        self.oft_R = site.empty(1 if config.block_share else self.r, b * (b - 1) // 2)
-        if site.geometry.indexed:
-            self.keys = {"oft_R": "oft_embedding_R.weight"}  # type: ignore[misc]
-        self.identity = config.init_weights  # type: ignore[misc]
+        self.blocks, self.entries = 1 if config.block_share else self.r, b * (b - 1) // 2
+        self.create(site)
+        self.identity = config.init_weights
 
     @classmethod
     def check(cls, config: OFTConfig, site: Site) -> None:
         super().check(config, site)
         width = site.geometry.width
         if blocks(config, width)[1] == 1:
-            raise Refusal(
-                cls.peft_type,
-                f"{site.path} ({site.layer})",
+            raise refusal(
+                cls,
+                site,
                 f"blocks of size 1 cannot rotate, and {width} has no better divisor near what the config asks for; "
                 f"choose oft_block_size among the divisors of {width}",
             )
@@ -121,9 +124,7 @@ class OFT(Method):
         q = self.oft_R
         if not self.config.coft:
             return q
-        radius = self.config.eps / math.sqrt(q.shape[0])
-        norm = math.sqrt(2) * q.detach().norm(dim=1, keepdim=True)  # ‖Q‖: every number stands in Q twice
-        pull = torch.where(norm <= radius * (1 + 1e-6), 1.0, radius / norm)
+        pull = ball_factors(q, self.config.eps / math.sqrt(q.shape[0]))
         if self.training and torch.is_grad_enabled():
             with torch.no_grad():
                 q.mul_(pull)  # projected gradient descent
@@ -132,32 +133,15 @@ class OFT(Method):
 
     def rotations(self) -> Tensor:
         """R [blocks, b, b]."""
-        q, b = self.constrained(), self.oft_block_size
-        Q = q.new_zeros(q.shape[0], b, b)
-        row, col = torch.triu_indices(b, b, 1, device=q.device)
-        Q = Q.index_put((torch.arange(len(Q), device=q.device)[:, None], row, col), q)
-        Q = Q - Q.mT
-        eye = torch.eye(b, device=q.device, dtype=q.dtype).expand_as(Q)
-        if not self.config.use_cayley_neumann:
-            return torch.linalg.solve(eye + Q, eye - Q, left=False)
-        terms = self.config.num_cayley_neumann_terms
-        R, power = eye, Q
-        if terms > 1:
-            R = R + 2 * Q
-        if terms > 2:
-            for _ in range(max(terms - 3, 1)):
-                power = power @ Q
-                R = R + 2 * power
-            R = R + power @ Q  # the last term counts once, which keeps R close to orthogonal
-        return R
+        Q = skew_symmetric(self.constrained(), self.oft_block_size)
+        return cayley_neumann(Q, self.config.num_cayley_neumann_terms) if self.config.use_cayley_neumann else cayley(Q)
 
     def before(self, x: Tensor) -> Tensor:
         R = self.rotations()
         if self.training and len(R) > 1 and (left_out := int(self.config.module_dropout * len(R))):
             kept = (torch.randperm(len(R), device=R.device) >= left_out)[:, None, None]
-            R = torch.where(kept, R, torch.eye(R.shape[1], device=R.device, dtype=R.dtype))
-        parts = x.to(R.dtype).unflatten(-1, (self.r, self.oft_block_size))
-        return torch.einsum("...nk,nkc->...nc", parts, R.expand(self.r, -1, -1)).flatten(-2).to(x.dtype)
+            R = torch.where(kept, R, identity_like(R))
+        return rotate_blocks(x.to(R.dtype), R).to(x.dtype)
 
     def rank(self) -> int:
         return min(self.geometry.out, self.geometry.width)

@@ -14,7 +14,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.utils import skip_init
 
-from ..config import PromptLearningConfig, own_field, require
+from ..config import PromptLearningConfig
+from ..config_fields import own_field, require
 from ..contract.site import Site
 from ..core.forms.prompt import Encoded, Table
 from .prompt_tuning import chosen
@@ -87,6 +88,7 @@ class PTuning(Encoded):
         for i, o in zip(widths, widths[1:], strict=False):
             layers += [skip_init(nn.Linear, i, o, **made), nn.ReLU()]
         self.mlp_head: nn.Sequential | None = nn.Sequential(*layers[:-1])
+        self.choose_table()
 
     def encode(self, table: Tensor, part: slice | None = None) -> Tensor:
         if self.lstm_head is not None:

@@ -13,10 +13,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..config import require
+from ..config_fields import require
+from ..contract.refusals import refusal
 from ..contract.site import Site
-from ..errors import Refusal
-from .bottleneck import Bottleneck, BottleneckConfig
+from ..contract.tensors import Stored
+from ..maths.kron import kronecker_sum
+from .bottleneck import BESIDE_THE_MATRICES, Bottleneck, BottleneckConfig
 
 __all__ = ["PhmConfig"]
 
@@ -47,20 +49,15 @@ class PhmConfig(BottleneckConfig):
         return -(-super().size(width) // self.phm_dim) * self.phm_dim
 
 
-def kronecker_sum(A: Tensor, B: Tensor) -> Tensor:
-    """Σ_i A_i ⊗ B_i of A[n, p, q] and B[n, r, s]: [p·r, q·s]."""
-    return torch.einsum("npq,nrs->prqs", A, B).reshape(A.shape[1] * B.shape[1], A.shape[2] * B.shape[2])
-
-
 class Phm(Bottleneck):
     peft_type = "PHM"
     config_class = PhmConfig
     summary = "A bottleneck adapter whose two matrices are sums of Kronecker products."
     formula = "y ← y + s·W_up f(W_down h), W = Σ_i A_i ⊗ B_i"
     paper = "arXiv 2106.04647"
-    keys = {
-        **{k: v for k, v in Bottleneck.keys.items() if k not in ("adapter_down", "adapter_up")},
-        **{f"adapter_{part}_{m}": f"adapter_{part}.phm_{m}" for part in ("down", "up") for m in "AB"},
+    tensors = {
+        **BESIDE_THE_MATRICES,
+        **{f"adapter_{part}_{m}": Stored(f"adapter_{part}.phm_{m}") for part in ("down", "up") for m in "AB"},
     }
     examples: ClassVar[tuple[dict[str, Any], ...]] = (
         {"bottleneck_size": 4, "phm_dim": 2},
@@ -69,13 +66,13 @@ class Phm(Bottleneck):
 
     def make(self, site: Site) -> None:
         n, b, out = self.config.phm_dim, self.size, site.geometry.out
-        self.adapter_down_A, self.adapter_down_B = site.empty(n, n, n), site.empty(n, b // n, self.width // n)
+        self.adapter_down_A, self.adapter_down_B = site.empty(n, n, n), site.empty(n, b // n, self.channels // n)
         self.adapter_up_A, self.adapter_up_B = site.empty(n, n, n), site.empty(n, out // n, b // n)
 
     def start(self, rng: torch.Generator) -> None:
         for A in (self.adapter_down_A, self.adapter_up_A):
             nn.init.normal_(A, std=self.config.phm_dim**-0.5, generator=rng)
-        nn.init.normal_(self.adapter_down_B, std=self.width**-0.5, generator=rng)
+        nn.init.normal_(self.adapter_down_B, std=self.channels**-0.5, generator=rng)
         nn.init.zeros_(self.adapter_up_B)
 
     def matrices(self) -> tuple[Tensor, Tensor]:
@@ -91,4 +88,4 @@ class Phm(Bottleneck):
                 reason = (
                     f"a sum of A_i ⊗ B_i with {n}×{n} matrices A_i needs a multiple of {n} {what}, there are {size}"
                 )
-                raise Refusal(cls.peft_type, f"{site.path} ({site.layer})", reason)
+                raise refusal(cls, site, reason)

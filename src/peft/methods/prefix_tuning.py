@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import skip_init
 
-from ..config import PromptLearningConfig, own_field
+from ..config import PromptLearningConfig
+from ..config_fields import own_field
 from ..contract.site import Site
 from ..core.anatomy.language import number, takes_prefix, text_config
 from ..core.forms.prompt import Encoded, Table
@@ -84,6 +85,7 @@ class PrefixTuning(Encoded):
         if config.prefix_projection:
             first = skip_init(nn.Linear, kv, config.encoder_hidden_size, **made)
             self.transform = nn.Sequential(first, nn.Tanh(), skip_init(nn.Linear, first.out_features, out, **made))
+        self.choose_table()
 
     @torch.no_grad()
     def reset(self, rng: torch.Generator, site: Site) -> None:

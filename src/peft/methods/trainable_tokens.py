@@ -16,10 +16,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..config import TunerConfig, own_field
+from ..config import TunerConfig
+from ..config_fields import own_field
+from ..contract.capabilities import NeedsTokens
 from ..contract.method import Method
 from ..contract.site import Op, Site
-from ..core.anatomy.language import input_embedding
+from ..contract.tensors import Stored
+from ..core.anatomy.embeddings import embedding_name
 from ..core.anatomy.ties import other_ends
 from ..core.anatomy.walk import Place
 
@@ -53,13 +56,13 @@ class TrainableTokensConfig(TunerConfig):
         return self.token_indices
 
 
-class TrainableTokens(Method):
+class TrainableTokens(NeedsTokens, Method):
     peft_type = "TRAINABLE_TOKENS"
     config_class = TrainableTokensConfig
     summary = "Trains the embeddings of chosen tokens only."
     formula = "W'[i] = δ_k for chosen rows i"
     prefix = "trainable_tokens_"
-    keys = {"trainable_tokens_delta": "trainable_tokens_delta"}
+    tensors: ClassVar[dict[str, Stored]] = {"trainable_tokens_delta": Stored()}
     examples: ClassVar[tuple[dict[str, Any], ...]] = ({"token_indices": [0, 1, 2, 3, 4, 5, 7]},)
 
     def __init__(self, config: Any, site: Site) -> None:
@@ -75,7 +78,7 @@ class TrainableTokens(Method):
         self.trainable_tokens_delta = site.shared[self.source(config, site)]
         self.follows = self.source(config, site) != site.path
         if self.follows:
-            self.unwritten = ("trainable_tokens_delta",)
+            self.set(table=self.table.of_another("trainable_tokens_delta"))
 
     @classmethod
     def source(cls, config: Any, site: Site) -> str:
@@ -92,7 +95,7 @@ class TrainableTokens(Method):
     def prepare(cls, config: TrainableTokensConfig, model: nn.Module) -> None:
         check_indices(config.token_indices, "token_indices")
         if config.target_modules is None and not config.target_parameters:
-            config.target_modules = [input_embedding(model)]
+            config.target_modules = [embedding_name(model)]
 
     @classmethod
     def tokens_needed(cls, config: Any) -> int:

@@ -12,9 +12,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..config import DeltaConfig, own_field, require
+from ..config import DeltaConfig
+from ..config_fields import own_field, require
 from ..contract.method import Method
 from ..contract.site import Op, Site
+from ..contract.tensors import Shown, Stored
 from ..kernels.terms import Banks
 
 __all__ = ["VeraConfig"]
@@ -51,10 +53,14 @@ class Vera(Method):
     formula = "W' = W + diag(b) B diag(d) A"
     paper = "arXiv 2310.11454"
     prefix = "vera_lambda_"
-    keys = {"vera_lambda_d": "vera_lambda_d", "vera_lambda_b": "vera_lambda_b"}
-    shared_keys = {"vera_A": "vera_A", "vera_B": "vera_B"}
-    view_attributes = ("r",)
-    dropout_name = "vera_dropout"
+    tensors = {
+        "vera_lambda_d": Stored(shape="r"),
+        "vera_lambda_b": Stored(shape="out"),
+        # a file's banks may be larger: those of an adapter that was made beside one with larger layers
+        "vera_A": Stored(shared=True, frozen=True, grows=1),
+        "vera_B": Stored(shared=True, frozen=True, grows=0),
+    }
+    shown = Shown(settings=("r",), dropout="vera_dropout")
     examples = (
         {"r": 8},
         {"r": 8, "save_projection": False, "vera_dropout": 0.1, "projection_prng_key": 5},
@@ -64,11 +70,10 @@ class Vera(Method):
     def __init__(self, config: VeraConfig, site: Site) -> None:
         super().__init__(config, site)
         self.r, self.dropout = config.r, config.vera_dropout
-        self.vera_lambda_d = site.empty(config.r)
-        self.vera_lambda_b = site.empty(site.geometry.out)
+        self.create(site)
         self.vera_A, self.vera_B = site.shared["vera_A"], site.shared["vera_B"]
         if not config.save_projection:
-            self.shared_keys = {}  # type: ignore[misc]
+            self.set(table=self.table.without("vera_A", "vera_B"))
 
     @classmethod
     def shared_tensors(cls, config: VeraConfig, sites: list[Site], rng: torch.Generator) -> dict[str, nn.Parameter]:
@@ -90,17 +95,6 @@ class Vera(Method):
             nn.init.normal_(self.vera_lambda_d, generator=rng)
             nn.init.ones_(self.vera_lambda_b)
 
-    def frozen(self) -> tuple[str, ...]:
-        return ("vera_A", "vera_B")
-
-    def resize(self, state: dict[str, Tensor]) -> None:
-        """A file's banks may be larger: those of an adapter that was made beside one with larger layers."""
-        for name, wide in (("vera_A", 1), ("vera_B", 0)):
-            bank, stored = getattr(self, name), state.get(name)
-            if stored is not None and stored.dim() == 2 and stored.shape[1 - wide] == bank.shape[1 - wide]:
-                if stored.shape[wide] > bank.shape[wide]:
-                    bank.data = bank.data.new_empty(stored.shape)  # one tensor for all sites: all of them see it
-
     def matrices(self) -> tuple[Tensor, Tensor]:
         """This site's part of the banks: (A[r, fan_in], B[out, r])."""
         A, B = self.vera_A[:, : self.geometry.fan_in], self.vera_B[: self.geometry.out]
@@ -117,7 +111,7 @@ class Vera(Method):
         h = op.scale(op(x, A.to(dtype)), self.vera_lambda_d.to(dtype))
         return op.scale(op.pointwise(h, B.to(dtype)), (self.multiplier * self.vera_lambda_b).to(dtype))
 
-    def banks(self, op: Op) -> Banks | None:
+    def fused_term(self, op: Op) -> Banks:
         return Banks(*self.matrices(), self.vera_lambda_d, self.vera_lambda_b, self.multiplier)
 
     def rank(self) -> int:

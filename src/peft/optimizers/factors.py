@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ..contract.capabilities import TwoFactors
 from ..contract.method import Method
 from ..core.acting.on_model import roster_of
 from ..core.acting.roster import Roster
@@ -59,16 +60,15 @@ class TrainedFactors:
 
     @property
     def strength(self) -> float:
-        found = self.method.two_factors()
-        assert found is not None
-        return found[2]
+        assert isinstance(self.method, TwoFactors)
+        return self.method.two_factors()[2]
 
 
 def pairs(model: nn.Module) -> list[TrainedFactors]:
     """All of them, of adapters that train."""
     found = []
     for m in methods(model):
-        if m.two_factors() is not None and any(p.requires_grad for p in m.parameters()):
+        if isinstance(m, TwoFactors) and any(p.requires_grad for p in m.parameters()):
             first, last = factors(m)
             if len(first) == len(last) == 1 and first[0].shape[0] == last[0].shape[-1]:
                 found.append(TrainedFactors(m, first[0], last[0]))

@@ -80,14 +80,14 @@ def create_flat_optimizer(
         )
     if len({p.untyped_storage().data_ptr() for p in wanted if p.numel()}) < sum(p.numel() > 0 for p in wanted):
         raise ValueError("create_flat_optimizer: some parameters share memory (is there a flat optimizer already?).")
-    by_place: dict[Any, list[nn.Parameter]] = {}
+    by_place: dict[tuple[torch.dtype, torch.device], list[nn.Parameter]] = {}
     for p in wanted:
         by_place.setdefault((p.dtype, p.device), []).append(p)
     buffers = [Buffer(ps) for ps in by_place.values()]
     wholes = [b.whole for b in buffers]
     optimizer = optimizer_cls(wholes, **kwargs)
 
-    def before(*_: Any) -> None:
+    def before(*_: object) -> None:
         for b in buffers:
             b.gather()
         if max_norm is not None:

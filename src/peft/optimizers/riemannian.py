@@ -19,10 +19,10 @@ def create_riemannian_optimizer(
     An optimizer whose step computes the gradients itself (a closure) is refused at the step.
     """
     found = pairs(model)
-    optimizer = optimizer_cls([p for p in model.parameters() if p.requires_grad], lr=lr, **kwargs)  # type: ignore[call-arg]
+    optimizer = optimizer_cls([p for p in model.parameters() if p.requires_grad], **{"lr": lr, **kwargs})
 
     @torch.no_grad()
-    def precondition(_: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def precondition(_: Optimizer, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
         if any(callable(a) for a in (*args, *kwargs.values())):
             raise ValueError("The gradients are preconditioned before the step; a closure would compute them in it.")
         for pair in found:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import nn
 
 from .. import registry
 from ..core.model.tuner import Tuner
 from ..errors import PeftError, PeftWarning
-from ..upstream.classes import door, layer_view
+from ..upstream.classes import LayerView, door, layer_view
 from . import tuners_utils
 
 
@@ -17,7 +15,7 @@ def _is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"  # GPT-2's
 
 
-EXTRA: dict[str, dict[str, Any]] = {
+EXTRA: dict[str, dict[str, LayerView]] = {
     "lora": {
         "Linear": layer_view("Linear", "lora_", _is_linear),
         "Embedding": layer_view("Embedding", "lora_", nn.Embedding),

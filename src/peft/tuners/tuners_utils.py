@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 from torch import nn
 
+from ..config import TunerConfig
 from ..contract.offload import on_device
 from ..core.anatomy.patterns import matches
 from ..core.anatomy.targets import ALL_LINEAR as INCLUDE_LINEAR_LAYERS_SHORTHAND
@@ -34,7 +34,7 @@ __all__ = [
 ]
 
 
-def check_target_module_exists(config: Any, key: str) -> bool:
+def check_target_module_exists(config: TunerConfig, key: str) -> bool:
     """Whether a config targets the module of this path."""
     if matches(getattr(config, "exclude_modules", None), key):
         return False

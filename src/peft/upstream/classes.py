@@ -8,26 +8,30 @@ from __future__ import annotations
 
 import importlib.machinery
 import sys
+from collections.abc import Callable, Mapping
 from types import ModuleType
-from typing import Any
+from typing import Any, NoReturn, TypeAlias
 
 from torch import nn
 
+from ..config import PeftConfig
 from ..contract.method import Method
 from ..core.adapted.layer import Adapted
 from ..core.adapted.switch import Switch
 from ..core.model.peft_model import PeftModel
 from ..core.model.tuner import Tuner
 
+OfBase: TypeAlias = "type | Callable[[nn.Module], bool] | None"
+
 
 class LayerView(type):
     """Classes whose instances are the adapted layers that hold parameters with the class's prefix."""
 
     prefix: str = ""
-    base: Any = None  # and whose base layer is of this type, or passes this test
+    base: OfBase = None  # and whose base layer is of this type, or passes this test
     part: str = ""  # and that hold a companion brought by this config field
 
-    def __instancecheck__(cls, obj: Any) -> bool:
+    def __instancecheck__(cls, obj: object) -> bool:
         if not isinstance(obj, Adapted):
             return False
         if isinstance(cls.base, type) and not isinstance(obj.base_layer, cls.base):
@@ -38,7 +42,7 @@ class LayerView(type):
             return cls.part in obj.brought_by
         return any(n.rsplit(".", 1)[-1].startswith(cls.prefix) for n, _ in obj.adapters.named_parameters())
 
-    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+    def __call__(cls, *args: object, **kwargs: object) -> NoReturn:
         raise TypeError(
             f"{cls.__name__} is a view for isinstance: adapters are put into a model with get_peft_model or "
             "inject_adapter_in_model."
@@ -47,7 +51,7 @@ class LayerView(type):
     def __getattr__(cls, name: str) -> Any:
         return getattr(Adapted, name)  # what all layers have
 
-    def __setattr__(cls, name: str, value: Any) -> None:
+    def __setattr__(cls, name: str, value: object) -> None:
         raise AttributeError(
             f"{cls.__name__} is a view: patching {name} on it would reach no layer. A method of one's own is a file: "
             "see docs/add-a-method.md."
@@ -57,7 +61,7 @@ class LayerView(type):
 class TunerLayerView(type):
     """The layers that an adapter targets, not those whose heads, biases or token rows merely train along."""
 
-    def __instancecheck__(cls, obj: Any) -> bool:
+    def __instancecheck__(cls, obj: object) -> bool:
         if cls is not BaseTunerLayer:  # a class that someone derived from the view
             return super().__instancecheck__(obj)
         return isinstance(obj, Switch) and getattr(obj, "targeted", True)
@@ -72,7 +76,7 @@ class ModelView(type):
 
     prefix: str = ""
 
-    def __instancecheck__(cls, obj: Any) -> bool:
+    def __instancecheck__(cls, obj: object) -> bool:
         roster = obj.model.__dict__.get("_peft_roster") if isinstance(obj, Tuner) else None
         return roster is not None and any(
             m.prefix == cls.prefix for a in roster.adapters.values() for _, m in a.methods
@@ -81,41 +85,42 @@ class ModelView(type):
     def __call__(
         cls,
         model: nn.Module,
-        peft_config: Any = None,
+        peft_config: PeftConfig | dict[str, PeftConfig] | None = None,
         adapter_name: str = "default",
         low_cpu_mem_usage: bool = False,
-        state_dict: Any = None,
+        state_dict: object = None,
         *,
-        config: Any = None,
-        **options: Any,
+        config: PeftConfig | dict[str, PeftConfig] | None = None,
+        **options: bool,
     ) -> Tuner:
         peft_config = config if peft_config is None else peft_config
         if peft_config is None:
             raise TypeError(f"{cls.__name__} needs a config.")
         options["low_cpu_mem_usage"] = low_cpu_mem_usage
         configs = peft_config if isinstance(peft_config, dict) else {adapter_name: peft_config}
-        wrapped: Any = None
-        for name, config in configs.items():
-            wrapped = PeftModel(model, config, name, **_known(options)) if wrapped is None else wrapped
+        wrapped: PeftModel | None = None
+        for name, own in configs.items():
+            wrapped = PeftModel(model, own, name, **_known(options)) if wrapped is None else wrapped
             if name not in wrapped.peft_config:
-                wrapped.add_adapter(name, config)
+                wrapped.add_adapter(name, own)
+        assert wrapped is not None
         return wrapped.base_model
 
 
-def _known(options: dict[str, Any]) -> dict[str, Any]:
+def _known(options: dict[str, bool]) -> dict[str, bool]:
     return {k: v for k, v in options.items() if k in ("low_cpu_mem_usage", "autocast_adapter_dtype")}
 
 
-def layer_view(name: str, prefix: str = "", base: Any = None, part: str = "", **members: Any) -> Any:
+def layer_view(name: str, prefix: str = "", base: OfBase = None, part: str = "", **members: object) -> LayerView:
     return LayerView(name, (), {"prefix": prefix, "base": base, "part": part, "__doc__": LayerView.__doc__, **members})
 
 
-def model_view(name: str, prefix: str) -> Any:
+def model_view(name: str, prefix: str) -> ModelView:
     return ModelView(name, (), {"prefix": prefix, "__doc__": ModelView.__doc__})
 
 
 def door(
-    package: str, source: ModuleType, extra: dict[str, Any] | None = None, method_name: str = ""
+    package: str, source: ModuleType, extra: Mapping[str, object] | None = None, method_name: str = ""
 ) -> ModuleType | None:
     """`package` as upstream has it, with its `config`, `layer` and `model`: the method file's names and two views.
 
@@ -125,12 +130,14 @@ def door(
     own = [c for c in methods if c.__module__ == source.__name__ and hasattr(c, "config_class")]
     if not own:
         return None
-    names = {n: getattr(source, n) for n in getattr(source, "__all__", ())}
+    names: dict[str, object] = {n: getattr(source, n) for n in getattr(source, "__all__", ())}
     for cls in own:
         known_as = cls.config_class.__name__.removesuffix("Config")
-        keys = tuple(dict.fromkeys((*(k.split(".")[0] for k in cls.keys.values()), *cls.view_names)))
         names[f"{known_as}Layer"] = layer_view(
-            f"{known_as}Layer", cls.prefix, adapter_layer_names=keys, other_param_names=cls.view_attributes
+            f"{known_as}Layer",
+            cls.prefix,
+            adapter_layer_names=cls.table.layer_names(),
+            other_param_names=cls.shown.settings,
         )
         names[f"{known_as}Model"] = model_view(f"{known_as}Model", cls.prefix)
     names.update(extra or {})
@@ -142,7 +149,7 @@ def door(
     return made
 
 
-def _module(name: str, doc: str | None, names: dict[str, Any]) -> ModuleType:
+def _module(name: str, doc: str | None, names: Mapping[str, object]) -> ModuleType:
     made = ModuleType(name, doc)
     made.__spec__ = importlib.machinery.ModuleSpec(name, None, is_package=True)
     made.__path__ = []

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +12,7 @@ from torch.nn.modules.module import _IncompatibleKeys
 
 from ..contract.method import Method
 from ..contract.tree import AdapterContainer, Composite
+from ..core.acting.on_model import base_of
 from ..core.adapted.layer import Adapted
 from ..errors import CheckpointError
 
@@ -20,7 +20,7 @@ from ..errors import CheckpointError
 # -- the base model under the adapters --------------------------------------------------------------------------------------
 def base_tensors(module: nn.Module, path: str = "") -> Iterator[tuple[str, Tensor]]:
     """(name in the bare base model, tensor) of all its saved state, seen through the wrappers."""
-    held: Any = module
+    held = module
     while isinstance(held, (Adapted, Composite)):
         held = held.base_layer
     for name, p in held._parameters.items():
@@ -34,15 +34,16 @@ def base_tensors(module: nn.Module, path: str = "") -> Iterator[tuple[str, Tenso
             yield from base_tensors(child, f"{path}{name}.")
 
 
-def get_base_model_state_dict(model: Any) -> dict[str, Tensor]:
+def get_base_model_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """The base model's state dict, under the names it has without adapters."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return {n: t.detach() for n, t in base_tensors(base)}
+    return {n: t.detach() for n, t in base_tensors(base_of(model))}
 
 
-def set_base_model_state_dict(model: Any, state_dict: dict[str, Tensor], strict: bool = True) -> Any:
+def set_base_model_state_dict(
+    model: nn.Module, state_dict: dict[str, Tensor], strict: bool = True
+) -> _IncompatibleKeys:
     """Load values into the base model under the adapters; checked before anything changes."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = base_of(model)
     own = dict(base_tensors(base))
     missing, extra = [n for n in own if n not in state_dict], [n for n in state_dict if n not in own]
     wrong = [n for n, t in own.items() if n in state_dict and state_dict[n].shape != t.shape]
@@ -71,7 +72,7 @@ def cast_mixed_precision_params(model: nn.Module, dtype: torch.dtype) -> None:
             p.data = p.data.to(torch.float32 if p.requires_grad else dtype)
 
 
-def fsdp_auto_wrap_policy(model: nn.Module) -> Any:
+def fsdp_auto_wrap_policy(model: nn.Module) -> Callable[..., bool]:
     """FSDP units: each transformer block, and each adapter's method, whose parameters train apart from the frozen rest.
 
     The environment's FSDP_TRANSFORMER_CLS_TO_WRAP names the blocks; else the model's `_no_split_modules`.

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import nn
@@ -20,7 +19,9 @@ def check_deepspeed_zero3_enabled() -> bool:
 
 
 @contextmanager
-def gather_params_ctx(param: Any, modifier_rank: int | None = 0, fwd_module: nn.Module | None = None) -> Iterator[None]:
+def gather_params_ctx(
+    param: nn.Parameter | Iterable[nn.Parameter], modifier_rank: int | None = 0, fwd_module: nn.Module | None = None
+) -> Iterator[None]:
     """Within, ZeRO-3's parameters are whole."""
     if not check_deepspeed_zero3_enabled():
         yield
@@ -37,15 +38,16 @@ def dequantize_module_weight(module: nn.Module) -> nn.Parameter:
     return nn.Parameter(kind.native(kind.read(module), module), requires_grad=False)
 
 
-def dequantize_bnb_weight(weight: nn.Parameter, state: Any = None) -> torch.Tensor:
+def dequantize_bnb_weight(weight: nn.Parameter, state: object = None) -> torch.Tensor:
     """A bitsandbytes weight in floating point; of 8-bit codes, the scales come from `state` or the weight. Others stay."""
     coded = getattr(weight, "quant_state", None)
     if coded is not None:
         from bitsandbytes.functional import dequantize_4bit
 
-        return dequantize_4bit(weight.data, coded)  # type: ignore[no-any-return]
+        return dequantize_4bit(weight.data, coded)
     scales = next((s for s in (getattr(weight, "SCB", None), getattr(state, "SCB", None)) if s is not None), None)
-    codes = getattr(weight, "CB", None) if getattr(weight, "CB", None) is not None else weight.data
+    found = getattr(weight, "CB", None)
+    codes: torch.Tensor = weight.data if found is None else found
     if codes.dtype != torch.int8:
         return weight.data
     if scales is None:

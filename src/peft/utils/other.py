@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
@@ -80,6 +78,6 @@ def id_tensor_storage(tensor: Tensor) -> tuple[torch.device, int, int]:
     return tensor.device, storage.data_ptr(), storage.nbytes()
 
 
-def transpose(weight: Any, fan_in_fan_out: bool) -> Any:
+def transpose(weight: Tensor, fan_in_fan_out: bool) -> Tensor:
     """The weight as [out, in]."""
     return (nn.Parameter(weight.T) if isinstance(weight, nn.Parameter) else weight.T) if fan_in_fan_out else weight

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from ...contract.geometry import Geometry
 from ...contract.kind import LayerKind
@@ -34,6 +35,10 @@ class AdaptedLayer(Wrapper):
     def active_methods(self, names: Sequence[str]) -> list[Method]:
         table = self.methods
         return [m for name in names if name in table for m in table[name]]
+
+    def compose(self, methods: Sequence[Method], dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+        """(W', b') of these methods together."""
+        raise NotImplementedError(f"{type(self).__name__}.compose")
 
     def nested_methods(self) -> Iterator[Method]:
         return (inner for methods in self.methods.values() for m in methods for inner in m.nested())

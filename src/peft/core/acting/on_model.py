@@ -1,8 +1,7 @@
-"""Where a model keeps its adapters: found from anything that wraps it, and forgotten with the last of them."""
+"""Where a model keeps its adapters: found from anything that wraps it, bound to checkpointing that is switched on later,
+and forgotten with the last of them."""
 
 from __future__ import annotations
-
-from typing import Any
 
 from torch import nn
 
@@ -10,6 +9,8 @@ from ...contract.tree import tree
 from .adapted_layer import AdaptedLayer, has_adapted_layers
 from .roster import Roster
 from .watch import unwatch
+
+_ENABLE = "_set_gradient_checkpointing"  # transformers' method that switches checkpointing on
 
 
 def roster_of(model: nn.Module) -> Roster | None:
@@ -29,10 +30,9 @@ def roster_of(model: nn.Module) -> Roster | None:
 
 def _rebind_later(model: nn.Module, roster: Roster) -> None:
     """Checkpointing that is switched on later must remember the adapters, too."""
-    enable = getattr(model, "_set_gradient_checkpointing", None)
-    if enable is None or "_set_gradient_checkpointing" in model.__dict__:
+    if getattr(model, _ENABLE, None) is None or _ENABLE in model.__dict__:
         return
-    model.__dict__["_set_gradient_checkpointing"] = _Rebind(model)
+    model.__dict__[_ENABLE] = _Rebind(model)
 
 
 class _Rebind:
@@ -41,8 +41,8 @@ class _Rebind:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        result = type(self.model)._set_gradient_checkpointing(self.model, *args, **kwargs)  # type: ignore[attr-defined]
+    def __call__(self, *args: object, **kwargs: object) -> object:
+        result: object = getattr(type(self.model), _ENABLE)(self.model, *args, **kwargs)
         roster = roster_of(self.model)
         if roster is not None:
             roster.bind_checkpointing(tree(self.model))
@@ -53,7 +53,13 @@ def _clear(model: nn.Module) -> None:
     """Forget the adapters where the model keeps them."""
     for module in (model, getattr(model, "model", None)):
         if isinstance(module, nn.Module):
-            module.__dict__.pop("_set_gradient_checkpointing", None)
+            module.__dict__.pop(_ENABLE, None)
     unwatch(model)
     model.__dict__.pop("_peft_roster", None)
     model.__dict__.pop("peft_config", None)
+
+
+def base_of(model: nn.Module) -> nn.Module:
+    """The base model under this library's wrapper, or the model itself."""
+    get = getattr(model, "get_base_model", None)
+    return model if get is None else get()

@@ -1,29 +1,30 @@
-"""Which adapters act, and how: one object shared by all adapted layers of a model.
+"""The adapters of a model and which of them act: one object shared by all adapted layers.
 
-Switching replaces one immutable `Mix`; no module is visited. A forward reads the mix once per layer; a checkpointed
-recompute runs under the mix of its forward, because `Roster.bound` wraps the checkpointing function.
+Switching replaces one immutable `Mix`; no module is visited. A forward reads the mix once per layer.
 """
 
 from __future__ import annotations
 
-import functools
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import repeat
 from operator import getitem
-from typing import Any
+from typing import Any, TypeAlias
 
-import torch
 from torch import nn
 
+from ...config import PeftConfig
 from ...contract.method import Method
+from ...contract.tree import Composite
 from ...errors import near
 from .mix import BASE, Mix
+from .recompute import Recompute
+
+Table: TypeAlias = dict[str, nn.Parameter | None]  # the parameters that a module holds itself, by name
 
 
-def entries(module: nn.Module, prefix: str = "") -> list[tuple[str, dict[str, Any], str]]:
+def entries(module: nn.Module, prefix: str = "") -> list[tuple[str, Table, str]]:
     """(dotted name, table that holds it, its name there) of the floating parameters of a module."""
     table = module._parameters
     found = [
@@ -41,26 +42,25 @@ def entries(module: nn.Module, prefix: str = "") -> list[tuple[str, dict[str, An
 class Adapter:
     """What one adapter name stands for: its config and the methods it put into the model, by path."""
 
-    config: Any
+    config: PeftConfig
     methods: list[tuple[str, Method]] = field(default_factory=list)  # (key disk_path below the base model, method)
-    brought_by: list[str] = field(
-        default_factory=list
-    )  # "" for the config's own method, else the field that brought it
+    # "" for the config's own method, else the field that brought it
+    brought_by: list[str] = field(default_factory=list)
     shared: dict[str, nn.Parameter] = field(default_factory=dict)
     targeted: list[str] = field(default_factory=list)
     padded: bool = False  # slots for swaps that recompile nothing: core/load/hotswap.py
-    _leaves: tuple[list[dict[str, Any]], list[str]] = field(default_factory=lambda: ([], []))
+    _leaves: tuple[list[Table], list[str]] = field(default_factory=lambda: ([], []))
     walked: int = 0  # how many methods `_leaves` knows
 
-    def leaves(self) -> tuple[list[dict[str, Any]], list[str]]:
+    def leaves(self) -> tuple[list[Table], list[str]]:
         """Table and name of each parameter that trains when the adapter does; walked once, so that switching need not.
 
         The table and not the parameter: loading and moving a model may put another parameter there.
         """
         if self.walked != len(self.methods):
-            found: list[tuple[dict[str, Any], str]] = []
+            found: list[tuple[Table, str]] = []
             for _, method in self.methods:
-                frozen = method.frozen()
+                frozen = method.table.frozen
                 found += [(table, leaf) for attr, table, leaf in entries(method) if attr not in frozen]
             self._leaves = [table for table, _ in found], [leaf for _, leaf in found]
             self.walked = len(self.methods)
@@ -97,7 +97,7 @@ class Adapter:
                     yield p
 
 
-class Configs(dict[str, Any]):
+class Configs(dict[str, PeftConfig]):
     """The configs by adapter, as `peft_config` shows them.
 
     Libraries end by popping a name here when they took an adapter out of each layer, or when loading it failed halfway:
@@ -108,36 +108,33 @@ class Configs(dict[str, Any]):
         super().__init__()
         self.roster = roster
 
-    def pop(self, name: str, default: Any = None) -> Any:  # type: ignore[override]
+    def pop(self, name: str, default: Any = None) -> Any:
         config = super().pop(name, default)
         self.roster.forget(name)
         return config
 
 
-class Roster:
+class Roster(Recompute):
     """The adapters of one model: the mix that acts and the record of each name."""
 
     def __init__(self) -> None:
-        self.mix = Mix()
+        super().__init__()
         self.chosen: tuple[str, ...] = ()  # what acts when nothing is disabled
         self.asked: tuple[str, ...] = ()  # what was asked for: layer by layer, that may name adapters of other models
         self.enabled = True
         self.adapters: dict[str, Adapter] = {}
         self.training: set[str] = set()  # the names of those that train
         self.forgotten: set[str] = set()  # names that are free, though layers may still hold something under them
-        self.configs: dict[str, Any] = Configs(self)  # the same configs, as `peft_config` shows them
-        self.composites: dict[str, Any] = {}  # disk_path -> stand-in that translates its parts' keys
+        self.configs: dict[str, PeftConfig] = Configs(self)  # the same configs, as `peft_config` shows them
+        self.composites: dict[str, Composite] = {}  # disk_path -> stand-in that translates its parts' keys
         self.exact = False  # adapters compute in their parameters' dtype, not in the layer's
         self.untied = False  # a merge had to untie the word embeddings
-        self._bound = False  # inside a block whose recompute remembers its mix
-        self._seen: Mix | None = None  # the mix of the last forward outside a backward
 
     @property
     def placed(self) -> bool:
         """Whether an adapter hangs in layers, not only at the whole model."""
         return any(m.form != "prompt" for a in self.adapters.values() for _, m in a.methods[:1])
 
-    # -- choosing -----------------------------------------------------------------------------------------------------
     def known(self, names: Sequence[str]) -> None:
         for name in names:
             if name not in self.adapters and name != BASE:
@@ -198,54 +195,3 @@ class Roster:
         except (KeyError, TypeError):  # something took parameters out of their modules (FSDP's flat ones): look again
             adapter.walked = 0
             adapter.train(trainable)
-
-    @contextmanager
-    def using(self, mix: Mix) -> Iterator[None]:
-        before, self.mix = self.mix, mix
-        try:
-            yield
-        finally:
-            self.mix = before
-            if mix.rows is not None:
-                mix.rows.scratch.clear()
-
-    # -- gradient checkpointing -----------------------------------------------------------------------------------------
-    def bound(self, checkpoint: Callable[..., Any]) -> Callable[..., Any]:
-        """A checkpointing function whose recompute runs under the mix that its forward saw."""
-        if getattr(checkpoint, "_peft_bound", None) is self:
-            return checkpoint
-
-        @functools.wraps(checkpoint)
-        def run(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-            mix = self.mix
-
-            def under(*a: Any, **k: Any) -> Any:
-                was, self._bound = self._bound, True
-                try:
-                    with self.using(mix):
-                        return function(*a, **k)
-                finally:
-                    self._bound = was
-
-            return checkpoint(under, *args, **kwargs)
-
-        run._peft_bound = self  # type: ignore[attr-defined]
-        return run
-
-    def bind_checkpointing(self, modules: Iterable[nn.Module]) -> None:
-        """Wrap the checkpointing functions that transformers left on the model's blocks, now and when set later."""
-        for module in modules:
-            checkpoint = module.__dict__.get("_gradient_checkpointing_func")
-            if checkpoint is not None:
-                module._gradient_checkpointing_func = self.bound(checkpoint)  # type: ignore[assignment]
-
-    def check_recompute(self) -> None:
-        """A recompute that nothing bound, under another mix than the last forward's, would be silently wrong."""
-        if torch._C._current_graph_task_id() == -1:
-            self._seen = self.mix
-        elif not self._bound and self._seen is not None and self.mix != self._seen:
-            raise RuntimeError(
-                f"A checkpointed block is recomputed in backward with adapters {list(self.mix.active)}, but its forward "
-                f"ran with {list(self._seen.active)}. Call backward() before switching adapters, or enable checkpointing "
-                "through model.gradient_checkpointing_enable(), whose blocks remember their adapters."
-            )

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 from ...kernels.rows import Scratch
+
+Groups: TypeAlias = tuple[list[tuple[str, Tensor]], Tensor]  # the positions of each adapter, and what undoes that
+Places: TypeAlias = list[tuple[str, slice | Tensor]]
 
 
 class Rows:
@@ -20,13 +23,13 @@ class Rows:
         self.distinct = tuple(dict.fromkeys(self.names))
         self.scratch = Scratch()
         self._ids = torch.tensor([self.distinct.index(n) for n in self.names])
-        self._cache: dict[Any, tuple[list[tuple[str, Tensor]], Tensor]] = {}
-        self._places: dict[Any, list[tuple[str, slice | Tensor]]] = {}
+        self._cache: dict[tuple[int, torch.device], Groups] = {}
+        self._places: dict[tuple[int, int, torch.device], Places] = {}
 
     def __len__(self) -> int:
         return len(self.names)
 
-    def groups(self, n: int, where: str, device: torch.device) -> tuple[list[tuple[str, Tensor]], Tensor]:
+    def groups(self, n: int, where: str, device: torch.device) -> Groups:
         """For a first axis of size n: the positions of each adapter, and the permutation that undoes the grouping."""
         key = (n, device)
         if key not in self._cache:
@@ -45,7 +48,7 @@ class Rows:
             )
         return torch.arange(b, device=device).repeat_interleave(n // b)  # flattened tokens or beams: row-major
 
-    def places(self, x: Tensor, path: str) -> list[tuple[str, slice | Tensor]]:
+    def places(self, x: Tensor, path: str) -> Places:
         """Which of x's rows, flattened to `[..., channels]`, each adapter has: a slice where they lie together."""
         n, tokens = x.shape[0], x.shape[:-1].numel() // max(x.shape[0], 1)
         key = (n, tokens, x.device)
@@ -53,13 +56,13 @@ class Rows:
             self._places[key] = self.flat(self.groups(n, path, x.device)[0], tokens)
         return self._places[key]
 
-    def places_of(self, row: Tensor, x: Tensor) -> list[tuple[str, slice | Tensor]]:
+    def places_of(self, row: Tensor, x: Tensor) -> Places:
         """As `places`, with the batch row of each of x's rows given."""
         return self.flat(self.of(row)[0], x.shape[:-1].numel() // max(x.shape[0], 1))
 
     @staticmethod
-    def flat(groups: list[tuple[str, Tensor]], tokens: int) -> list[tuple[str, slice | Tensor]]:
-        out: list[tuple[str, slice | Tensor]] = []
+    def flat(groups: list[tuple[str, Tensor]], tokens: int) -> Places:
+        out: Places = []
         for name, index in groups:
             first, last = int(index[0]), int(index[-1])
             if last - first + 1 == len(index):  # ascending by construction
@@ -68,12 +71,12 @@ class Rows:
                 out.append((name, (index[:, None] * tokens + torch.arange(tokens, device=index.device)).flatten()))
         return out
 
-    def split(self, ids: Tensor) -> tuple[list[tuple[str, Tensor]], Tensor]:
+    def split(self, ids: Tensor) -> Groups:
         groups = [(name, (ids == k).nonzero().flatten()) for k, name in enumerate(self.distinct)]
         groups = [(name, index) for name, index in groups if len(index)]
         order = torch.cat([index for _, index in groups]) if groups else ids
         return groups, torch.argsort(order)
 
-    def of(self, row: Tensor) -> tuple[list[tuple[str, Tensor]], Tensor]:
+    def of(self, row: Tensor) -> Groups:
         """The same for a layer that says which row of the batch each of its inputs belongs to."""
         return self.split(self._ids.to(row.device)[row])

@@ -4,8 +4,8 @@ which a checkpointed recompute finds again, as it finds the adapters.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import nn
@@ -16,7 +16,7 @@ from .roster import Roster
 from .span import Span
 
 
-def read(arguments: dict[str, Any], outer: Span | None) -> Span:
+def read(arguments: Mapping[str, object], outer: Span | None) -> Span:
     """The span of a call of a model, from its arguments; without tokens it fits nothing."""
     tokens = arguments.get("input_ids")
     tokens = arguments.get("inputs_embeds") if tokens is None else tokens
@@ -49,11 +49,11 @@ class Watch:
     def __init__(self, roster: Roster, names: tuple[str, ...]) -> None:
         self.roster, self.names = roster, names
 
-    def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def enter(self, module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
         mix = self.roster.mix
         self.roster.mix = replace(mix, span=read({**dict(zip(self.names, args, strict=False)), **kwargs}, mix.span))
 
-    def leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def leave(self, module: nn.Module, args: tuple[object, ...], output: object) -> None:
         mix = self.roster.mix
         if mix.span is not None:
             self.roster.mix = replace(mix, span=mix.span.outer)

@@ -1,12 +1,17 @@
-"""How a layer is called: its first argument, its main output, the hooks that record it."""
+"""How a layer is called: its arguments and its main output, attributes that stand before its parameters, the hooks that
+record what it gives."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeAlias
 
 from torch import Tensor, nn
+
+Args: TypeAlias = tuple[Any, ...]  # the arguments of a call by position
+Kwargs: TypeAlias = dict[str, Any]  # and by name
+Output: TypeAlias = Tensor | tuple[Any, ...] | list[Any]  # a block's main output may come first of several
 
 
 @contextmanager
@@ -37,7 +42,7 @@ def move_recorders(source: nn.Module, target: nn.Module) -> None:
             target._forward_hooks[key] = source._forward_hooks.pop(key)
 
 
-def _first(out: Any, fn: Callable[[Any], Any]) -> Any:
+def on_first(out: Output, fn: Callable[[Tensor], Output]) -> Output:
     """`fn` applied to a block's main output, which may come first in a tuple."""
     if isinstance(out, (tuple, list)):
         return type(out)([fn(out[0]), *out[1:]])

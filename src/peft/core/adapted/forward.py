@@ -10,6 +10,7 @@ factored one does not exist: an input transform on a kernel larger than 1, a raw
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,16 +23,16 @@ from ...errors import Refusal
 from ..acting.adapted_layer import AdaptedLayer
 from ..acting.rows import Rows
 from . import fused
-from .calls import _first, over_attributes
+from .calls import Args, Kwargs, Output, on_first, over_attributes
 
 
 class Forward(AdaptedLayer):
     """How a layer runs with the adapters that act, and what they compose."""
 
-    _last: tuple[Any, Sequence[Method]]
+    _last: tuple[tuple[str, ...] | None, Sequence[Method]]  # the names that acted last, and their methods
     _input_name: str
 
-    def forward(self, *args: Any, rows: Tensor | None = None, **kwargs: Any) -> Any:
+    def forward(self, *args: object, rows: Tensor | None = None, **kwargs: object) -> Output:
         """The base layer's forward with the acting adapters. `rows`: the batch row of each input, where x lost it."""
         mix = self.roster.mix
         if mix.rows is not None and not self.merged_adapters:
@@ -55,43 +56,47 @@ class Forward(AdaptedLayer):
             self.__dict__["_last"] = (names, methods)
         return methods
 
-    def _input(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Callable[[Any], Any]]:
+    def _input(self, args: Args, kwargs: Kwargs) -> tuple[Tensor, Callable[[Tensor], tuple[Args, Kwargs]]]:
         """The layer's input, and the arguments of a call that has another one in its place."""
         if args:
             return args[0], lambda x: ((x, *args[1:]), kwargs)
         name = self._input_name if self._input_name in kwargs else next(iter(kwargs))
         return kwargs[name], lambda x: ((), {**kwargs, name: x})
 
-    def _run(self, methods: Sequence[Method], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _run(self, methods: Sequence[Method], args: Args, kwargs: Kwargs) -> Output:
         x, call = self._input(args, kwargs)
         given = x  # what `after` sees: the layer's own input, so that the parallel branch merges as it stands
         indexed = self.geometry.indexed  # an embedding's rows are what an input transform acts on
         late = [m for m in methods if m.form == "after"]
+        out: Output
         if self._dense(methods):
             whole = [m for m in methods if m.form != "after"]
             while not self.kind.factored and late and late[0].mergeable:  # what the layer does to W' comes after it
                 whole.append(late.pop(0))
             W, b = self.compose(whole, self.kind.dtype(self.base_layer))
-            out: Any = self.op(x, W)
+            out = self.op(x, W)
             if b is not None:
                 out = self.kind.channels_back(self.kind.channels_last(out) + b)
         else:
             for m in methods:
                 if m.form == "before" and not indexed:
-                    x = self._in_parameter_dtype(m, lambda v, m=m: self._channels(m, v), x)  # type: ignore[misc]
+                    x = self._in_parameter_dtype(m, lambda v, m=m: self._channels(m, v), x)
             replaced = [m for m in methods if m.form == "replace"]
             out = self._base(replaced, *call(x))
             for m in methods:
                 if m.form in ("delta", "weight"):
-                    out = self._in_parameter_dtype(m, lambda v, y, m=m: m("add", v, y, self.op), x, out)  # type: ignore[misc]
+                    out = self._in_parameter_dtype(m, lambda v, y, m=m: m("add", v, y, self.op), x, out)
             for m in methods:
                 if m.form == "before" and indexed:
-                    out = self._in_parameter_dtype(m, lambda v, m=m: self._channels(m, v), out)  # type: ignore[misc]
+                    out = self._in_parameter_dtype(m, lambda v, m=m: self._channels(m, v), out)
         for m in late:
-            out = _first(out, lambda y, m=m: self._in_parameter_dtype(m, lambda v: self._after(m, v, given), y))  # type: ignore[misc]
+            out = on_first(out, partial(self._late, m, given))
         return out
 
-    def _in_parameter_dtype(self, m: Method, fn: Callable[..., Any], *tensors: Any) -> Any:
+    def _late(self, m: Method, given: Tensor, y: Tensor) -> Tensor:
+        return self._in_parameter_dtype(m, lambda v: self._after(m, v, given), y)
+
+    def _in_parameter_dtype(self, m: Method, fn: Callable[..., Tensor], *tensors: Output) -> Tensor:
         """`fn` of the tensors; in the exact mode cast up to the method's parameters first, and its result back."""
         last = tensors[-1]
         if not self.roster.exact or not torch.is_tensor(last):
@@ -100,7 +105,7 @@ class Forward(AdaptedLayer):
         dtype = torch.promote_types(dtype, last.dtype)
         return fn(*(t.to(dtype) if torch.is_tensor(t) and t.is_floating_point() else t for t in tensors)).to(last.dtype)
 
-    def _base(self, replaced: Sequence[Method], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _base(self, replaced: Sequence[Method], args: Args, kwargs: Kwargs) -> Output:
         if not replaced:
             return self.kind.run(self.base_layer, *args, **kwargs)
         if self.kind.factored and not self.geometry.weightless and all(m.replaced_names == ("bias",) for m in replaced):
@@ -137,7 +142,7 @@ class Forward(AdaptedLayer):
     def _channels(self, m: Method, x: Tensor) -> Tensor:
         return self.kind.channels_back(m("before", self.kind.channels_last(x)))
 
-    def _after(self, m: Method, y: Tensor, x: Any, index: Tensor | None = None, axis: int = 0) -> Tensor:
+    def _after(self, m: Method, y: Tensor, x: object, index: Tensor | None = None, axis: int = 0) -> Tensor:
         """`index`: y holds only these of the `axis` rows that the call has. Contiguous, because torch chooses between
         two matrix products by layout and `requires_grad`: the same bits, whether the adapter is trained or loaded."""
         if torch.is_tensor(x) and x.is_floating_point():
@@ -157,7 +162,7 @@ class Forward(AdaptedLayer):
             return False
         return any(m.form == "before" and not m.channelwise for m in methods)
 
-    def _mixed(self, rows: Rows, row: Tensor | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _mixed(self, rows: Rows, row: Tensor | None, args: Args, kwargs: Kwargs) -> Output:
         """Per-row adapters: the base call once where no adapter changes what goes into it."""
         x, _ = self._input(args, kwargs)
         if self.methods.keys().isdisjoint(rows.distinct):
@@ -167,8 +172,8 @@ class Forward(AdaptedLayer):
         table = {n: list(self.methods.get(n, ())) for n in rows.distinct}
         groups, undo = rows.of(row) if row is not None else rows.groups(x.shape[0], self.path, x.device)
 
-        def joined(fn: Callable[[list[Method], Tensor], Any]) -> Any:
-            parts = [fn(table[name], index) for name, index in groups]
+        def joined(fn: Callable[[list[Method], Tensor], Output]) -> Output:
+            parts: list[Any] = [fn(table[name], index) for name, index in groups]
             first = parts[0]
             if isinstance(first, (tuple, list)):
                 return type(first)([torch.cat([p[0] for p in parts])[undo], *first[1:]])
@@ -189,7 +194,7 @@ class Forward(AdaptedLayer):
                         yi = self._after(m, yi, xi, index, len(y))
                 return yi
 
-            return _first(out, lambda _: joined(late))
+            return on_first(out, lambda _: joined(late))
         if sum(torch.is_tensor(a) for a in (*args, *kwargs.values())) > 1:
             raise Refusal(
                 "adapter_names",

@@ -8,8 +8,10 @@ from typing import Any
 from torch import Tensor
 
 from ...contract.method import Method
-from ...kernels.lowrank import banked_linear, lowrank_linear, scaled_linear, usable
+from ...kernels.banked import banked_linear
+from ...kernels.lowrank import lowrank_linear, usable
 from ...kernels.rows import rows_linear
+from ...kernels.scaled import scaled_linear
 from ...kernels.terms import Thin
 from ..acting.adapted_layer import AdaptedLayer
 from ..acting.rows import Rows
@@ -21,9 +23,13 @@ def run(layer: AdaptedLayer, methods: Sequence[Method], x: Any) -> Tensor | None
         return None
     terms, drop = [], None
     for m in methods:
-        term = m.thin(layer.op) if m.never_gathered else None
-        if term is None:
-            return _banked(m, layer, x, base) if len(methods) == 1 else None
+        term = m.fused_term(layer.op) if m.never_gathered else None
+        if not isinstance(term, Thin):
+            return (
+                None
+                if term is None or len(methods) > 1 or (m.dropout and m.training)
+                else banked_linear(x, *base, term)
+            )
         if term.rows is not None and len(methods) > 1:
             return None
         terms.append(term)
@@ -48,8 +54,8 @@ def run_rows(layer: AdaptedLayer, rows: Rows, row: Tensor | None, x: Any) -> Ten
     drop: list[float] | None = []
     for name, at in rows.places(x, layer.path) if row is None else rows.places_of(row, x):
         for m in layer.methods.get(name, ()):
-            term = m.thin(op) if m.never_gathered and m.bias_change() is None else None
-            if term is None or term.rows is not None:
+            term = m.fused_term(op) if m.never_gathered and m.bias_change() is None else None
+            if not isinstance(term, Thin) or term.rows is not None:
                 return None
             terms.append(term)
             drop.append(m.dropout if m.training else 0.0)
@@ -68,16 +74,11 @@ def products(layer: AdaptedLayer, methods: Sequence[Method]) -> tuple[Tensor, li
         return None
     terms = []
     for m in methods:
-        term = m.thin(layer.op) if m.never_gathered and m.bias_change() is None else None
-        if term is None or term.rows is not None:
+        term = m.fused_term(layer.op) if m.never_gathered and m.bias_change() is None else None
+        if not isinstance(term, Thin) or term.rows is not None:
             return None
         terms.append(term)
     return base[0], terms
-
-
-def _banked(m: Method, layer: AdaptedLayer, x: Tensor, base: tuple[Tensor, Tensor | None]) -> Tensor | None:
-    term = None if not m.never_gathered or (m.dropout and m.training) else m.banks(layer.op)
-    return None if term is None else banked_linear(x, *base, term)
 
 
 def _base(layer: AdaptedLayer, x: Any) -> tuple[Tensor, Tensor | None] | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 from torch import nn
 
@@ -14,13 +13,15 @@ from ...contract.site import Op
 from ...contract.tree import AdapterContainer, tree
 from ...signatures import first_parameter
 from ..acting.roster import Roster
-from .calls import move_recorders
+from .calls import Output, move_recorders
 from .switch import Switch, escape
 from .upstream_layer import UpstreamLayer
 
 
 class Companions(AdapterContainer, Switch):
     """The companions of one sort at a layer: what libraries switch where only companions hang. The layer does the work."""
+
+    layer: Adapted
 
     def __init__(self, layer: Adapted) -> None:
         super().__init__()
@@ -70,7 +71,6 @@ class Adapted(Switch, UpstreamLayer):
             training=base_layer.training,
         )
 
-    # -- adapters -------------------------------------------------------------------------------------------------------
     def attach(self, adapter: str, part: str, method: Method) -> None:
         """Hang a method at `adapters.<adapter>`, a companion at `adapters.%<part>.<adapter>`."""
         if part and f"%{part}" not in self.adapters._modules:
@@ -83,7 +83,7 @@ class Adapted(Switch, UpstreamLayer):
     def detach(self, adapter: str) -> None:
         self._last = (None, ())
         for m in (inner for outer in self.methods.pop(adapter, ()) for inner in outer.nested()):
-            self.former.update((*m.adapter_layer_names, *m.other_param_names))
+            self.former.update((*m.table.layer_names(), *m.shown.names))
         for part in ("", *self.brought_by):
             slots = self._slots(part)
             if escape(adapter) in slots._modules:
@@ -92,12 +92,12 @@ class Adapted(Switch, UpstreamLayer):
                 self.adapters.drop(f"%{part}")
 
     def held(self) -> Iterator[tuple[str, Method]]:
-        own = {id(m) for methods in self.methods.values() for m in methods}
-        return ((f"adapters.{n}", m) for n, m in self.adapters.named_modules() if id(m) in own)  # type: ignore[misc]
+        own = {id(m): m for methods in self.methods.values() for m in methods}
+        return ((f"adapters.{n}", own[id(m)]) for n, m in self.adapters.named_modules() if id(m) in own)
 
     def _slots(self, part: str) -> AdapterContainer:
-        slots: Any = self._modules["adapters"]
-        return slots._modules[f"%{part}"] if part else slots  # type: ignore[no-any-return]
+        slots = self._modules["adapters"]
+        return slots._modules[f"%{part}"] if part else slots  # type: ignore[union-attr,return-value]
 
     @property
     def brought_by(self) -> list[str]:
@@ -109,7 +109,7 @@ class Adapted(Switch, UpstreamLayer):
         """Whether an adapter's own method hangs here, not only companions; also when nothing hangs here any more."""
         return len(self.brought_by) < len(self.adapters._modules) or not self.adapters._modules
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: object, **kwargs: object) -> Output:
         if self._modules["base_layer"]._forward_hooks:  # type: ignore[union-attr]
             move_recorders(self.base_layer, self)
         return nn.Module.__call__(self, *args, **kwargs)  # looked up anew: tracers put their own there

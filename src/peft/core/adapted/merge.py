@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...contract.method import Method
 from ...errors import Refusal
-from ...kernels.lowrank import merge_, merged
+from ...kernels.merging import merge_, merged
 from ..files.tensors import finite
 from . import fused
 from .forward import Forward
@@ -26,7 +25,7 @@ class Merging(Forward):
     """A layer whose adapters can be written into its base weight."""
 
     record: Record  # what was merged, under these names
-    _kept: Any
+    _kept: tuple[nn.Module, object] | None  # the base layer, and what its kind keeps of it
 
     def merged_values(self, methods: Sequence[Method]) -> dict[str, Tensor]:
         """The native parameter values a merge would write; raises `Refusal` or on NaN before anything changes."""

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ...contract.capabilities import Companion
 from ...errors import Refusal
 from . import views
 from .merge import Merging
@@ -36,7 +37,7 @@ class UpstreamLayer(Merging):
         """What an adapter adds to the weight, in the weight's layout."""
         return views.delta_weight(self, adapter)
 
-    def update_layer(self, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+    def update_layer(self, adapter_name: str, *args: object, **kwargs: object) -> None:
         raise Refusal(
             "update_layer",
             self.path,
@@ -53,12 +54,12 @@ class UpstreamLayer(Merging):
     @property
     def adapter_layer_names(self) -> tuple[str, ...]:
         """Upstream's names of the tensors that the adapters hold here."""
-        return tuple(dict.fromkeys(n for m in self.nested_methods() for n in m.adapter_layer_names))
+        return tuple(dict.fromkeys(n for m in self.nested_methods() for n in m.table.layer_names()))
 
     @property
     def other_param_names(self) -> tuple[str, ...]:
         """Upstream's names of their settings."""
-        return tuple(dict.fromkeys(n for m in self.nested_methods() for n in m.other_param_names))
+        return tuple(dict.fromkeys(n for m in self.nested_methods() for n in m.shown.names))
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         for name in [adapter_names] if isinstance(adapter_names, str) else adapter_names:
@@ -96,8 +97,10 @@ class UpstreamLayer(Merging):
             # code that reads a parameter instead of calling the module sees what the module computes with
             methods = () if self.merged_adapters else self.active_methods(self.roster.mix.active)
             replaced = [m for m in methods if m.form == "replace" and name in m.replaced_names]
-            if name == "weight" and any(m.companion and m.form != "replace" and m.mergeable for m in methods):
-                W, _ = self.compose([m for m in methods if m.companion], self.kind.dtype(self.base_layer))
+            if name == "weight" and any(
+                isinstance(m, Companion) and m.form != "replace" and m.mergeable for m in methods
+            ):
+                W, _ = self.compose([m for m in methods if isinstance(m, Companion)], self.kind.dtype(self.base_layer))
                 return self.kind.native(W, self.base_layer)
             return self.replaced(replaced)[name] if replaced else getattr(self.base_layer, name)
 
@@ -115,9 +118,11 @@ class UpstreamLayer(Merging):
         else:
             super().__setattr__(name, value)
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Tensor], prefix: str, *args: object, **kwargs: object
+    ) -> None:
         views.from_upstream(self, state_dict, prefix)
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)  # type: ignore[no-untyped-call]
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     @property
     def original_module(self) -> nn.Module:

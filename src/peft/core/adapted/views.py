@@ -26,10 +26,10 @@ ORIGINAL = "original_module"  # upstream's name of the base layer where whole mo
 
 def leaves(method: Method, name: str) -> dict[str, str]:
     """What upstream's `name` holds of a method: leaf of the module -> attribute, or "" -> attribute for a bare tensor."""
-    if name in method.as_modules:
+    if name in method.table.modules:
         return {"weight": name}
     found = {}
-    for attr, key in method.keys.items():
+    for attr, key in method.table.own.items():
         head, _, leaf = key.partition(".")
         if head == name and leaf in ("", *LEAVES) and _tensor(method, attr) is not None:
             found[leaf] = attr
@@ -44,7 +44,7 @@ def upstream_name(method: Method, attr: str, key: str, adapter: str) -> str:
     head, _, leaf = key.rpartition(".")
     if head and leaf in LEAVES:
         return f"{head}.{adapter}.{leaf}"
-    return f"{key}.{adapter}.weight" if attr in method.as_modules else f"{key}.{adapter}"
+    return f"{key}.{adapter}.weight" if attr in method.table.modules else f"{key}.{adapter}"
 
 
 def _tensor(method: Method, attr: str) -> Tensor | None:
@@ -90,7 +90,7 @@ class ModuleView:
     def __call__(self, x: Tensor) -> Tensor:
         """The factor next to x runs with the layer's geometry, the other one on channels."""
         method, weight = self._method, self.weight
-        chain = [a for a, k in method.keys.items() if k.endswith(".weight")]
+        chain = [a for a, k in method.table.own.items() if k.endswith(".weight")]
         if method.form != "delta" or self._held.get("weight") not in chain:
             raise TypeError(f"{self._name} of {method.peft_type} is no layer to be called.")
         op = self._layer.op
@@ -179,9 +179,9 @@ class AdapterView(Mapping[str, Any]):
             raise KeyError(adapter)
         if held := leaves(method, name):
             return getattr(method, held[""]) if "" in held else ModuleView(self._layer, method, name, held)
-        if name == method.dropout_name:
+        if name == method.shown.dropout:
             return DropoutView(method)
-        return method.setting(name) if name in method.view_attributes else getattr(method, name)
+        return attrgetter(method.shown.paths.get(name, name))(method)
 
     def __setitem__(self, adapter: str, value: Any) -> None:
         method, name = self._method(adapter), self._name
@@ -197,11 +197,11 @@ class AdapterView(Mapping[str, Any]):
             for at, _ in list(tree.named_parameters()):
                 owner, _, leaf = at.rpartition(".")
                 _put(tree.get_submodule(owner), leaf, value.get_parameter(at), f"{what}.{at}")
-        elif name == method.dropout_name:
+        elif name == method.shown.dropout:
             method.dropout = float(value if isinstance(value, (int, float)) else getattr(value, "p", 0.0))
         elif name == "scaling":
-            method.rescale(float(value))
-        elif name in method.assignable:
+            rescale(method, float(value))
+        elif name in method.shown.assignable:
             setattr(method, name, value)
         else:
             raise AttributeError(f"{what} says how the adapter was made; add an adapter with another config instead.")
@@ -248,6 +248,15 @@ class AdapterView(Mapping[str, Any]):
         return self
 
 
+def rescale(method: Method, scaling: float) -> None:
+    """Make a method's `scaling` this number, by its multiplier."""
+    method.multiplier = 1.0
+    own = getattr(method, "scaling", 0.0)
+    if not own and scaling:
+        raise ValueError(f"{method.peft_type}: a strength of 0 cannot be rescaled to {scaling}.")
+    method.multiplier = scaling / own if own else 1.0
+
+
 def _take(module: Any, into: ModuleView, held: dict[str, str], what: str) -> None:
     """A module's tensors in the place of those of an adapter."""
     if not isinstance(module, (nn.Module, ModuleView)):
@@ -265,19 +274,20 @@ def _take(module: Any, into: ModuleView, held: dict[str, str], what: str) -> Non
 def _holds(method: Method, name: str) -> bool:
     if leaves(method, name):
         return True
-    keyed = name not in method.view_attributes and method.keys.get(name, name).rpartition(".")[2] != name
+    shown = method.shown
+    keyed = name not in shown.settings and method.table.own.get(name, name).rpartition(".")[2] != name
     if keyed and name not in method._modules:
         return False
     return (
-        name in method.view_attributes
-        or (bool(name) and name == method.dropout_name)
+        name in shown.settings
+        or (bool(name) and name == shown.dropout)
         or (_tensor(method, name) is not None and not keyed)
         or method._modules.get(name) is not None
     )
 
 
 def _shown(method: Method, name: str) -> bool:
-    return name in method.adapter_layer_names or name in method.other_param_names or _holds(method, name)
+    return name in method.table.layer_names() or name in method.shown.names or _holds(method, name)
 
 
 def view(layer: AdaptedLayer, name: str) -> Any:
@@ -290,7 +300,7 @@ def view(layer: AdaptedLayer, name: str) -> Any:
         return None
     for m in (inner for methods in layer.methods.values() for outer in methods for inner in outer.nested()):
         if _shown(m, name):
-            below = [k for k in m.keys.values() if k.startswith(f"{name}.") and k.rpartition(".")[2] not in LEAVES]
+            below = [k for k in m.table.own.values() if k.startswith(f"{name}.") and k.rpartition(".")[2] not in LEAVES]
             return layer if below and name not in m._modules else AdapterView(layer, name)
     return AdapterView(layer, name) if name in layer.former else None
 
@@ -313,13 +323,15 @@ def from_upstream(layer: AdaptedLayer, state: dict[str, Tensor], prefix: str) ->
     paths = {id(m): f"{prefix}adapters.{slot}" for slot, m in layer.adapters.named_modules()}
     for adapter, methods in layer.methods.items():
         for m in methods:
-            for attr, key in m.disk_keys().items():
+            for attr, key in m.table.keys.items():
                 theirs, own = prefix + upstream_name(m, attr, key, adapter), f"{paths[id(m)]}.{attr}"
                 if theirs in state and own not in state:
                     held = attrgetter(attr)(m)
                     value = state.pop(theirs)
                     state[own] = value.reshape(held.shape) if value.numel() == held.numel() else value
-    nested = {f"{k.partition('.')[0]}.base_layer" for m in layer.nested_methods() for k in m.keys.values() if "." in k}
+    nested = {
+        f"{k.partition('.')[0]}.base_layer" for m in layer.nested_methods() for k in m.table.own.values() if "." in k
+    }
     for theirs in (ORIGINAL, *nested):
         for name in [k for k in state if k.startswith(f"{prefix}{theirs}.")]:
             state[f"{prefix}base_layer.{name.removeprefix(f'{prefix}{theirs}.')}"] = state.pop(name)

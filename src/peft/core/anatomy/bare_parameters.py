@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import nn
 
+from ...config import TunerConfig
 from ...contract.tree import Composite
 from ...errors import NoMatchingPeftModuleError, Refusal, near
 from ...registry import kinds
@@ -14,8 +13,9 @@ from .targets import in_layers
 from .walk import Place, parts, walk
 
 
-def find_parameters(model: nn.Module, config: Any) -> list[Place]:
+def find_parameters(model: nn.Module, config: TunerConfig) -> list[Place]:
     """The places of the weights that `config.target_parameters` names; every name must match."""
+    targets = config.target_parameters or []
     bare = [k for k in kinds().values() if k.for_parameters]
     found: list[Place] = []
     known: list[str] = []
@@ -29,7 +29,7 @@ def find_parameters(model: nn.Module, config: Any) -> list[Place]:
         for n in own:
             path = f"{place.path}.{n}"
             known.append(path)
-            for t in config.target_parameters:
+            for t in targets:
                 if means(t, path):
                     hit.add(t)
                     if not matches(getattr(config, "exclude_modules", None), place.path) and in_layers(config, path):
@@ -53,7 +53,7 @@ def find_parameters(model: nn.Module, config: Any) -> list[Place]:
             below = part.path.removeprefix(place.path + ".")
             if any(below == n or below.startswith((n + ".", n + "[")) for n in wanted):
                 found.append(part)
-    missing = [t for t in config.target_parameters if t not in hit]
+    missing = [t for t in targets if t not in hit]
     if missing:
         hints = "".join(near(m, [k.split(".", k.count(".") - 1)[-1] for k in known]) or near(m, known) for m in missing)
         raise NoMatchingPeftModuleError(

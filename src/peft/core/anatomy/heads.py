@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import nn
 
-# -- task heads -----------------------------------------------------------------------------------------------------------
+from ...config import PeftConfig
+from .embeddings import output_head
+
 HEADS_BY_TASK = {
     "SEQ_CLS": ("classifier", "score"),
     "TOKEN_CLS": ("classifier", "score"),
@@ -14,7 +14,7 @@ HEADS_BY_TASK = {
 }
 
 
-def prepare_head(model: nn.Module, config: Any, loading: bool = False) -> None:
+def prepare_head(model: nn.Module, config: PeftConfig, loading: bool = False) -> None:
     """Newly initialised heads train and are saved with the adapter, for every task type that has one."""
     task = getattr(config.task_type, "value", config.task_type)
     if task not in HEADS_BY_TASK or not hasattr(config, "modules_to_save"):
@@ -35,8 +35,7 @@ HEADS = ("classifier", "score", "qa_outputs")  # names that transformers gives n
 def output_heads(model: nn.Module) -> set[str]:
     """Paths of the output embedding and of classification heads: what `all-linear` leaves alone."""
     heads = set()
-    get = getattr(model, "get_output_embeddings", None)
-    head = get() if callable(get) else None
+    head = output_head(model)
     for name, module in model.named_modules():
         if head is not None and (module is head or getattr(head, "base_layer", None) is module):
             heads.add(name.removesuffix(".base_layer"))

@@ -1,51 +1,40 @@
-"""What a model of language looks like: embeddings, stacks, attentions, caches, positions."""
+"""What a model of language looks like: its config, stacks, attentions, caches, positions."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Protocol, TypeGuard
 
 import torch
 from torch import Tensor, nn
 
 from ...contract import offload
-from ...contract.offload import on_device
 from ...signatures import arguments_of
-from .patterns import means
-from .walk import walk
-
-
-def vocab_size(model: nn.Module) -> int | None:
-    get = getattr(model, "get_input_embeddings", None)
-    try:
-        embedding = get() if callable(get) else None
-    except (NotImplementedError, AttributeError):
-        return None
-    return getattr(embedding, "num_embeddings", None)
-
-
-def enable_input_grads(model: nn.Module) -> None:
-    if hasattr(model, "enable_input_require_grads"):
-        model.enable_input_require_grads()  # type: ignore[operator]
-        return
-    get = getattr(model, "get_input_embeddings", None)
-    if callable(get):
-        get().register_forward_hook(lambda module, args, output: output.requires_grad_(True))
-
 
 CACHE = "past_key_values"
-
-
 LAYER_CACHE = {CACHE, "past_key_value", "layer_past"}  # what attention modules call it
 
 
-# -- what a model looks like -------------------------------------------------------------------------------------------------
-def text_config(model: nn.Module) -> Any:
+class EncoderDecoder(Protocol):
+    """A model of an encoder and a decoder."""
+
+    def get_encoder(self) -> nn.Module: ...
+    def get_decoder(self) -> nn.Module: ...
+    def prepare_decoder_input_ids_from_labels(self, labels: Tensor | None) -> Tensor: ...
+
+
+def model_type(model: nn.Module) -> str | None:
+    """What transformers calls models of this architecture; None for models that are none of transformers'."""
+    return getattr(getattr(model, "config", None), "model_type", None)
+
+
+def text_config(model: nn.Module) -> object:
+    """The config of the part that reads text, where a model has several; None for models without a config."""
     config = getattr(model, "config", None)
     return getattr(config, "text_config", None) or config
 
 
-def number(config: Any, *names: str) -> int:
+def number(config: object, *names: str) -> int:
     for name in names:
         value = getattr(config, name, None)
         if isinstance(value, int):
@@ -53,24 +42,7 @@ def number(config: Any, *names: str) -> int:
     raise ValueError(f"This model's config has no {names[0]}: state it in the adapter's config.")
 
 
-def token_embeddings(model: nn.Module) -> nn.Module | None:
-    get = getattr(model, "get_input_embeddings", None)
-    try:
-        return get() if callable(get) else None
-    except (NotImplementedError, AttributeError):
-        return None
-
-
-def embed(model: nn.Module, ids: Tensor) -> Tensor:
-    """The base model's own embeddings of token ids, as floats: what prompts can start from."""
-    table = token_embeddings(model)
-    assert table is not None
-    with torch.no_grad(), on_device(table):
-        device = next((p.device for p in table.parameters()), torch.device("cpu"))
-        return table(ids.to(device)).detach().float().cpu()
-
-
-def is_encoder_decoder(model: nn.Module) -> bool:
+def is_encoder_decoder(model: nn.Module) -> TypeGuard[EncoderDecoder]:
     """Whether this is an encoder and a decoder."""
     return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
 
@@ -78,25 +50,32 @@ def is_encoder_decoder(model: nn.Module) -> bool:
 def token_and_cache_stacks(model: nn.Module) -> tuple[nn.Module, nn.Module]:
     """(where input tokens enter, where a cache enters): one module, or an encoder and a decoder."""
     if is_encoder_decoder(model):
-        return model.get_encoder(), model.get_decoder()  # type: ignore[operator]
-    stack: nn.Module | None = model
+        return model.get_encoder(), model.get_decoder()
+    stack = model
     inner: nn.Module | None = model
     while inner is not None:
         stack, names = inner, ("language_model", "decoder", getattr(inner, "base_model_prefix", ""))
-        children = [getattr(inner, n, None) for n in names if n]
-        children = [c for c in children if isinstance(c, nn.Module) and c is not stack]
+        named = (getattr(inner, n, None) for n in names if n)
+        children = [c for c in named if isinstance(c, nn.Module) and c is not stack]
         inner = next((c for c in children if "inputs_embeds" in arguments_of(type(c))), None)
-    assert stack is not None
     return stack, stack
+
+
+def decoder_ids(model: nn.Module, labels: Tensor | None) -> Tensor:
+    """The ids that an encoder-decoder model gives its decoder in training: the labels, shifted right."""
+    assert is_encoder_decoder(model)
+    return model.prepare_decoder_input_ids_from_labels(labels)
+
+
+def layer_of(attention: nn.Module) -> int | None:
+    """The number of an attention's layer, by which it finds its keys and values in a cache; None for other modules."""
+    number = getattr(attention, "layer_idx", None)
+    return number if isinstance(number, int) else None
 
 
 def attentions(stack: nn.Module) -> Iterator[nn.Module]:
     """The modules that read and write the cache: they know their layer and hold no other that does."""
-    found = [
-        m
-        for m in stack.modules()
-        if isinstance(getattr(m, "layer_idx", None), int) and LAYER_CACHE & set(arguments_of(type(m)))
-    ]
+    found = [m for m in stack.modules() if layer_of(m) is not None and LAYER_CACHE & set(arguments_of(type(m)))]
     inner = {id(d) for m in found for d in m.modules() if d is not m}
     holders = {id(m) for m in found if any(id(d) in inner and d in found for d in m.modules() if d is not m)}
     return (m for m in found if id(m) not in holders)
@@ -143,7 +122,7 @@ def first_position(stack: nn.Module) -> int:
     """RoBERTa and its like number positions from behind the padding index."""
     for m in stack.modules():
         if hasattr(m, "create_position_ids_from_inputs_embeds"):
-            return int(m.padding_idx) + 1  # type: ignore[arg-type]
+            return int(vars(m)["padding_idx"]) + 1
     return 0
 
 
@@ -155,18 +134,3 @@ def placeholder(model: nn.Module) -> int:
             if name.endswith(("token_id", "token_index")):
                 special |= set(value) if isinstance(value, (list, tuple)) else {value}
     return next(i for i in range(len(special) + 1) if i not in special)
-
-
-def input_embedding(model: nn.Module) -> str:
-    """The name of the model's input embedding: short where it is the only module of that name."""
-    get = getattr(model, "get_input_embeddings", None)
-    try:
-        embedding = get() if callable(get) else None
-    except (NotImplementedError, AttributeError):
-        embedding = None
-    paths = {p.path: p for p in walk(model)}
-    path = next((n for n, p in paths.items() if embedding is not None and embedding in (p.held, p.module)), None)
-    if path is None:
-        return "embed_tokens"
-    leaf = path.rpartition(".")[2]
-    return leaf if sum(means(leaf, p) for p in paths) == 1 else path

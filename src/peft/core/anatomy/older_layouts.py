@@ -3,7 +3,7 @@
 Renamed modules: transformers knows the old names of its models, and they are tried on keys that fit nowhere. Experts
 that were separate linear layers, and are stacked in one parameter now: U = [W₁; W₃] of each expert. ΔU = [s·B₁A₁; s·B₃A₃]
 is one product again, of the factors A = [A₁; A₃] and B = diag(B₁, B₃), so an old adapter becomes a new one with the very
-same ΔW and the sum of the ranks. A method says by `Method.joins` that its tensors can be put together like this.
+same ΔW and the sum of the ranks. A method says by `Stored.join` that its tensors can be put together like this.
 """
 
 from __future__ import annotations
@@ -11,15 +11,21 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 from torch import nn
 
+from ...config import TunerConfig
+from ...contract.capabilities import TwoFactors
 from ...contract.method import Method
 from ...contract.tree import Composite, tree
+from .language import model_type
 from .patterns import matches, means
 from .targets import ALL_LINEAR
 from .walk import Place, kind_of, walk
+
+if TYPE_CHECKING:
+    from transformers.core_model_loading import WeightConverter, WeightRenaming
 
 
 @dataclass
@@ -41,9 +47,9 @@ class Stack:
         return (f"{path}.{e}.{which}" for path in dict.fromkeys((self.path, self.was)) for e in range(self.experts))
 
 
-def _changes(model: nn.Module) -> tuple[list[Any], list[Any]]:
+def _changes(model: nn.Module) -> tuple[list[WeightRenaming], list[WeightConverter]]:
     """transformers' renamings of keys for this model, and its conversions of tensors."""
-    if not hasattr(getattr(model, "config", None), "model_type"):
+    if model_type(model) is None:
         return [], []
     try:
         from transformers import PreTrainedModel
@@ -77,7 +83,7 @@ def stacked_experts(model: nn.Module, places: list[Place]) -> list[Stack]:
     return out
 
 
-def _former_path(path: str, renamings: list[Any]) -> str:
+def _former_path(path: str, renamings: list[WeightRenaming]) -> str:
     old = path + "."
     for r in reversed(renamings):
         try:
@@ -87,11 +93,10 @@ def _former_path(path: str, renamings: list[Any]) -> str:
     return old.removesuffix(".")
 
 
-# -- targets ----------------------------------------------------------------------------------------------------------------
-def retarget(model: nn.Module, config: Any, cls: type[Method]) -> None:
+def retarget(model: nn.Module, config: TunerConfig, cls: type[Method]) -> None:
     """Point a config that names layers of the older layout (or all linear ones) at the parameters that hold them now."""
     wanted = config.target_modules
-    if not wanted or not cls.joins or not hasattr(getattr(model, "config", None), "model_type"):
+    if not wanted or not cls.table.joins or model_type(model) is None:
         return
     if not any(p.dim() == 3 for m in tree(model) for p in m._parameters.values() if p is not None):
         return
@@ -120,6 +125,7 @@ def retarget(model: nn.Module, config: Any, cls: type[Method]) -> None:
                 f"target_modules name {', '.join(hit)}, but {stack.full} holds these layers together with {rest}: "
                 f"name {rest}, too, or {stack.name} in target_parameters."
             )
+        assert issubclass(cls, TwoFactors)
         cls.join(config, stack.full, [next(iter(stack.layers(f))) for f in stack.former])
         add.append(stack.name)
     blocks = {s.path.rpartition(".")[0]: s.was.rpartition(".")[0] for s in found}

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection
-from typing import Any
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, TypeVar
+
+V = TypeVar("V")
 
 
-# -- matching -----------------------------------------------------------------------------------------------------------
 def means(pattern: str, path: str) -> bool:
     """Whether a target name means this path: the whole path or its last components."""
     return path == pattern or path.endswith("." + pattern)
@@ -28,7 +29,7 @@ def matches(patterns: Collection[str] | str | None, path: str) -> bool:
     return matcher(patterns)(path)
 
 
-def for_path(patterns: dict[str, Any] | None, path: str, default: Any) -> Any:
+def for_path(patterns: Mapping[str, V] | None, path: str, default: V) -> V:
     """The value of the first pattern (a name, path or regex) that matches a path, else the default.
 
     One matrix of a stack, `experts.down_proj[3]`, goes by the name of its stack.
@@ -42,7 +43,7 @@ def for_path(patterns: dict[str, Any] | None, path: str, default: Any) -> Any:
     return default
 
 
-def with_value(patterns: dict[str, Any] | None, path: str, default: Any, value: Any) -> dict[str, Any]:
+def with_value(patterns: Mapping[str, V] | None, path: str, default: V, value: V) -> dict[str, Any]:
     """`patterns` that give this path `value`: by its last name for all paths alike, by the path where that is taken."""
     patterns, leaf = dict(patterns or {}), rf".*\.{path.rpartition('.')[2]}"
     if for_path(patterns, path, default) == value:
@@ -50,7 +51,7 @@ def with_value(patterns: dict[str, Any] | None, path: str, default: Any, value: 
     return {path: value, **patterns} if leaf in patterns else {**patterns, leaf: value}
 
 
-def to_patterns(values: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+def to_patterns(values: Mapping[str, V]) -> tuple[V, dict[str, V]]:
     """(default, patterns) from which `for_path` gives each of these paths its value."""
     found = list(values.values())
     default = max(set(found), key=found.count)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from ...errors import NoMatchingPeftModuleError, near
 
 _LLAMAS = ("llama", "mistral", "mixtral", "gemma", "gemma2", "gemma3_text", "llama4", "qwen2", "qwen3", "phi")
@@ -22,7 +20,7 @@ _FFN_BLOCKS = (
 
 
 # role -> [(module names, model types)]
-ROLES: dict[str, list[tuple[Any, tuple[str, ...]]]] = {
+ROLES: dict[str, list[tuple[list[str], tuple[str, ...]]]] = {
     "attention": [
         (["q", "v"], ("t5", "mt5")),
         (["q", "v", "q_proj", "v_proj"], ("blip-2",)),

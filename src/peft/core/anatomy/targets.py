@@ -8,10 +8,10 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Collection, Iterator
-from typing import Any
 
 from torch import nn
 
+from ...config import TunerConfig
 from ...contract.tree import Composite
 from ...errors import NoMatchingPeftModuleError, near
 from .heads import output_heads
@@ -21,7 +21,7 @@ from .walk import Place, splitter_of, walk
 ALL_LINEAR = "all-linear"
 
 
-def in_layers(config: Any, path: str) -> bool:
+def in_layers(config: TunerConfig, path: str) -> bool:
     """`layers_to_transform`: the number that follows a layer list's name in the path."""
     wanted = getattr(config, "layers_to_transform", None)
     if wanted is None or wanted == []:
@@ -48,7 +48,7 @@ def exactly(model: nn.Module, paths: Collection[str]) -> list[Place]:
     return found
 
 
-def find(model: nn.Module, config: Any, strict: bool = True) -> list[Place]:
+def find(model: nn.Module, config: TunerConfig, strict: bool = True) -> list[Place]:
     """The places that `config` targets, in model order. Raises before anything changes, naming what did not match.
 
     strict=False: names of which some match nothing give a warning.
@@ -108,7 +108,7 @@ def _composed(place: Place) -> bool:
     if isinstance(place.held, Composite) or place.owner is not None:
         return isinstance(place.held, Composite)
     kind = splitter_of(place.module)
-    return kind is not None and kind.composes
+    return kind is not None and kind.stands_in
 
 
 def _matches_any(paths: set[str], path: str) -> bool:

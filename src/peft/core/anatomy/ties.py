@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 from torch import nn
 
@@ -41,17 +40,32 @@ def other_ends(model: nn.Module, places: list[Place]) -> list[Place]:
     return [p for p in walk(model) if p.path not in have and id(p.module._parameters.get("weight")) in weights]
 
 
-def wanted(config: Any) -> bool:
+def state_untied(model: nn.Module) -> bool:
+    """Let the model's config say that its word embeddings are not tied; whether it said they were."""
+    config = getattr(model, "config", None)
+    if config is None or not getattr(config, "tie_word_embeddings", False):
+        return False
+    config.tie_word_embeddings = False
+    return True
+
+
+def state_tied(model: nn.Module) -> None:
+    """Let the model's config say so again."""
+    if (config := getattr(model, "config", None)) is not None:
+        config.tie_word_embeddings = True
+
+
+def wanted(config: object) -> bool:
     return bool(getattr(config, "ensure_weight_tying", False))
 
 
-def followers(config: Any, model: nn.Module, places: list[Place]) -> list[Place]:
+def followers(config: object, model: nn.Module, places: list[Place]) -> list[Place]:
     """The other ends of the targeted weights, where the config asks for them."""
     return other_ends(model, places) if wanted(config) else []
 
 
 def shared_by_ends(
-    config: Any, sites: list[Site], make: Callable[[Site], dict[str, nn.Parameter]]
+    config: object, sites: list[Site], make: Callable[[Site], dict[str, nn.Parameter]]
 ) -> dict[str, nn.Parameter]:
     """What `make` makes for the first end of each tied weight."""
     first = {s.tied for s in sites if s.tied} if wanted(config) else set()

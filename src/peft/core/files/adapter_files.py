@@ -12,7 +12,6 @@ import json
 import os
 import tempfile
 import warnings
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,8 +27,6 @@ from .keys import state_dict_of
 from .tensors import alone, apart, not_finite, read_weights, write_weights
 
 WEIGHTS_NAME = "adapter_model.bin"
-
-
 SAFETENSORS_WEIGHTS_NAME = "adapter_model.safetensors"
 
 
@@ -92,9 +89,9 @@ def read(
     *,
     subfolder: str | None = None,
     strict: bool = True,
-    config: Any = None,
+    config: PeftConfig | None = None,
     device: str | None = None,
-    **remote: Any,
+    **remote: object,
 ) -> Loaded:
     """Both files of an adapter. The weights' header wins over the JSON where they disagree, with a warning."""
     model_id = os.fspath(model_id)

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Literal, TypedDict
 
 from torch import Tensor, nn
 
+from ...config import PeftConfig
 from ...errors import CheckpointError
 from ..acting.roster import Adapter
-from ..anatomy.language import vocab_size
+from ..anatomy.embeddings import vocab_size
+
+Fingerprint = TypedDict(
+    "Fingerprint", {"class": str, "vocab_size": int | None, "shapes": dict[str, list[int]]}, total=False
+)
+SAID: tuple[tuple[Literal["class", "vocab_size"], str], ...] = (("class", "a"), ("vocab_size", "vocabulary size"))
 
 
 # -- writing ----------------------------------------------------------------------------------------------------------------
-def fingerprint(model: nn.Module, adapter: Adapter) -> dict[str, Any]:
+def fingerprint(model: nn.Module, adapter: Adapter) -> Fingerprint:
     """What the adapter was trained on: class, vocabulary, the shapes of the adapted weights."""
     shapes = {}
     for disk_path, m in adapter.methods:
@@ -23,7 +29,7 @@ def fingerprint(model: nn.Module, adapter: Adapter) -> dict[str, Any]:
     return {"class": type(model).__name__, "vocab_size": vocab_size(model), "shapes": shapes}
 
 
-def fill_base(config: Any, model: nn.Module) -> None:
+def fill_base(config: PeftConfig, model: nn.Module) -> None:
     """base_model_name_or_path, and auto_mapping where no task type says the class."""
     if config.base_model_name_or_path is None:
         config.base_model_name_or_path = getattr(model, "name_or_path", None) or getattr(
@@ -38,9 +44,9 @@ def fill_base(config: Any, model: nn.Module) -> None:
 class Loaded:
     """An adapter read from disk, not yet in a model."""
 
-    config: Any
+    config: PeftConfig
     tensors: dict[str, Tensor]
-    base: dict[str, Any] | None = None
+    base: Fingerprint | None = None
     source: str = ""
     owned: bool = False  # the tensors were read from a file for this adapter alone: nobody else holds them
 
@@ -50,7 +56,7 @@ def check_base(model: nn.Module, loaded: Loaded, adapter: Adapter) -> None:
     if not loaded.base:
         return
     here = fingerprint(model, adapter)
-    for what, say in (("class", "a"), ("vocab_size", "vocabulary size")):
+    for what, say in SAID:
         if loaded.base.get(what) is not None and here[what] is not None and loaded.base[what] != here[what]:
             raise CheckpointError(
                 f"{loaded.source}: the adapter was trained on {say} {loaded.base[what]}, this model has {say} {here[what]}. "

@@ -34,7 +34,7 @@ class FileTensor:
 
     @property
     def disk_shape(self) -> tuple[int, ...]:
-        shape = self.method.disk_shape(self.attr)
+        shape = self.method.table.disk_shape(self.method, self.attr)
         return tuple((self.tensor if shape is None else self.tensor.reshape(shape)).shape)
 
     def assign(self, value: Tensor, adopt: bool = False) -> None:
@@ -73,10 +73,10 @@ def _tensors(adapter: Adapter) -> Iterator[tuple[str, Method, str, Tensor]]:
     root = root_of(adapter.config)
     seen: set[str] = set()
     for disk_path, method in adapter.methods:
-        for attr, key in method.disk_keys().items():
+        for attr, key in method.table.keys.items():
             if (held := _held(method, attr)) is not None:
                 yield (f"{root}{disk_path}.{key}" if disk_path else key), method, attr, held
-        for attr, key in method.shared_keys.items():
+        for attr, key in method.table.shared_keys.items():
             if key not in seen and (held := _held(method, attr)) is not None:
                 seen.add(key)
                 yield f"base_model.{key}", method, attr, held
@@ -103,7 +103,7 @@ def state_dict_of(roster: Roster, name: str, gathered: sharded.Gathered | None =
     adapter = roster.adapters[name]
     out: dict[str, Tensor] = {}
     for key, method, attr, value in _tensors(adapter):
-        if attr in method.unwritten:
+        if attr in method.table.unwritten:
             continue
         if gathered is not None and (found := gathered(method, attr)) is not None:
             value = found
@@ -114,7 +114,7 @@ def state_dict_of(roster: Roster, name: str, gathered: sharded.Gathered | None =
                 "the trainer, which gathers them, or pass state_dict=accelerator.get_state_dict(model)."
             )
         value = method.stored(attr, value.detach())
-        shape = method.disk_shape(attr)
+        shape = method.table.disk_shape(method, attr)
         out[key] = value if shape is None else value.reshape(shape)
     return _translate(roster, out, adapter, "to_disk")
 
@@ -147,16 +147,18 @@ def fit(
     tensors = _translate(roster, tensors, adapter, "from_disk")
     for disk_path, method in adapter.methods:
         prefix = f"{root}{disk_path}." if disk_path else ""
-        if type(method).resize is Method.resize:
+        if not method.table.flexible and type(method).resize is Method.resize:
             continue
-        keys = {a: prefix + k for a, k in method.disk_keys().items()}
-        keys |= {a: f"base_model.{k}" for a, k in method.shared_keys.items()}
+        keys = {a: prefix + k for a, k in method.table.keys.items()}
+        keys |= {a: f"base_model.{k}" for a, k in method.table.shared_keys.items()}
         method.resize({a: tensors[k] for a, k in keys.items() if k in tensors})
     wanted = dict(file_tensors(adapter))
     pairs = {k: (s, tensors[k]) for k, s in wanted.items() if k in tensors}
-    optional = {k for k, s in wanted.items() if s.attr in (*s.method.optional, *s.method.unwritten)}
-    missing = [k for k in wanted if k not in tensors and k not in optional]
-    again = tuple(f"{root}{disk_path}.{start}" for disk_path, method in adapter.methods for start in method.repeats)
+    others = {k for k, s in wanted.items() if s.attr in s.method.table.unwritten}
+    missing = [k for k in wanted if k not in tensors and k not in others]
+    again = tuple(
+        f"{root}{disk_path}.{start}" for disk_path, method in adapter.methods for start in method.table.repeats
+    )
     return pairs, missing, [k for k in tensors if k not in wanted and not k.startswith(again)]
 
 
@@ -209,8 +211,6 @@ def assign(pairs: dict[str, tuple[FileTensor, Tensor]], adapter: Adapter, adopt:
             taken.add(at)
         if copies[0]:
             torch._foreach_copy_(*copies)
-    for _, method in adapter.methods:
-        method.loaded()
 
 
 def _alike(old: Tensor, value: Tensor) -> bool:

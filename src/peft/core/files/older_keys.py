@@ -13,7 +13,6 @@ from ..anatomy.walk import walk
 from .keys import root_of
 
 
-# -- tensors ----------------------------------------------------------------------------------------------------------------
 def translate(model: nn.Module, adapter: Adapter, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """A file's tensors under the names of the present layout; what is not known to be older stays as it is."""
     root = root_of(adapter.config)
@@ -48,7 +47,7 @@ def translate(model: nn.Module, adapter: Adapter, tensors: dict[str, Tensor]) ->
     for (path, key), pieces in parts.items():
         former = next(s.former for s in found if s.full == path.partition("[")[0])
         method = methods.get(path)
-        how = method.joins.get(key) if method is not None else None
+        how = method.table.joins.get(key) if method is not None else None
         if how is None or set(pieces) != set(former):
             out.update({f"{root}{path}.{f}.{key}": t for f, t in pieces.items()})  # named by the error that follows
             continue

@@ -7,16 +7,19 @@ DTensors; ZeRO-3 leaves placeholders. What such tensors hold is taken from, and 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, TypeGuard
 
 from torch import Tensor, nn
 
 from ...contract.method import Method
+from ..acting.on_model import base_of
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:
-    model = bare(model)
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+    return base_of(bare(model))
 
 
 WRAPPERS = ("_fsdp_wrapped_module", "_orig_mod", "_checkpoint_wrapped_module")  # in the names of what they wrap
@@ -81,12 +84,12 @@ def hollow(t: Tensor) -> bool:
     return t.numel() == 0 and t.dim() < 2
 
 
-def split(t: Tensor) -> bool:
+def split(t: Tensor) -> TypeGuard[DTensor]:
     """Whether each process has a piece of this tensor (a DTensor)."""
     return type(t) is not Tensor and type(t) is not nn.Parameter and hasattr(t, "full_tensor")
 
 
-def like(value: Tensor, old: Any) -> Tensor:
+def like(value: Tensor, old: Tensor) -> Tensor:
     """`value` split as `old` is."""
     if not split(old) or split(value):
         return value

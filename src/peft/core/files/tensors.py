@@ -23,7 +23,6 @@ from .sharded import split
 
 SMALL = 2**26  # bytes up to which a file passes through memory as a whole
 
-
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -35,14 +34,8 @@ DTYPES = {
     "I8": torch.int8,
     "U8": torch.uint8,
 }
-
-
 _STORED = {d: (n, torch.int16 if n == "BF16" else None) for n, d in DTYPES.items()}  # and as what numpy knows it
-
-
-_PREAD: dict[str, Any] = {"backend": "pread"} if "backend" in inspect.signature(load_file).parameters else {}
-
-
+_PREAD: dict[str, str] = {"backend": "pread"} if "backend" in inspect.signature(load_file).parameters else {}
 _quoted: Callable[[str], str] = json.encoder.encode_basestring_ascii
 
 
@@ -87,7 +80,7 @@ def _views(path: str) -> Weights | None:
         if size > SMALL or not 0 < length <= size - 8 or sys.byteorder == "big":
             return None
         header, memory = f.read(length), torch.empty(size - 8 - length, dtype=torch.uint8)
-        if f.readinto(memory.numpy()) != len(memory):
+        if f.readinto(memory.numpy().data) != len(memory):
             return None
     try:
         return _laid_out(json.loads(header.decode()), memory)
@@ -139,7 +132,7 @@ def write_weights(tensors: dict[str, Tensor], path: str, header: dict[str, str])
         groups.setdefault(t.dtype, {})[key] = t if t.is_cpu else t.cpu()
     if sys.byteorder == "big" or not groups.keys() <= _STORED.keys():
         return save_file({k: alone(t) for group in groups.values() for k, t in group.items()}, path, metadata=header)
-    at, parts, table = 0, [], [f'"__metadata__":{json.dumps(header)}']
+    at, parts, table = 0, list[memoryview](), [f'"__metadata__":{json.dumps(header)}']
     shapes: dict[torch.Size, str] = {}  # as text
     for dtype in sorted(groups, key=lambda d: -d.itemsize):
         name, carrier = _STORED[dtype]
@@ -147,7 +140,7 @@ def write_weights(tensors: dict[str, Tensor], path: str, header: dict[str, str])
             first, at = at, at + t.nbytes
             shape = shapes.get(t.shape) or shapes.setdefault(t.shape, str(list(t.shape)))
             table.append(f'{_quoted(key)}:{{"dtype":"{name}","shape":{shape},"data_offsets":[{first},{at}]}}')
-            parts.append((t if carrier is None else t.view(carrier)).numpy())
+            parts.append((t if carrier is None else t.view(carrier)).numpy().data)
     said = f"{{{','.join(table)}}}".encode()
     said += b" " * (-len(said) % 8)
     with open(path, "wb", buffering=2**20) as f:

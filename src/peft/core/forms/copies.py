@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ...contract.method import Method
 from ...contract.site import Site
+from ...contract.tensors import TensorTable
 from ..anatomy.walk import Place
 
 
@@ -46,6 +47,7 @@ class Copies(Method):
 
     form = "replace"
     holder: ClassVar[str] = ""  # the attribute that holds the tree
+    repeats: ClassVar[tuple[str, ...]] = ()  # starts of keys under which a file may hold the copies once more
     keep_state: ClassVar[bool] = True  # copy the buffers that belong to the state, too
 
     def __init__(self, config: Any, site: Site) -> None:
@@ -60,7 +62,8 @@ class Copies(Method):
             put(tree, name, b.detach().clone().to(site.device))
         self.add_module(self.holder, tree)
         self.replaced_names = (*shapes, *state)
-        self.keys = {f"{self.holder}.{n}": self.key(n) for n in self.replaced_names}  # type: ignore[misc]
+        keys = {f"{self.holder}.{n}": self.key(n) for n in self.replaced_names}
+        self.set(table=TensorTable(keys=keys, own=keys, repeats=self.repeats))
 
     @classmethod
     def chosen(cls, names: list[str]) -> list[str]:

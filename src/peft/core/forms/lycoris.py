@@ -12,9 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...config import DeltaConfig, own_field, require, require_ranks
+from ...config import DeltaConfig, require_ranks
+from ...config_fields import own_field, require
 from ...contract.method import Method
 from ...contract.site import Op, Site
+from ...contract.tensors import Shown
 from ..anatomy.patterns import for_path
 
 
@@ -48,8 +50,10 @@ class LycorisConfig(DeltaConfig):
 class Lycoris(Method):
     """The part of LoHa and LoKr that is not the formula of ΔW."""
 
-    view_attributes = ("r", "alpha", "scaling", "rank_dropout", "module_dropout")
-    assignable = ("alpha", "rank_dropout", "module_dropout")
+    shown = Shown(
+        settings=("r", "alpha", "scaling", "rank_dropout", "module_dropout"),
+        assignable=("alpha", "rank_dropout", "module_dropout"),
+    )
     rescaled = True  # the rows that rank_dropout keeps grow to make up for the others
 
     def __init__(self, config: Any, site: Site) -> None:
@@ -92,8 +96,3 @@ class Lycoris(Method):
 def kaiming(tensor: Tensor, rng: torch.Generator) -> None:
     """Uniform in ±1/√fan_in."""
     nn.init.kaiming_uniform_(tensor, a=math.sqrt(5), generator=rng)
-
-
-def tucker(core: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """The matrix [out, inputs·taps] of Σᵢⱼ core[i, j, taps] a[i, out] b[j, inputs]."""
-    return torch.einsum("ijk,ip,jq->pqk", core.flatten(2), a, b).flatten(1)

@@ -6,16 +6,19 @@ before every attention. How they get into a model's call: `core/prompts`.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from ...config import require
+from ...config_fields import require
 from ...contract.method import Method
 from ...contract.site import Site
+from ...contract.tensors import Stored, TensorTable
 from ...errors import Refusal
-from ..anatomy.language import is_encoder_decoder, number, text_config, token_embeddings
+from ..anatomy.embeddings import token_embeddings
+from ..anatomy.language import is_encoder_decoder, number, text_config
 
 
 class Table(nn.Module):
@@ -32,7 +35,7 @@ class PromptMethod(Method):
     form = "prompt"
     prefix = "prompt_encoder"
     identity = False
-    keys: ClassVar[dict[str, str]] = {"embedding.weight": "prompt_embeddings"}
+    tensors: ClassVar[Mapping[str, Stored]] = {"embedding.weight": Stored("prompt_embeddings")}
     embedding: Table
 
     # -- the maths: one of the two ----------------------------------------------------------------------------------------
@@ -134,13 +137,15 @@ class Encoded(PromptMethod):
     def prompt_embeddings(self) -> Tensor:
         return self.result()
 
-    def disk_keys(self) -> dict[str, str]:
+    def choose_table(self) -> None:
+        """What the file holds: the plain table, or the network's result, and the network where the config asks for it."""
         if self.lacks_network:
-            return self.keys
-        own = {"prompt_embeddings": "prompt_embeddings"}
+            self.__dict__.pop("table", None)
+            return
+        keys = {"prompt_embeddings": "prompt_embeddings"}
         if self.config.save_encoder:
-            own |= {n: f"base_model.prompt_encoder.{n}" for n, _ in self.named_parameters()}
-        return own
+            keys |= {n: f"base_model.prompt_encoder.{n}" for n, _ in self.named_parameters()}
+        self.set(table=TensorTable(keys=keys, own=type(self).table.own))
 
     def resize(self, state: dict[str, Tensor]) -> None:
         held = [n for n, _ in self.named_parameters()]
@@ -152,6 +157,7 @@ class Encoded(PromptMethod):
         self.embedding = Table(nn.Parameter(weight.clone(), requires_grad=old.requires_grad))
         for name in self.networks:
             setattr(self, name, None)
+        self.choose_table()
 
     @torch.no_grad()
     def reset(self, rng: torch.Generator, site: Site) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ...contract.method import Method
 from ...contract.site import Site
+from ...contract.tensors import TensorTable
 from .copies import put, take
 
 
@@ -23,6 +24,12 @@ class SparseCopies(Method):
         self.shapes = {n: p.shape for n, p in site.parameters().items() if p.is_floating_point()}
         self.replaced_names = tuple(self.shapes)
 
+    @classmethod
+    def prepare(cls, config: Any, model: nn.Module) -> None:
+        """All linear layers by default."""
+        if config.target_modules is None and not config.target_parameters:
+            config.target_modules = "all-linear"
+
     def make_room(self, share: float, device: torch.device, dtype: torch.dtype) -> None:
         """Entries for this share of each tensor, at least one."""
         self.add_module(self.holder, nn.Module())
@@ -30,7 +37,8 @@ class SparseCopies(Method):
             count = max(1, round(share * shape.numel()))
             values = nn.Parameter(torch.empty(count, device=device, dtype=dtype))
             self.put_entries(name, values, torch.zeros(count, dtype=torch.int64, device=device))
-        self.keys = {f"{self.holder}.{n}.{t}": f"{self.holder}.{n}.{t}" for n in self.shapes for t in TABLES}  # type: ignore[misc]
+        keys = {k: k for n in self.shapes for k in (f"{self.holder}.{n}.{t}" for t in TABLES)}
+        self.set(table=TensorTable(keys=keys, own=keys))
 
     def put_entries(self, name: str, values: nn.Parameter, indices: Tensor) -> None:
         put(getattr(self, self.holder), f"{name}.values", values)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ...config import PeftConfig
 from ...contract.cheap_modules import uninterrupted
 from ...contract.tree import Composite, tree
 from ...registry import kinds
@@ -92,7 +93,7 @@ def _floating(model: nn.Module) -> torch.dtype:
     return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.get_default_dtype())
 
 
-def inject(model: nn.Module, config: Any, name: str = "default", **options: Any) -> Roster:
+def inject(model: nn.Module, config: PeftConfig, name: str = "default", **options: Any) -> Roster:
     """Plan and commit."""
     with uninterrupted():
         return commit(model, plan(model, config, name, **options))

@@ -11,11 +11,10 @@ from ..acting.on_model import roster_of
 from ..acting.roster import Roster
 from ..adapted.layer import Adapted, adapted_layers
 from ..adapted.merge import Record
-from ..anatomy.ties import shared_parameters, shared_storages
+from ..anatomy.ties import shared_parameters, shared_storages, state_tied, state_untied
 from ..files.tensors import finite
 
 
-# -- merging --------------------------------------------------------------------------------------------------------------
 def merge(model: nn.Module, names: list[str] | None = None, safe: bool = False, keep: bool = True) -> Iterator[str]:
     """Write adapters into the base weights, layer by layer, yielding paths. All refusals come before any write."""
     roster = roster_of(model)
@@ -23,7 +22,6 @@ def merge(model: nn.Module, names: list[str] | None = None, safe: bool = False, 
         raise ValueError("This model has no adapters to merge.")
     wanted = list(names) if names is not None else list(roster.chosen)
     roster.known(wanted)
-
     for name in wanted:
         for disk_path, m in roster.adapters[name].methods:
             if not m.mergeable:
@@ -61,9 +59,7 @@ def _also(layer: Adapted, wanted: list[str]) -> list[str]:
 
 
 def _untie_config(model: nn.Module, roster: Roster) -> None:
-    config = getattr(model, "config", None)
-    if config is not None and getattr(config, "tie_word_embeddings", False):
-        config.tie_word_embeddings = False
+    if state_untied(model):
         roster.untied = True
 
 
@@ -73,5 +69,5 @@ def unmerge(model: nn.Module) -> None:
         layer.unmerge()
     roster = roster_of(model)
     if roster is not None and roster.untied:
-        model.config.tie_word_embeddings = True  # type: ignore[union-attr]
+        state_tied(model)
         roster.untied = False

@@ -11,11 +11,13 @@ import functools
 import hashlib
 from collections.abc import Collection
 from dataclasses import dataclass, field
-from typing import Any
+from typing import cast
 
 import torch
 from torch import nn
 
+from ...config import PeftConfig, TunerConfig
+from ...contract.capabilities import Companion
 from ...contract.geometry import Geometry
 from ...contract.kind import LayerKind
 from ...contract.method import Method
@@ -26,7 +28,8 @@ from ...registry import companions, method, wrappers
 from ..acting.on_model import roster_of
 from ..acting.roster import Adapter, Roster
 from ..anatomy.bare_parameters import find_parameters
-from ..anatomy.language import embed, vocab_size, where
+from ..anatomy.embeddings import embed, vocab_size
+from ..anatomy.language import model_type, where
 from ..anatomy.older_layouts import retarget
 from ..anatomy.roles import default_targets
 from ..anatomy.targets import ALL_LINEAR, exactly, find, short_names
@@ -43,7 +46,7 @@ class Item:
     brought_by: str  # "" for the adapter's own method, else the config field that brought it
     cls: type[Method]
     kind: LayerKind | None
-    config: Any
+    config: object  # of `cls`
     site: Site
     method: Method | None = None
 
@@ -59,7 +62,7 @@ class Item:
     @property
     def parameters(self) -> int:
         assert self.method is not None
-        return sum(p.numel() for n, p in self.method.named_parameters() if n not in self.method.frozen())
+        return sum(p.numel() for n, p in self.method.named_parameters() if n not in self.method.table.frozen)
 
 
 @dataclass
@@ -67,7 +70,7 @@ class Plan:
     """All that an adapter will put into a model."""
 
     name: str
-    config: Any
+    config: PeftConfig
     items: list[Item]
     shared: dict[str, nn.Parameter] = field(default_factory=dict)
     roster: Roster | None = None  # that of the model, where it has adapters already
@@ -98,7 +101,7 @@ def seed_for(seed: int, path: str) -> int:
 
 def plan(
     model: nn.Module,
-    config: Any,
+    config: PeftConfig,
     name: str = "default",
     *,
     init: bool = True,
@@ -122,7 +125,7 @@ def plan(
     model_config = getattr(model, "config", None)
     holders: dict[tuple[type[Method], int], str] = {}  # weight -> the path of the first site that has it
 
-    def add(place: Place | None, part: str, cls: type[Method], cfg: Any) -> None:
+    def add(place: Place | None, part: str, cls: type[Method], cfg: object) -> None:
         kind = place.kind if place else None
         site = _site(model, place, kind, model_config, autocast_adapter_dtype)
         weight = place.module._parameters.get("weight") if place else None
@@ -134,20 +137,22 @@ def plan(
     if cls.form == "prompt":
         add(None, "", cls, config)
     else:
-        retarget(model, config, cls)
+        tuned = cast(TunerConfig, config)
+        retarget(model, tuned, cls)
         wanted: list[Place] = []
         if only is not None:
             wanted += exactly(model, only)
-        elif config.target_modules or not getattr(config, "target_parameters", None):
-            wanted += find(model, config, strict)
-            if config.target_modules == ALL_LINEAR:
-                config.target_modules = short_names(model, wanted)  # files name the modules, so that all read the same
+        elif tuned.target_modules or not getattr(config, "target_parameters", None):
+            wanted += find(model, tuned, strict)
+            if tuned.target_modules == ALL_LINEAR:
+                tuned.target_modules = short_names(model, wanted)  # files name the modules, so that all read the same
         if getattr(config, "target_parameters", None):
-            wanted += find_parameters(model, config)
-        for place in [*wanted, *_followers(cls, config, model, wanted)]:
+            wanted += find_parameters(model, tuned)
+        for place in [*wanted, *_followers(cls, tuned, model, wanted)]:
             add(place, "", cls, config)
     for field_name, companion in companions().items():
         if getattr(config, field_name, None) and getattr(config, field_name) != "none":
+            assert issubclass(companion, Companion)
             places, sub = companion.accompany(config, model)
             for place in places:
                 add(place, field_name, companion, sub)
@@ -155,23 +160,23 @@ def plan(
         item.cls.check(item.config, item.site)
     _build(items, plan_ := Plan(name, config, items, roster=roster), init, meta)
     for item in items:
-        if item.kind is not None and item.place is not None:
+        if item.kind is not None and item.place is not None and item.method is not None:
             item.kind.admit(item.place.module, item.method, item.path)
     return plan_
 
 
-def _default_targets(cls: type[Method], config: Any, model: nn.Module) -> None:
+def _default_targets(cls: type[Method], config: PeftConfig, model: nn.Module) -> None:
     """What the method's role targets in a model of this type, where the config names nothing."""
     if (
         cls.form != "prompt"
         and getattr(config, "target_modules", None) is None
         and not getattr(config, "target_parameters", None)
     ):
-        model_type = getattr(getattr(model, "config", None), "model_type", None)
-        config.target_modules = default_targets(cls.role, model_type, cls.peft_type)
+        role = getattr(config, "role", cls.role)
+        cast(TunerConfig, config).target_modules = default_targets(role, model_type(model), cls.peft_type)
 
 
-def _followers(cls: type[Method], config: Any, model: nn.Module, places: list[Place]) -> list[Place]:
+def _followers(cls: type[Method], config: TunerConfig, model: nn.Module, places: list[Place]) -> list[Place]:
     """The other ends of tied weights that must change along; refused where the method has no counterpart for them."""
     if cls.followers.__func__ is Method.followers.__func__ and tying_wanted(config):  # type: ignore[attr-defined]
         weights = [id(w) for p in places if (w := p.module._parameters.get("weight")) is not None]
@@ -185,7 +190,7 @@ def _followers(cls: type[Method], config: Any, model: nn.Module, places: list[Pl
     return cls.followers(config, model, places)
 
 
-def _made(cls: type[Method], config: Any, site: Site) -> Method:
+def _made(cls: type[Method], config: object, site: Site) -> Method:
     """The method object for one site, inside the wrappers that the config asks for (DoRA over any delta)."""
     made = cls(config, site)
     for field_name, wrapper in wrappers().items():
@@ -194,13 +199,11 @@ def _made(cls: type[Method], config: Any, site: Site) -> Method:
     return made
 
 
-def _site(model: nn.Module, place: Place | None, kind: LayerKind | None, config: Any, autocast: bool) -> Site:
+def _site(model: nn.Module, place: Place | None, kind: LayerKind | None, config: object, autocast: bool) -> Site:
     if place is None or kind is None:
         first = next((p for p in model.parameters() if p.is_floating_point()), None)
         dtype = first.dtype if first is not None else torch.float32
-
         device = where(model)
-
         return Site(
             "",
             Geometry(0, 0, 0),
@@ -275,7 +278,7 @@ def _build(items: list[Item], plan: Plan, init: bool, meta: bool) -> None:
             site.device = device
 
 
-def dry_run(model: nn.Module, config: Any) -> list[Item]:
+def dry_run(model: nn.Module, config: PeftConfig) -> list[Item]:
     """What `config` would adapt, as rows with .path, .kind, .shape, .parameters; raises what get_peft_model would."""
     base = getattr(model, "base_model", model)
     base = getattr(base, "model", base) if roster_of(model) is not None and hasattr(base, "model") else model

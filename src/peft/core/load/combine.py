@@ -5,7 +5,7 @@
 themselves, weighted by √|wᵢsᵢ| each, which brings cross terms BᵢAⱼ with it; with the ending `_svd` they work on
 the dense ΔWᵢ instead. TIES: arXiv 2306.01708; DARE: arXiv 2311.03099.
 
-Methods meet this file by `Method.two_factors`, `pair_config` and `set_pair` (two thin factors), or `blend` (effects linear in the
+Methods meet this file by `TwoFactors` (two thin factors), or `Blends` (effects linear in the
 parameters).
 """
 
@@ -20,6 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...config import PeftConfig, TunerConfig
+from ...contract.capabilities import Blends, TwoFactors
 from ...contract.method import Method
 from ...errors import Refusal, near
 from ...registry import method
@@ -76,7 +78,9 @@ def add_weighted_adapter(
     mix = _merger(kind, density, majority_sign_method)
     fill: dict[str, Callable[[Method], None]] = {}
     ranks: dict[str, int] = {}
-    every = {id(m): m.two_factors() for found in sites.values() for m, _ in found}
+    every = {
+        id(m): m.two_factors() if isinstance(m, TwoFactors) else None for found in sites.values() for m, _ in found
+    }
     largest_rank = max((p[0].shape[0] for p in every.values() if p is not None), default=0)
     for disk_path, found in sites.items():
         pairs = [every[id(m)] for m, _ in found]
@@ -100,11 +104,9 @@ def add_weighted_adapter(
                 "a weighted sum of its effects is not an adapter of this form; activate the adapters together, or merge them",
             )
     if ranks:
-        config = method(config.peft_type).pair_config(config, ranks)
-        if config is None:
-            raise Refusal(
-                str(next(iter(classes))), "a combination", "its adapters cannot hold any two factors of any rank"
-            )
+        cls = method(config.peft_type)
+        assert issubclass(cls, TwoFactors)
+        config = cls.config_for_ranks(config, ranks)
     _target(model, config, [roster.configs[n] for n in adapters], {paths[s] for s in sites})
     config.inference_mode = True
     dtypes = {p.dtype for a, _ in sources for p in a.parameters()}
@@ -124,7 +126,6 @@ def add_weighted_adapter(
                 others.get((item.place.disk_path, type(item.method)), []),
                 sources,
             )
-        item.method.loaded()
     if fill:
         raise ValueError(f"The combined config does not reach {', '.join(list(fill)[:5])}.")
     commit(model, planned)
@@ -153,7 +154,7 @@ def _by_stem(sources: list[tuple[Adapter, float]]) -> dict[str, list[tuple[Metho
     return sites
 
 
-def _target(model: nn.Module, config: Any, configs: list[Any], wanted: set[str]) -> None:
+def _target(model: nn.Module, config: TunerConfig, configs: list[PeftConfig], wanted: set[str]) -> None:
     """Let `config` reach what any of the sources reaches: their names joined where that suffices, else full paths."""
     for f in dataclasses.fields(config):
         if f.name.endswith(("_modules", "_parameters")) and f.name != "exclude_modules":
@@ -247,13 +248,20 @@ def _bias(found: list[tuple[Method, float]]) -> Tensor | None:
 
 
 def _blend(found: list[tuple[Method, float]]) -> dict[str, Tensor] | None:
+    first = found[0][0]
+    if not isinstance(first, Blends):
+        return None
     with torch.no_grad():
-        return type(found[0][0]).blend([m for m, _ in found], [w for _, w in found])
+        return type(first).blend([m for m, _ in found], [w for _, w in found])
 
 
 # -- filling the new adapter ------------------------------------------------------------------------------------------------
 def _holder(A: Tensor, B: Tensor, bias: Tensor | None) -> Callable[[Method], None]:
-    return lambda m: m.set_pair(A, B, bias)
+    def hold(m: Method) -> None:
+        assert isinstance(m, TwoFactors)
+        m.set_factors(A, B, bias)
+
+    return hold
 
 
 def _writer(state: dict[str, Tensor]) -> Callable[[Method], None]:

@@ -16,11 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...config import PeftConfig
+from ...contract.capabilities import TwoFactors
 from ...contract.method import Method
 from ...errors import CheckpointError, Refusal
 from ...registry import method
 from ..acting.on_model import roster_of
-from ..acting.roster import Roster
+from ..acting.roster import Adapter, Roster
 from ..adapted.layer import adapted_layers
 from ..files.header import Loaded, check_base
 from ..files.keys import assign, check_fit, modules_in_file
@@ -33,7 +35,7 @@ from .load import fit_any_layout, read_adapter
 FREE = ("base_model_name_or_path", "revision", "inference_mode", "peft_version", "auto_mapping", "task_type", "seed")
 
 
-def check_hotswap_configs_compatible(config0: Any, config1: Any) -> None:
+def check_hotswap_configs_compatible(config0: PeftConfig, config1: PeftConfig) -> None:
     """Raise ValueError where one adapter cannot stand in the other's place: only within one method."""
     first, second = (getattr(c.peft_type, "value", c.peft_type) for c in (config0, config1))
     if first != second:
@@ -44,7 +46,6 @@ def hotswap_adapter(
     model: nn.Module, model_name_or_path: str, adapter_name: str, torch_device: str | None = None, **kwargs: Any
 ) -> None:
     """Replace the loaded adapter `adapter_name` by a saved one, under the same name."""
-
     loaded = read_adapter(model_name_or_path, None, kwargs.pop("key_mapping", None), True, kwargs)
     swap(model, loaded, adapter_name)
 
@@ -53,7 +54,7 @@ def hotswap_adapter_from_state_dict(
     model: nn.Module,
     state_dict: dict[str, Tensor],
     adapter_name: str,
-    config: Any,
+    config: PeftConfig,
     parameter_prefix: str = "",
 ) -> None:
     """The same from tensors, named as in a file or with the adapter's name inside (`…lora_A.default.weight`)."""
@@ -117,14 +118,11 @@ def swap(model: nn.Module, loaded: Loaded, name: str, only: set[str] | None = No
     if _alike(old.methods, new.methods):
         _copy((a for _, a in old.methods), (b for _, b in new.methods))
         roster.configs[name] = old.config = loaded.config
-        for _, m in old.methods:
-            m.loaded()
     else:
         _replace(model, roster, name, planned)
 
 
 def _parts(model: nn.Module) -> tuple[nn.Module, Roster]:
-
     base = _unwrapped(model)
     roster = roster_of(base)
     if roster is None:
@@ -132,7 +130,7 @@ def _parts(model: nn.Module) -> tuple[nn.Module, Roster]:
     return base, roster
 
 
-def has_fp32_masters(adapter: Any) -> bool:
+def has_fp32_masters(adapter: Adapter) -> bool:
     """Whether the adapter keeps fp32 masters on a half-precision base."""
     return all(p.dtype not in (torch.float16, torch.bfloat16) for p in adapter.parameters())
 
@@ -145,7 +143,7 @@ def _unused(roster: Roster) -> str:
 
 
 # -- in place ---------------------------------------------------------------------------------------------------------------
-def _settings(m: nn.Module) -> dict[str, Any]:
+def _settings(m: nn.Module) -> dict[str, object]:
     """What a method computes with besides its tensors."""
     plain = (bool, int, float, str, tuple, list, dict, type(None))
     return {k: v for k, v in vars(m).items() if not k.startswith("_") and k != "training" and isinstance(v, plain)}
@@ -180,7 +178,7 @@ def _copy(old: Iterable[Method], new: Iterable[Method]) -> None:
                 t.copy_(values[n])
             for (_, x), (_, y) in zip(_all(a), _all(b)):
                 if isinstance(x, Method):
-                    x.config = y.config  # type: ignore[union-attr]
+                    x.config = y.config
 
 
 def _replace(model: nn.Module, roster: Roster, name: str, planned: Plan) -> None:
@@ -192,17 +190,17 @@ def _replace(model: nn.Module, roster: Roster, name: str, planned: Plan) -> None
     for table in (roster.adapters, roster.configs):
         entries = {n: table[n] for n in order}
         table.clear()
-        table.update(entries)  # type: ignore[arg-type]
+        table.update(entries)
     roster.activate_present(asked)
     roster.set_trainable(name, trainable)
 
 
-# -- padded slots -----------------------------------------------------------------------------------------------------------
+# -- padded twins -----------------------------------------------------------------------------------------------------------
 def prepare_model_for_compiled_hotswap(
     model: nn.Module,
     *,
     target_rank: int | None = None,
-    config: Any = None,
+    config: PeftConfig | dict[str, PeftConfig] | None = None,
     check_compiled: str = "error",
 ) -> None:
     """Pad the loaded adapters' factors, so that later swaps of ranks up to `target_rank` recompile nothing.
@@ -224,16 +222,17 @@ def prepare_model_for_compiled_hotswap(
     configs = list(config.values()) if isinstance(config, dict) else [config] if config is not None else []
     for name, adapter in roster.adapters.items():
         own = _own(adapter)
-        pairs = {disk_path: m.two_factors() for disk_path, m in own.items()}
-        if not pairs or any(p is None for p in pairs.values()):
+        pairs = {path: m.two_factors() for path, m in own.items() if isinstance(m, TwoFactors)}
+        held_by = method(adapter.config.peft_type)
+        if not pairs or len(pairs) < len(own) or not issubclass(held_by, TwoFactors):
             raise Refusal(str(adapter.config.own_type), f"adapter {name!r}", "only two-factor deltas can be padded")
-        known = [*(p[0].shape[0] for p in pairs.values()), *(r for c in configs for r in _ranks(c))]  # type: ignore[index]
+        known = [*(p[0].shape[0] for p in pairs.values()), *(r for c in configs for r in _ranks(c))]
         rank = target_rank if target_rank is not None else max(known)
-        largest = max(p[0].shape[0] for p in pairs.values())  # type: ignore[index]
+        largest = max(p[0].shape[0] for p in pairs.values())
         if largest > rank:
             raise ValueError(f"target_rank={rank} is smaller than the rank {largest} of adapter {name!r}.")
         paths = dict(zip(own, adapter.targeted))
-        held = method(adapter.config.peft_type).pair_config(adapter.config, dict.fromkeys(paths.values(), rank))
+        held = held_by.config_for_ranks(adapter.config, dict.fromkeys(paths.values(), rank))
         planned = plan(
             model,
             held,
@@ -260,45 +259,48 @@ def _ranks(config: Any) -> list[int]:
     return [config.r, *(getattr(config, "rank_pattern", None) or {}).values()]
 
 
-def _own(adapter: Any) -> dict[str, Method]:
+def _own(adapter: Adapter) -> dict[str, Method]:
     return dict(adapter.own())
 
 
-def _hold(slot: Method, m: Method | None) -> None:
-    """s·B and A of `m`, or nothing, into a padded slot; what set_scale asked of `m` stays a factor of its own."""
-    A0, B0, _ = slot.two_factors()  # type: ignore[misc]
+def _hold(twin: Method, m: Method | None) -> None:
+    """s·B and A of `m`, or nothing, into a padded twin; what set_scale asked of `m` stays a factor of its own."""
+    assert isinstance(twin, TwoFactors)
+    A0, B0, _ = twin.two_factors()
     A, B = torch.zeros_like(A0), torch.zeros_like(B0)
-    bias, slot.multiplier = None, 1.0
+    bias, twin.multiplier = None, 1.0
     if m is not None:
-        slot.multiplier, m.multiplier = m.multiplier, 1.0
-        a, b, s = m.two_factors()  # type: ignore[misc]
+        assert isinstance(m, TwoFactors)
+        twin.multiplier, m.multiplier = m.multiplier, 1.0
+        a, b, s = m.two_factors()
         A[: a.shape[0]] = a
         B[:, : b.shape[1]] = s * b
         bias = m.bias_change()
-        m.multiplier = slot.multiplier
+        m.multiplier = twin.multiplier
     with torch.no_grad():
-        slot.set_pair(A.detach(), B.detach(), None if bias is None else bias.detach())
+        twin.set_factors(A.detach(), B.detach(), None if bias is None else bias.detach())
 
 
-def _into_padded(old: Any, new: Any, name: str) -> None:
-    slots, fresh = _own(old), _own(new)
-    beyond = [s for s in fresh if s not in slots]
+def _into_padded(old: Adapter, new: Adapter, name: str) -> None:
+    twins, fresh = _own(old), _own(new)
+    beyond = [s for s in fresh if s not in twins]
     if beyond:
         raise CheckpointError(
             f"The adapter reaches {', '.join(beyond[:5])}, where the prepared adapter {name!r} has no slot."
         )
     for disk_path, m in fresh.items():
-        pair, room = m.two_factors(), slots[disk_path].two_factors()
-        if pair is None or room is None:
+        twin = twins[disk_path]
+        if not isinstance(m, TwoFactors) or not isinstance(twin, TwoFactors):
             raise Refusal(str(old.config.own_type), disk_path, "only two-factor deltas fit into padded slots")
-        if pair[0].shape[0] > room[0].shape[0]:
-            raise ValueError(f"{disk_path} has rank {pair[0].shape[0]}, its slot was prepared for {room[0].shape[0]}.")
-        if (m.bias_change() is None) != (slots[disk_path].bias_change() is None):
+        rank, room = m.two_factors()[0].shape[0], twin.two_factors()[0].shape[0]
+        if rank > room:
+            raise ValueError(f"{disk_path} has rank {rank}, its slot was prepared for {room}.")
+        if (m.bias_change() is None) != (twin.bias_change() is None):
             raise ValueError(f"{disk_path}: one of the adapters trains a bias of its delta, the other does not.")
-    rest_old = [(s, m) for s, m in old.methods if m is not slots.get(s)]
+    rest_old = [(s, m) for s, m in old.methods if m is not twins.get(s)]
     rest_new = [(s, m) for s, m in new.methods if m is not fresh.get(s)]
     if not _alike(rest_old, rest_new):
         raise ValueError(f"Adapter {name!r} and the new one bring different modules besides their deltas.")
     _copy((m for _, m in rest_old), (m for _, m in rest_new))
-    for disk_path, slot in slots.items():
-        _hold(slot, fresh.get(disk_path))
+    for disk_path, twin in twins.items():
+        _hold(twin, fresh.get(disk_path))

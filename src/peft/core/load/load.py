@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
+from ...config import PeftConfig
 from ...contract.cheap_modules import uninterrupted
 from ...errors import CheckpointError
 from ...remote import HUB_KWARGS
 from ..acting.roster import Adapter, Roster
+from ..anatomy.embeddings import output_head, token_embeddings
 from ..anatomy.heads import prepare_head
 from ..anatomy.walk import walk
 from ..files.adapter_files import read
@@ -39,10 +42,15 @@ class LoadResult:
 
 
 def read_adapter(
-    model_id: Any, config: Any, key_mapping: dict[str, str] | None, strict: bool, kwargs: dict[str, Any]
+    model_id: str | os.PathLike[str],
+    config: PeftConfig | None,
+    key_mapping: dict[str, str] | None,
+    strict: bool,
+    kwargs: Mapping[str, Any],
 ) -> Loaded:
+    """Both files of an adapter, the keys renamed by the first pattern of `key_mapping` that a key holds."""
     remote = {k: v for k, v in kwargs.items() if k in HUB_KWARGS}
-    loaded = read(model_id, subfolder=kwargs.get("subfolder"), strict=strict, config=config, **remote)
+    loaded = read(os.fspath(model_id), subfolder=kwargs.get("subfolder"), strict=strict, config=config, **remote)
     if key_mapping:
 
         def renamed(key: str) -> str:
@@ -97,7 +105,7 @@ def fit_any_layout(
 
 
 def base_tensors(
-    model: nn.Module, adapter: Any, tensors: dict[str, Tensor], extra: list[str]
+    model: nn.Module, adapter: Adapter, tensors: dict[str, Tensor], extra: list[str]
 ) -> tuple[list[tuple[nn.Parameter, Tensor]], list[str]]:
     """Whole embeddings that were saved along with the adapter: base weights, put back where their shape fits."""
     if not extra:
@@ -123,16 +131,14 @@ def base_tensors(
 
 def embedding_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Input and output embeddings under the keys of upstream's files; prints their size."""
-    wanted = {
-        id(m)
-        for get in ("get_input_embeddings", "get_output_embeddings")
-        if (m := getattr(model, get, lambda: None)()) is not None
-    }
+    wanted = {id(m) for m in (token_embeddings(model), output_head(model)) if m is not None}
     out = {}
     for place in walk(model):
         if id(place.held) in wanted or id(place.module) in wanted:
             leaf = ".base_layer.weight" if place.adapted is not None else ".weight"
-            out[ROOT + place.disk_path + leaf] = place.module.weight.detach()  # type: ignore[union-attr,operator]
+            weight = place.module.weight
+            assert isinstance(weight, Tensor)
+            out[ROOT + place.disk_path + leaf] = weight.detach()
     size = sum(t.numel() * t.element_size() for t in out.values())
     print(f"Saving {len(out)} whole embedding(s) with the adapter: {size / 2**20:.1f} MiB.")
     return out

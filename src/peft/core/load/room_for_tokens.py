@@ -7,8 +7,9 @@ from contextlib import contextmanager
 
 from torch import nn
 
+from ...contract.capabilities import NeedsTokens
 from ...registry import companions, method
-from ..anatomy.language import vocab_size
+from ..anatomy.embeddings import vocab_size
 from ..files.header import Loaded
 
 
@@ -20,7 +21,8 @@ def room_for_tokens(model: nn.Module, loaded: Loaded) -> Iterator[None]:
     """
     here, saved = vocab_size(model), (loaded.base or {}).get("vocab_size")
     along = [c for field, c in companions().items() if getattr(loaded.config, field, None)]
-    needed = max(c.tokens_needed(loaded.config) for c in (method(loaded.config.peft_type), *along))
+    asking = [c for c in (method(loaded.config.peft_type), *along) if issubclass(c, NeedsTokens)]
+    needed = max((c.tokens_needed(loaded.config) for c in asking), default=0)
     resize = getattr(model, "resize_token_embeddings", None)
     if not here or not saved or not here < needed <= saved or not callable(resize):
         yield

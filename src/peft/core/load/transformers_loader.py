@@ -9,24 +9,32 @@ for the values last, gets all tensors with their own keys and fills the adapter 
 from __future__ import annotations
 
 import functools
-from typing import Any
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import nn
 
+from ...config import PeftConfig
 from ...errors import CheckpointError
 from ..acting.on_model import roster_of
-from ..acting.roster import Roster
 from ..files.header import Loaded
 from ..files.keys import ROOT, assign, check_fit
 from ..injection.remove import delete
 from .hotswap import swap
 from .load import base_tensors, fit_any_layout
 
+if TYPE_CHECKING:
+    from transformers.core_model_loading import LoadStateDictInfo
+
+
+Pending: TypeAlias = "Future[torch.Tensor] | Callable[[], torch.Tensor]"  # a tensor that the loader still reads
+
 
 def build_peft_weight_mapping(
-    weight_conversions: list[Any] | None, adapter_name: str, peft_config: Any = None
-) -> list[Any]:
+    weight_conversions: Sequence[object] | None, adapter_name: str, peft_config: PeftConfig | None = None
+) -> list[object]:
     """The transforms that transformers applies to an adapter file; it adds `load_map` of what holds the adapter.
 
     The base model's own conversions are not among them: where a file was made on an older layout, `core/files/older_keys.py`
@@ -44,18 +52,18 @@ def _adapter_file() -> type:
 
         __slots__ = ("adapter_name", "config", "futures")
 
-        def __init__(self, adapter_name: str, config: Any) -> None:
+        def __init__(self, adapter_name: str, config: PeftConfig | None) -> None:
             super().__init__("(?s:.)", "\\g", [_IdentityOp()])
             self.adapter_name, self.config = adapter_name, config
-            self.futures: dict[str, Any] = {}
+            self.futures: dict[str, Pending] = {}
 
-        def __deepcopy__(self, memo: Any) -> Any:
+        def __deepcopy__(self, memo: dict[int, object]) -> AdapterFile:
             return self  # the loader wants a copy for each tensor; all are one here
 
         def rename_source_key(self, source_key: str) -> tuple[str, str | None]:
             return source_key, self.source_patterns[0]
 
-        def add_tensor(self, target_key: str, source_key: str, source_pattern: str, future: Any) -> None:
+        def add_tensor(self, target_key: str, source_key: str, source_pattern: str, future: Pending) -> None:
             self.futures[source_key] = future
 
         def was_used(self) -> bool:
@@ -64,27 +72,29 @@ def _adapter_file() -> type:
         def convert(
             self,
             layer_name: str,
-            model: Any = None,
-            config: Any = None,
-            hf_quantizer: Any = None,
-            loading_info: Any = None,
+            model: nn.Module | None = None,
+            config: object = None,
+            hf_quantizer: object = None,
+            loading_info: LoadStateDictInfo | None = None,
         ) -> dict[str, torch.Tensor]:
             if self.futures:
                 futures, self.futures = self.futures, {}
-                values = {k: f.result() if hasattr(f, "result") else f() for k, f in futures.items()}
+                values = {k: f() if callable(f) else f.result() for k, f in futures.items()}
+                assert model is not None and loading_info is not None
                 fill(model, self.adapter_name, self.config, values, loading_info)
             return {}
 
     return AdapterFile
 
 
-def fill(model: nn.Module, name: str, config: Any, tensors: dict[str, torch.Tensor], report: Any) -> None:
+def fill(
+    model: nn.Module, name: str, config: PeftConfig | None, tensors: dict[str, torch.Tensor], report: LoadStateDictInfo
+) -> None:
     """Bring a file's tensors into the adapter `name`, and say in transformers' report what did not fit.
 
     An adapter with another config than the file's is one to be swapped for it. A file that fills nothing is an error.
     """
-
-    roster: Roster | None = roster_of(model)
+    roster = roster_of(model)
     assert roster is not None
     if config is not None and roster.configs.get(name) is not config:
         swap(model, Loaded(config, tensors, source="The adapter file"), name)
@@ -101,7 +111,8 @@ def fill(model: nn.Module, name: str, config: Any, tensors: dict[str, torch.Tens
     report.missing_keys.clear()
     report.missing_keys.update(_shown(k, name) for k in missing)
     report.unexpected_keys.update(extra)
-    report.mismatched_keys.update((_shown(k, name), pairs[k][1].shape, pairs[k][0].disk_shape) for k in wrong)
+    mismatched: set[Any] = report.mismatched_keys  # stated there as pairs of one number each
+    mismatched.update((_shown(k, name), pairs[k][1].shape, pairs[k][0].disk_shape) for k in wrong)
     assign({k: v for k, v in pairs.items() if k not in wrong}, adapter)
     for p, value in base:
         p.data = value.to(p.device, p.dtype)

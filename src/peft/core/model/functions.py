@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
 
@@ -16,10 +15,10 @@ from ..files.sharded import _unwrapped
 from ..files.tensors import alone
 from ..injection.commit import inject
 from ..load.load import LoadResult, embedding_tensors, fit_any_layout, read_adapter
-from .peft_model import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, PeftMixedModel, PeftModel
+from .peft_model import PeftModel, class_for
+from .task_models import PeftMixedModel
 
 
-# -- functions --------------------------------------------------------------------------------------------------------------
 def get_peft_model(
     model: nn.Module,
     peft_config: PeftConfig,
@@ -41,8 +40,7 @@ def get_peft_model(
     peft_config.base_model_name_or_path = getattr(model, "name_or_path", None) or peft_config.base_model_name_or_path
     if revision is not None:
         peft_config.revision = revision
-    task = getattr(peft_config.task_type, "value", peft_config.task_type)
-    cls: type[PeftModel] = PeftMixedModel if mixed else MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(str(task), PeftModel)
+    cls: type[PeftModel] = PeftMixedModel if mixed else class_for(peft_config)
     return cls(
         model,
         peft_config,
@@ -84,10 +82,10 @@ def inject_adapter_in_model(
 
 def get_peft_model_state_dict(
     model: nn.Module,
-    state_dict: Any = None,
+    state_dict: Mapping[str, Tensor] | None = None,
     adapter_name: str = "default",
     unwrap_compiled: bool = False,
-    save_embedding_layers: Any = "auto",
+    save_embedding_layers: str | bool = "auto",
 ) -> dict[str, Tensor]:
     """An adapter's tensors under the keys of its file. state_dict: gathered values to take instead of the live ones."""
     base = _unwrapped(model)
@@ -150,7 +148,7 @@ def _told(
 
 
 def load_peft_weights(
-    model_id: str, device: str | None = None, key_mapping: dict[str, str] | None = None, **kwargs: Any
+    model_id: str, device: str | None = None, key_mapping: dict[str, str] | None = None, **kwargs: object
 ) -> dict[str, Tensor]:
     """The tensors of a saved adapter, on `device` (the CPU by default), each with memory of its own."""
     found = read_adapter(model_id, PeftConfig(), key_mapping, False, kwargs).tensors

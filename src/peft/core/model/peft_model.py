@@ -1,37 +1,38 @@
-"""PeftModel and its task heads."""
+"""PeftModel: a base model with named adapters, run, switched, saved and loaded."""
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from ...config import PeftConfig
 from ...contract.tree import tree
+from ...registry import PeftType
 from ...remote import push_folder
-from ..acting.mix import Mix
 from ..acting.roster import Roster
-from ..acting.rows import Rows
-from ..adapted.layer import adapted_layers
+from ..anatomy.embeddings import ask_gradients_of_embeddings, token_embeddings
 from ..anatomy.heads import prepare_head
-from ..anatomy.language import enable_input_grads, token_embeddings
 from ..files import sharded
-from ..files.adapter_files import save
 from ..injection.commit import inject
 from ..load.hotswap import reload
-from ..load.load import LoadResult, embedding_tensors, load_into, read_adapter
+from ..load.load import LoadResult, load_into, read_adapter
 from ..prompts.attach import embedding_to_save, get_prompt
 from ..report.card import write_card
 from ..report.counts import trainable_and_total
-from ..report.status import get_layer_status, get_model_status
+from ..report.status import TunerLayerStatus, TunerModelStatus, get_layer_status, get_model_status
+from .running import by_name, disabled, for_copies, rows, tasks
+from .saving import prompts_below, save_adapters
 from .tuner import Tuner
 
-OUTPUTS = ("output_attentions", "output_hidden_states", "return_dict")
+if TYPE_CHECKING:
+    from huggingface_hub import CommitInfo
+
+MODEL_TYPE_TO_PEFT_MODEL_MAPPING: dict[str, type[PeftModel]] = {}  # task -> its model; filled by `task_models`
 
 
 class PeftModel(nn.Module):
@@ -80,7 +81,7 @@ class PeftModel(nn.Module):
         return self.roster.configs
 
     @property
-    def peft_type(self) -> Any:
+    def peft_type(self) -> str | PeftType | None:
         return self.active_peft_config.peft_type
 
     @property
@@ -113,7 +114,7 @@ class PeftModel(nn.Module):
         return names or None
 
     @property
-    def base_model_torch_dtype(self) -> Any:
+    def base_model_torch_dtype(self) -> torch.dtype | None:
         return getattr(self.get_base_model(), "dtype", None)
 
     def get_base_model(self) -> nn.Module:
@@ -130,58 +131,42 @@ class PeftModel(nn.Module):
             f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {100 * trainable / total:.4f}"
         )
 
-    def get_layer_status(self) -> list[Any]:
-
+    def get_layer_status(self) -> list[TunerLayerStatus]:
         return get_layer_status(self)
 
-    def get_model_status(self) -> Any:
-
+    def get_model_status(self) -> TunerModelStatus:
         return get_model_status(self)
 
     # -- running --------------------------------------------------------------------------------------------------------
     def forward(
         self,
-        *args: Any,
+        *args: object,
         adapter_names: Sequence[str] | None = None,
         task_ids: Tensor | None = None,
-        **kwargs: Any,
+        **kwargs: object,
     ) -> Any:
         """The base model's forward. adapter_names: one adapter name per row of the batch (`"__base__"` for none).
 
         task_ids: one task per row, for methods that have tasks. By position, heads take the arguments in their own order.
         """
         if len(args) > 2 and self.arguments:
-            more = dict(zip(self.arguments, args[2:], strict=False))
-            if len(args) - 2 > len(self.arguments) or set(more) & set(kwargs):
-                raise TypeError(
-                    f"forward() takes {', '.join(self.arguments)} after the first two by position, each once."
-                )
-            args, kwargs = args[:2], {**{k: v for k, v in more.items() if v is not None}, **kwargs}
-        with self._rows(adapter_names, args, kwargs), self._tasks(task_ids):
-            return self.base_model(*args, **kwargs)
+            args, kwargs = by_name(self.arguments, args, kwargs)
+        tuner = self.base_model
+        with rows(tuner, adapter_names, args, kwargs), tasks(tuner, task_ids):
+            return tuner(*args, **kwargs)
 
     def generate(
         self,
-        *args: Any,
+        *args: object,
         adapter_names: Sequence[str] | None = None,
         task_ids: Tensor | None = None,
-        **kwargs: Any,
+        **kwargs: object,
     ) -> Any:
         if adapter_names is not None:
-            _check_rows(adapter_names, args, kwargs)
-            beams = kwargs.get("num_beams") or getattr(kwargs.get("generation_config"), "num_beams", 1) or 1
-            copies = beams if beams > 1 else kwargs.get("num_return_sequences") or 1
-            adapter_names = [n for n in adapter_names for _ in range(copies)] if copies > 1 else adapter_names
-        with self._rows(adapter_names, (), {}), self._tasks(task_ids):
-            return self.base_model.generate(*args, **kwargs)
-
-    @contextmanager
-    def _tasks(self, task_ids: Tensor | None) -> Iterator[None]:
-        if task_ids is None:
-            yield
-            return
-        with self.roster.using(dataclasses.replace(self.roster.mix, tasks=task_ids)):
-            yield
+            adapter_names = for_copies(adapter_names, args, kwargs)
+        tuner = self.base_model
+        with rows(tuner, adapter_names, (), {}), tasks(tuner, task_ids):
+            return tuner.generate(*args, **kwargs)
 
     def get_prompt(self, batch_size: int, task_ids: Tensor | None = None, max_cache_len: int | None = None) -> Any:
         """The active prompt for a batch: vectors [batch, n, d], or a cache that holds the prefixes."""
@@ -197,45 +182,15 @@ class PeftModel(nn.Module):
         return token_embeddings(self.get_base_model())
 
     @contextmanager
-    def _rows(self, names: Sequence[str] | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[None]:
-        if names is None:
-            yield
-            return
-        roster = self.roster
-        roster.known(names)
-        tensors = _check_rows(names, args, kwargs)
-        if any(layer.merged for layer in adapted_layers(self)):
-            raise ValueError(
-                "Adapters are merged into the base: call unmerge_adapter() before mixing adapters in a batch."
-            )
-        tokens = None
-        if tensors and tensors[0].dim() >= 2 and kwargs.get("pixel_values") is None:
-            tokens = int(tensors[0].shape[1])
-        with roster.using(Mix((), Rows(names, tokens)) if roster.enabled else Mix()):
-            yield
-
-    @contextmanager
     def disable_adapter(self) -> Iterator[None]:
         """Within, the model is the base model, bit for bit; requires_grad is left alone."""
-        roster = self.roster
-        merged = list(dict.fromkeys(n for layer in adapted_layers(self) for n in layer.merged_adapters))
-        was, mix = roster.enabled, roster.mix
-        if merged:
-            self.base_model.unmerge_adapter()
-        roster.enable(False)
-        try:
+        with disabled(self.base_model):
             yield
-        finally:
-            roster.enable(was)
-            if was and mix.rows is not None:
-                roster.mix = mix
-            if merged:
-                self.base_model.merge_adapter(merged)
 
     def prepare_model_for_gradient_checkpointing(self, model: nn.Module) -> nn.Module:
         """Let gradients reach checkpointed blocks whose inputs are frozen."""
         if not any(getattr(model, a, False) for a in ("is_loaded_in_8bit", "is_loaded_in_4bit", "is_quantized")):
-            enable_input_grads(model)
+            ask_gradients_of_embeddings(model)
         return model
 
     # -- adapters -------------------------------------------------------------------------------------------------------
@@ -247,19 +202,11 @@ class PeftModel(nn.Module):
         autocast_adapter_dtype: bool = True,
     ) -> None:
         """Add a further adapter, of any method. It does not act until `set_adapter`."""
-        self._before_add(peft_config)
-        inject(
-            self.get_base_model(),
-            peft_config,
-            adapter_name,
-            meta=low_cpu_mem_usage,
-            autocast_adapter_dtype=autocast_adapter_dtype,
-        )
-
-    def _before_add(self, config: PeftConfig) -> None:
-        prepare_head(self.get_base_model(), config)
-        if config.base_model_name_or_path is None:
-            config.base_model_name_or_path = getattr(self.get_base_model(), "name_or_path", None)
+        base = self.get_base_model()
+        prepare_head(base, peft_config)
+        if peft_config.base_model_name_or_path is None:
+            peft_config.base_model_name_or_path = getattr(base, "name_or_path", None)
+        inject(base, peft_config, adapter_name, meta=low_cpu_mem_usage, autocast_adapter_dtype=autocast_adapter_dtype)
 
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
         """Activate an adapter (or several, whose effects combine), and train exactly those."""
@@ -267,10 +214,7 @@ class PeftModel(nn.Module):
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         """Say which adapters train, whatever is active."""
-        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
-        self.roster.known(names)
-        for name in names:
-            self.roster.set_trainable(name, requires_grad)
+        self.base_model.set_requires_grad(adapter_names, requires_grad)
 
     def delete_adapter(self, adapter_name: str) -> None:
         self.base_model.delete_adapter(adapter_name)
@@ -306,23 +250,24 @@ class PeftModel(nn.Module):
         self.roster.known(names)
         if not is_main_process:
             return
-        base = self.get_base_model()
-        extra = embedding_tensors(base) if save_embedding_layers is True else {}
-        gathered = sharded.gathered(self, kwargs.get("state_dict"))
-        written = _plain_pair if path_initial_model_for_weight_conversion is not None else _as_it_is
-        for name in names:
-            folder = os.path.join(save_directory, name) if name != "default" else os.fspath(save_directory)
-            with written(self.base_model, name) as saved:
-                save(base, self.roster, saved, folder, safe=safe_serialization, extra=extra, gathered=gathered)
+        folders = save_adapters(
+            self.base_model,
+            names,
+            os.fspath(save_directory),
+            safe=safe_serialization,
+            embeddings=save_embedding_layers is True,
+            plain_pairs=path_initial_model_for_weight_conversion is not None,
+            gathered=sharded.gathered(self, kwargs.get("state_dict")),
+        )
+        for folder in folders:
             if model_card:
                 self.create_or_update_model_card(folder)
 
     def create_or_update_model_card(self, output_dir: str) -> None:
         """Write a README.md that names the base model, the method and this library's version."""
+        write_card(self.active_peft_config, output_dir)
 
-        write_card(self, output_dir)
-
-    def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:
+    def push_to_hub(self, repo_id: str, **kwargs: Any) -> CommitInfo:
         """Upload the adapters with a model card."""
         saving = {k: kwargs.pop(k) for k in ("safe_serialization", "selected_adapters") if k in kwargs}
         return push_folder(lambda folder: self.save_pretrained(folder, model_card=True, **saving), repo_id, **kwargs)
@@ -340,17 +285,13 @@ class PeftModel(nn.Module):
         low_cpu_mem_usage: bool = False,
         key_mapping: dict[str, str] | None = None,
         strict: bool = True,
-        **kwargs: Any,
+        **kwargs: object,
     ) -> PeftModel:
         """A base model with a saved adapter. Raises, with the model as it was, unless every key of the file lands."""
         loaded = read_adapter(model_id, config, key_mapping, strict, kwargs)
         loaded.config.inference_mode = not is_trainable
-        target = cls
-        if cls is PeftModel and loaded.config.task_type is not None:
-            target = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(str(loaded.config.task_type.value), PeftModel)
-        if loaded.config.is_prompt_learning and is_trainable:
-            loaded.config.inference_mode = False
-        model = getattr(model, "base_model", model).model if isinstance(model, PeftModel) else model  # type: ignore[union-attr]
+        target = class_for(loaded.config) if cls is PeftModel else cls
+        model = model.get_base_model() if isinstance(model, PeftModel) else model
         load_into(model, loaded, adapter_name, strict=strict, autocast_adapter_dtype=autocast_adapter_dtype)
         self = target.__new__(target)
         nn.Module.__init__(self)
@@ -368,8 +309,8 @@ class PeftModel(nn.Module):
         low_cpu_mem_usage: bool = False,
         key_mapping: dict[str, str] | None = None,
         strict: bool = True,
-        **kwargs: Any,
-    ) -> Any:
+        **kwargs: object,
+    ) -> LoadResult:
         """Read a saved adapter under a new name; an adapter of that name has its weights replaced, as upstream does."""
         loaded = read_adapter(model_id, None, key_mapping, strict, kwargs)
         loaded.config.inference_mode = not is_trainable
@@ -382,14 +323,9 @@ class PeftModel(nn.Module):
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         return False
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
-        """Upstream keeps prompts beside the base model, whose names lack the step of the tuner then."""
-        if any(k.startswith(f"{prefix}prompt_encoder.") for k in state_dict):
-            for name in [k for k in state_dict if k.startswith(prefix)]:
-                body, value = name.removeprefix(prefix), state_dict.pop(name)
-                if not body.startswith("word_embeddings."):  # the base's, once more
-                    state_dict[f"{prefix}base_model.model.{body.removeprefix('base_model.')}"] = value
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)  # type: ignore[no-untyped-call]
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any, **kwargs: Any) -> None:
+        prompts_below(state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
         """See `Tuner.add_weighted_adapter`."""
@@ -404,87 +340,6 @@ class PeftModel(nn.Module):
             return getattr(self.base_model, name)
 
 
-@contextmanager
-def _as_it_is(tuner: Tuner, name: str) -> Iterator[str]:
-    yield name
-
-
-@contextmanager
-def _plain_pair(tuner: Tuner, name: str) -> Iterator[str]:
-    """A copy of an adapter as plain pairs of factors, for as long as it takes to save it."""
-    copied = f"{name} converted"
-    tuner.add_weighted_adapter([name], [1.0], copied, "cat")
-    try:
-        yield copied
-    finally:
-        tuner.delete_adapter(copied)
-
-
-def _check_rows(names: Sequence[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
-    """The tensors among the inputs, whose first axis must be as long as `names`."""
-    tensors = [t for t in (*args, *kwargs.values()) if torch.is_tensor(t) and t.dim()]
-    if tensors and len(names) != tensors[0].shape[0]:
-        raise ValueError(
-            f"Length of `adapter_names` should be the same as the number of inputs, but got {len(names)} and {tensors[0].shape[0]} respectively."
-        )
-    return tensors
-
-
-# -- task heads -----------------------------------------------------------------------------------------------------------
-class PeftModelForCausalLM(PeftModel):
-    """For models that generate text."""
-
-    arguments = ("inputs_embeds", "labels", *OUTPUTS)
-
-
-class PeftModelForSeq2SeqLM(PeftModel):
-    """For encoder-decoder models."""
-
-    arguments = (
-        *("inputs_embeds", "decoder_input_ids", "decoder_attention_mask", "decoder_inputs_embeds", "labels"),
-        *OUTPUTS,
-    )
-
-
-class _WithHead(PeftModel):
-    def __init__(self, model: nn.Module, peft_config: PeftConfig, adapter_name: str = "default", **kwargs: Any) -> None:
-        prepare_head(model, peft_config)
-        super().__init__(model, peft_config, adapter_name, **kwargs)
-
-
-class PeftModelForSequenceClassification(_WithHead):
-    """For sequence classifiers; the classification head trains along and is saved."""
-
-    arguments = ("inputs_embeds", "labels", *OUTPUTS)
-
-
-class PeftModelForTokenClassification(_WithHead):
-    """For token classifiers; the classification head trains along and is saved."""
-
-    arguments = ("inputs_embeds", "labels", *OUTPUTS)
-
-
-class PeftModelForQuestionAnswering(_WithHead):
-    """For extractive question answering; the span head trains along and is saved."""
-
-    arguments = ("token_type_ids", "position_ids", "inputs_embeds", "start_positions", "end_positions", *OUTPUTS)
-
-
-class PeftModelForFeatureExtraction(PeftModel):
-    """For models that give embeddings."""
-
-    arguments = ("inputs_embeds", *OUTPUTS)
-
-
-MODEL_TYPE_TO_PEFT_MODEL_MAPPING: dict[str, type[PeftModel]] = {
-    "SEQ_CLS": PeftModelForSequenceClassification,
-    "SEQ_2_SEQ_LM": PeftModelForSeq2SeqLM,
-    "CAUSAL_LM": PeftModelForCausalLM,
-    "TOKEN_CLS": PeftModelForTokenClassification,
-    "QUESTION_ANS": PeftModelForQuestionAnswering,
-    "FEATURE_EXTRACTION": PeftModelForFeatureExtraction,
-}
-
-
-class PeftMixedModel(PeftModel):
-    """Adapters of different methods in one model: what every PeftModel can do here; kept for callers by name."""
+def class_for(config: PeftConfig) -> type[PeftModel]:
+    """The model of a config's task; PeftModel where it names none that has its own."""
+    return MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(str(getattr(config.task_type, "value", config.task_type)), PeftModel)

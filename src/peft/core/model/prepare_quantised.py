@@ -10,18 +10,19 @@ from __future__ import annotations
 import gc
 import inspect
 import warnings
-from typing import Any
+from collections.abc import Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from ..anatomy.embeddings import ask_gradients_of_embeddings
 from ..anatomy.walk import kind_of
 
 
 def prepare_model_for_kbit_training(
     model: nn.Module,
     use_gradient_checkpointing: bool = True,
-    gradient_checkpointing_kwargs: dict[str, Any] | None = None,
+    gradient_checkpointing_kwargs: dict[str, object] | None = None,
     auto_clear_cache: bool = True,
 ) -> nn.Module:
     """Freeze the model, bring its layers into the form that has a backward, and switch checkpointing on.
@@ -44,17 +45,17 @@ def prepare_model_for_kbit_training(
     return model
 
 
-def _checkpoint(model: nn.Module, options: dict[str, Any]) -> None:
+def _checkpoint(model: nn.Module, options: Mapping[str, object]) -> None:
     enable = getattr(model, "gradient_checkpointing_enable", None)
     if enable is None:
         raise ValueError(
             f"{type(model).__name__} has no gradient checkpointing; pass use_gradient_checkpointing=False."
         )
-    ask = getattr(model, "enable_input_require_grads", None)
-    if callable(ask):
-        ask()
-    else:
-        model.get_input_embeddings().register_forward_hook(_require_grad)  # type: ignore[operator,union-attr]
+    if not ask_gradients_of_embeddings(model):
+        raise AttributeError(
+            f"{type(model).__name__} has no get_input_embeddings(), of whose output gradients can be asked; pass "
+            "use_gradient_checkpointing=False."
+        )
     if "gradient_checkpointing_kwargs" in inspect.signature(enable).parameters:
         enable(gradient_checkpointing_kwargs={"use_reentrant": False, **options})
         return
@@ -64,7 +65,3 @@ def _checkpoint(model: nn.Module, options: dict[str, Any]) -> None:
             stacklevel=3,
         )
     enable()
-
-
-def _require_grad(module: nn.Module, inputs: Any, output: Tensor) -> None:
-    output.requires_grad_(True)

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ...config import PeftConfig
+from ...contract.capabilities import Penalised, Scheduled
 from ...contract.method import Method
 from ...registry import method
 from ..acting.roster import Roster
@@ -35,11 +36,11 @@ class Tuner(nn.Module):
             raise ValueError("This model has no adapters (they were unloaded).")
         return roster
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, *args: object, **kwargs: object) -> Any:
         out = self.model(*args, **kwargs)
         return add_penalties(self.roster, out) if self.training and torch.is_grad_enabled() else out
 
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
+    def generate(self, *args: object, **kwargs: object) -> Any:
         return self.model.generate(*args, **kwargs)  # type: ignore[operator]
 
     # -- which adapters act -------------------------------------------------------------------------------------------
@@ -58,14 +59,14 @@ class Tuner(nn.Module):
 
     @property
     def prefix(self) -> str:
-        """What tells adapter parameters by their names: the method's disk_path, or the container where further parts hang."""
-        disk_path = method(next(iter(self.roster.configs.values())).peft_type).prefix
+        """What tells adapter parameters by their names: what the method's begin with, or the container where further parts hang."""
+        prefix = method(next(iter(self.roster.configs.values())).peft_type).prefix
         for adapter in self.roster.adapters.values():  # companions come last; all sites of one method are named alike
             for _, first in adapter.methods[:1]:
-                named = all(disk_path in n for n, _ in first.named_parameters())
+                named = all(prefix in n for n, _ in first.named_parameters())
                 if adapter.brought_by[-1] or not (named or first.form == "prompt"):
                     return ".adapters."
-        return disk_path
+        return prefix
 
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
         """Activate one adapter or several together, and train exactly those."""
@@ -92,10 +93,11 @@ class Tuner(nn.Module):
         return list(dict.fromkeys(path for a in self.roster.adapters.values() for path in a.targeted if path))
 
     @staticmethod
-    def get_model_config(model: nn.Module) -> dict[str, Any]:
+    def get_model_config(model: nn.Module) -> dict[str, object]:
         """The model's config as a dictionary; where it has none, one that says so."""
         config = getattr(model, "config", None)
-        found = config.to_dict() if hasattr(config, "to_dict") else config
+        listed = getattr(config, "to_dict", None)
+        found = config if listed is None else listed()
         return dict(found) if isinstance(found, dict) else {"model_type": "custom"}
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
@@ -162,15 +164,15 @@ class Tuner(nn.Module):
         **options: Any,
     ) -> None:
         """A new adapter that combines others; by default their exact sum. See `core/load/combine.py`."""
-
         add_weighted_adapter(self.model, adapters, weights, adapter_name, combination_type, **options)
 
     def update_and_allocate(self, global_step: int) -> None:
         """After backward and before zero_grad: lets methods with a budget schedule (AdaLoRA) follow it."""
         for name in self.roster.chosen:
             adapter = self.roster.adapters[name]
-            table: dict[str, Any] = {disk_path: m.nested()[-1] for disk_path, m in adapter.own()}
-            method(adapter.config.peft_type).after_step(table, adapter.config, global_step)
+            table: dict[str, Method] = {disk_path: m.nested()[-1] for disk_path, m in adapter.own()}
+            if issubclass(cls := method(adapter.config.peft_type), Scheduled):
+                cls.after_step(table, adapter.config, global_step)
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -187,13 +189,12 @@ def add_penalties(roster: Roster, out: Any) -> Any:
     if loss is None:
         return out
     for name in roster.mix.active:
+        adapter = roster.adapters[name]
         terms = []
-        for _, m in roster.adapters[name].methods:  # no comprehension: torch.compile has no cells for what it assigns
-            if type(m).penalty is not Method.penalty and (term := m("penalty")) is not None:
+        for _, m in adapter.methods:  # no comprehension: torch.compile has no cells for what it assigns
+            if isinstance(m.nested()[-1], Penalised) and (term := m("penalty")) is not None:
                 terms.append(term)
-        if terms:
-            loss = loss + method(roster.adapters[name].config.peft_type).total_penalty(
-                terms, roster.adapters[name].config
-            ).to(loss.device)
+        if terms and issubclass(cls := method(adapter.config.peft_type), Penalised):
+            loss = loss + cls.total_penalty(terms, adapter.config).to(loss.device)
     out.loss = loss
     return out

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -16,41 +16,52 @@ from ..anatomy.language import attentions, floating, token_and_cache_stacks
 from ..forms.prompt import PromptMethod
 from .hooks import Prompts
 
+if TYPE_CHECKING:
+    from transformers import Cache
+
+ENCODERS = "prompt_encoder"  # where the container of the methods hangs in a model
+
 
 class Encoders(AdapterContainer, Switch):
     """The container of a model's prompt methods, `prompt_encoder.<adapter>`."""
 
-    def __init__(self, roster: Roster) -> None:
+    prompts: Prompts
+
+    def __init__(self, prompts: Prompts) -> None:
         super().__init__()
-        self.roster, self.merged_adapters = roster, []
+        self.roster, self.merged_adapters = prompts.roster, []
+        self.__dict__["prompts"] = prompts
 
     def held(self) -> Iterator[tuple[str, Method]]:
         return ((n, m) for n, m in self._modules.items() if isinstance(m, Method))
 
     def replaced(self, held: nn.Module, value: nn.Module) -> None:
-        methods = self.__dict__["prompts"].methods
+        methods: dict[str, nn.Module] = self.__dict__["prompts"].methods
         methods.update({n: value for n, m in methods.items() if m is held})
 
-    # -- by adapter name, as in a dictionary ----------------------------------------------------------------------------
     def __getitem__(self, adapter: str) -> Method:
-        return self.__dict__["prompts"].methods[adapter]  # type: ignore[no-any-return]
+        return self.prompts.methods[adapter]
 
     def __contains__(self, adapter: object) -> bool:
-        return adapter in self.__dict__["prompts"].methods
+        return adapter in self.prompts.methods
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self.__dict__["prompts"].methods)
+        return iter(self.prompts.methods)
 
     def __len__(self) -> int:
-        return len(self.__dict__["prompts"].methods)
+        return len(self.prompts.methods)
 
     def keys(self) -> Iterable[str]:
-        return self.__dict__["prompts"].methods.keys()  # type: ignore[no-any-return]
+        return self.prompts.methods.keys()
 
 
-# -- adapters in a model ---------------------------------------------------------------------------------------------------------
 def hooks_of(model: nn.Module) -> Prompts | None:
     return model.__dict__.get("_peft_prompts")
+
+
+def _encoders(model: nn.Module) -> Encoders:
+    found: Encoders = getattr(model, ENCODERS)
+    return found
 
 
 def attach(model: nn.Module, roster: Roster, name: str, method: Method) -> None:
@@ -59,10 +70,9 @@ def attach(model: nn.Module, roster: Roster, name: str, method: Method) -> None:
     prompts = hooks_of(model)
     if prompts is None:
         prompts = model.__dict__["_peft_prompts"] = Prompts(model, roster)
-        model.add_module("prompt_encoder", Encoders(roster))
-        model.prompt_encoder.__dict__["prompts"] = prompts
+        model.add_module(ENCODERS, Encoders(prompts))
         prompts.install(model)
-    model.prompt_encoder.put(escape(name), method)  # type: ignore[union-attr,operator]
+    _encoders(model).put(escape(name), method)
     prompts.methods[name] = method
     method.train(model.training)
 
@@ -73,14 +83,14 @@ def detach(model: nn.Module, roster: Roster, name: str) -> None:
     if prompts is None or name not in prompts.methods:
         return
     del prompts.methods[name]
-    model.prompt_encoder.drop(escape(name))  # type: ignore[union-attr,operator]
+    _encoders(model).drop(escape(name))
     if not prompts.methods:
         prompts.remove(model)
-        del model._modules["prompt_encoder"]
+        del model._modules[ENCODERS]
         del model.__dict__["_peft_prompts"]
 
 
-def get_prompt(model: nn.Module, rows: int, tasks: Tensor | None = None) -> Any:
+def get_prompt(model: nn.Module, rows: int, tasks: Tensor | None = None) -> Tensor | Cache:
     """What acts now for a batch of `rows`: virtual tokens [rows, n, d], or a cache that holds the prefixes."""
     prompts = hooks_of(model)
     front = prompts.front(rows) if prompts is not None else None
@@ -89,7 +99,7 @@ def get_prompt(model: nn.Module, rows: int, tasks: Tensor | None = None) -> Any:
     last = token_and_cache_stacks(model)[1]
     if front.S:
         prompts.tasks = tasks
-        pieces = [m("prompt", None if tasks is None else tasks) for m in front.groups[0] if m.inputs]
+        pieces = [m("prompt", tasks) for m in front.groups[0] if m.inputs]
         return torch.cat([p.expand(rows, -1, -1) for p in pieces], 1)
     cache = prompts.empty_cache()
     prompts.fill(cache, attentions(last), front, floating(last))

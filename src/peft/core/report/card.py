@@ -7,14 +7,14 @@ from typing import Any
 
 import yaml
 
+from ...config import PeftConfig
 from ...registry import method
 
 
-def write_card(model: Any, folder: str | os.PathLike[str]) -> None:
+def write_card(config: PeftConfig, folder: str | os.PathLike[str]) -> None:
     """Write README.md into `folder`, naming base model, method and version; the text of an existing one stays."""
     path = os.path.join(folder, "README.md")
     data, text = split(path)
-    config = model.active_peft_config
     cls = method(config.peft_type)
     base = config.base_model_name_or_path
     tags = data.get("tags") or []

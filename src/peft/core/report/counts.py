@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ...contract.method import Method
-from ..acting.on_model import roster_of
+from ..acting.on_model import base_of, roster_of
 from ..anatomy.walk import walk
 
 
@@ -29,19 +29,18 @@ class Counts:
 
 def counts(model: nn.Module, adapter: str | None = None) -> Counts:
     """The survey's counts for one adapter, or for all that are active."""
-
     roster = roster_of(model)
     if roster is None:
         raise ValueError("This model has no adapters.")
     names = [adapter] if adapter is not None else list(roster.chosen)
     roster.known(names)
-    paths = {p.disk_path: p for p in walk(model.get_base_model() if hasattr(model, "get_base_model") else model)}
+    paths = {p.disk_path: p for p in walk(base_of(model))}
     trainable = {
         id(p): count(p)
         for n in names
         for _, m in roster.adapters[n].methods
         for attr, p in m.named_parameters()
-        if attr not in m.frozen()
+        if attr not in m.table.frozen
     }
     updated: dict[int, int] = {}
     ranks: dict[str, int | None] = {}

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Literal, TypeAlias, TypeVar
 
 from torch import nn
 
-from ..acting.on_model import roster_of
+from ..acting.on_model import base_of, roster_of
 from ..adapted.layer import Adapted
 from .counts import trainable_and_total
+
+T = TypeVar("T")
+Irregular: TypeAlias = Literal["irregular"]
 
 
 @dataclass
@@ -22,7 +25,7 @@ class TunerLayerStatus:
     enabled: bool
     active_adapters: list[str]
     merged_adapters: list[str]
-    requires_grad: dict[str, Any]
+    requires_grad: dict[str, bool | Irregular]
     available_adapters: list[str]
     devices: dict[str, list[str]]
     quantization_backend: str | None
@@ -38,18 +41,18 @@ class TunerModelStatus:
     trainable_params: int
     total_params: int
     num_adapter_layers: int
-    enabled: Any
-    active_adapters: Any
-    merged_adapters: Any
-    requires_grad: dict[str, Any]
+    enabled: bool
+    active_adapters: list[str]
+    merged_adapters: list[str] | Irregular
+    requires_grad: dict[str, bool | Irregular]
     available_adapters: list[str]
     devices: dict[str, list[str]]
-    quantization_backend: Any
+    quantization_backend: str | Irregular | None
 
 
 def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
     """The status of every adapted layer, in model order. Raises ValueError for a model without adapters."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = base_of(model)
     if roster_of(base) is None:
         raise ValueError("No adapter layers found in the model, please ensure that it's a PEFT model.")
     return [_layer(name, m) for name, m in base.named_modules() if isinstance(m, Adapted)]
@@ -73,18 +76,17 @@ def _layer(name: str, layer: Adapted) -> TunerLayerStatus:
 
 def get_model_status(model: nn.Module) -> TunerModelStatus:
     """The status of the whole model, with or without the PeftModel wrapper."""
-
     layers = get_layer_status(model)
-    wrapped = hasattr(model, "get_base_model")
-    roster = roster_of(model.get_base_model() if wrapped else model)
+    base = base_of(model)
+    roster = roster_of(base)
     assert roster is not None
     trainable, total = trainable_and_total(model)
     merged = {n for layer in layers for n in layer.merged_adapters}
     partly = any(merged & (set(x.available_adapters) - set(x.merged_adapters)) for x in layers)
     names = sorted({n for layer in layers for n in layer.available_adapters} | set(roster.adapters))
     return TunerModelStatus(
-        base_model_type=type(model.get_base_model() if wrapped else model).__name__,
-        adapter_model_type=type(model.base_model).__name__ if wrapped else "None",
+        base_model_type=type(base).__name__,
+        adapter_model_type=type(model.base_model).__name__ if hasattr(model, "get_base_model") else "None",
         peft_types={n: getattr(c.peft_type, "value", str(c.peft_type)) for n, c in roster.configs.items()},
         trainable_params=trainable,
         total_params=total,
@@ -99,7 +101,7 @@ def get_model_status(model: nn.Module) -> TunerModelStatus:
     )
 
 
-def _one(values: Iterable[Any]) -> Any:
+def _one(values: Iterable[T]) -> T | Irregular:
     """The value that all share, or "irregular"."""
     found = list(dict.fromkeys(values))
     return found[0] if len(found) == 1 else "irregular"

@@ -1,0 +1,82 @@
+"""What some methods can do besides the contract: classes to derive from beside `Method`, asked for by `isinstance`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+
+class TwoFactors:
+    """ΔW is any product of two thin matrices, so that such adapters combine, swap into padded twins and convert."""
+
+    def two_factors(self) -> tuple[Tensor, Tensor, float]:
+        """(A[r, fan_in], B[out, r], s) with ΔW = s·B A."""
+        raise NotImplementedError(f"{type(self).__name__}.two_factors")
+
+    def set_factors(self, A: Tensor, B: Tensor, bias: Tensor | None) -> None:
+        """Become ΔW = B A, and `bias` added to the layer's; for the configs that `config_for_ranks` returns."""
+        raise NotImplementedError(f"{type(self).__name__}.set_factors")
+
+    @classmethod
+    def config_for_ranks(cls, config: Any, ranks: dict[str, int]) -> Any:
+        """A copy of `config` for adapters that hold any two factors of the given ranks (path -> r) with ΔW = B A."""
+        raise NotImplementedError(f"{cls.__name__}.config_for_ranks")
+
+    @classmethod
+    def join(cls, config: Any, path: str, former: list[str]) -> None:
+        """Let `config` give the matrix at `path` what it gives the matrices `former` that lie in it, one above the other."""
+        raise NotImplementedError(f"{cls.__name__}.join")
+
+
+class Blends:
+    """The effect is linear in the parameters, so that a weighted sum of adapters is one of their kind."""
+
+    @classmethod
+    def blend(cls, methods: Sequence[Any], weights: Sequence[float]) -> dict[str, Tensor]:
+        """The parameters of the adapter whose effect is the weighted sum of these."""
+        raise NotImplementedError(f"{cls.__name__}.blend")
+
+
+class Penalised:
+    """The loss gets a term in training: AdaLoRA's orthogonality, an L0 penalty."""
+
+    def penalty(self) -> Tensor | None:
+        """This site's term."""
+        raise NotImplementedError(f"{type(self).__name__}.penalty")
+
+    @classmethod
+    def total_penalty(cls, terms: list[Tensor], config: Any) -> Tensor:
+        """The sites' penalties as one number added to the loss."""
+        return torch.stack([t.to(terms[0].device) for t in terms]).sum()
+
+
+class Scheduled:
+    """The method follows the steps of the optimiser: a budget that falls."""
+
+    @classmethod
+    def after_step(cls, methods: dict[str, Any], config: Any, global_step: int) -> None:
+        """Called once per optimiser step, after backward, with the adapter's methods by path."""
+        raise NotImplementedError(f"{cls.__name__}.after_step")
+
+
+class NeedsTokens:
+    """It trains words that the base's vocabulary may lack."""
+
+    @classmethod
+    def tokens_needed(cls, config: Any) -> int:
+        """How many word embeddings the base must have for what `config` asks, as far as the config says."""
+        raise NotImplementedError(f"{cls.__name__}.tokens_needed")
+
+
+class Companion:
+    """A method that a field of any other method's config brings along."""
+
+    companion: ClassVar[str] = ""  # the field
+
+    @classmethod
+    def accompany(cls, config: Any, model: nn.Module) -> tuple[list[Any], Any]:
+        """(places, config of this method) for what `config` asks by the field."""
+        raise NotImplementedError(f"{cls.__name__}.accompany")

@@ -1,0 +1,67 @@
+"""A model's adapters as files: which folder each goes to, and as what it is written; and the names in upstream's state dict."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from torch import Tensor
+
+from ..files.adapter_files import save
+from ..files.sharded import Gathered
+from ..load.load import embedding_tensors
+from .tuner import Tuner
+
+
+def save_adapters(
+    tuner: Tuner,
+    names: Sequence[str],
+    directory: str,
+    *,
+    safe: bool,
+    embeddings: bool,
+    plain_pairs: bool,
+    gathered: Gathered | None,
+) -> Iterator[str]:
+    """Write the named adapters, yielding their folders: `default` at the top, the others in folders of their names.
+
+    embeddings: also the whole embeddings. plain_pairs: see `as_plain_pairs`. gathered: where to find tensors that are
+    split over processes.
+    """
+    extra = embedding_tensors(tuner.model) if embeddings else {}
+    written = as_plain_pairs if plain_pairs else as_it_is
+    for name in names:
+        folder = os.path.join(directory, name) if name != "default" else directory
+        with written(tuner, name) as saved:
+            save(tuner.model, tuner.roster, saved, folder, safe=safe, extra=extra, gathered=gathered)
+        yield folder
+
+
+@contextmanager
+def as_it_is(tuner: Tuner, name: str) -> Iterator[str]:
+    """The adapter itself."""
+    yield name
+
+
+@contextmanager
+def as_plain_pairs(tuner: Tuner, name: str) -> Iterator[str]:
+    """A copy of an adapter as plain pairs of factors, for as long as it takes to save it."""
+    copied = f"{name} converted"
+    tuner.add_weighted_adapter([name], [1.0], copied, "cat")
+    try:
+        yield copied
+    finally:
+        tuner.delete_adapter(copied)
+
+
+def prompts_below(state_dict: dict[str, Tensor], prefix: str) -> None:
+    """The names of this library in a state dict of upstream's, in place, where it holds prompts.
+
+    Upstream keeps them beside the base model, whose names lack the step of the tuner then.
+    """
+    if any(k.startswith(f"{prefix}prompt_encoder.") for k in state_dict):
+        for name in [k for k in state_dict if k.startswith(prefix)]:
+            body, value = name.removeprefix(prefix), state_dict.pop(name)
+            if not body.startswith("word_embeddings."):  # the base's, once more
+                state_dict[f"{prefix}base_model.model.{body.removeprefix('base_model.')}"] = value

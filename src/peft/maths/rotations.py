@@ -1,0 +1,123 @@
+"""Orthogonal matrices: made from unconstrained numbers, and applied to rows without being formed.
+
+Everything acts on the last axis of x[..., n], as a row vector does: the result is x M.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+# -- from skew-symmetric matrices to rotations --------------------------------------------------------------------------
+def skew_symmetric(upper: Tensor, size: int) -> Tensor:
+    """Q[k, b, b] with Qᵀ = −Q, from the entries above the diagonals, row by row: upper[k, b(b−1)/2], b = size."""
+    Q = upper.new_zeros(upper.shape[0], size, size)
+    row, col = torch.triu_indices(size, size, 1, device=upper.device)
+    Q = Q.index_put((torch.arange(len(Q), device=upper.device)[:, None], row, col), upper)
+    return Q - Q.mT
+
+
+def ball_factors(upper: Tensor, radius: float) -> Tensor:
+    """[k, 1]: what to multiply upper[k, b(b−1)/2] by so that every ‖Q‖ (Frobenius) is at most `radius`; 1 inside."""
+    norm = math.sqrt(2) * upper.detach().norm(dim=1, keepdim=True)  # every number stands in Q twice
+    return torch.where(norm <= radius * (1 + 1e-6), 1.0, radius / norm)
+
+
+def cayley(Q: Tensor) -> Tensor:
+    """R = (I − Q)(I + Q)⁻¹ of skew-symmetric Q[..., b, b]: orthogonal, det R = 1, and no eigenvalue is −1 (Cayley 1846)."""
+    eye = identity_like(Q)
+    return torch.linalg.solve(eye + Q, eye - Q, left=False)
+
+
+def cayley_neumann(Q: Tensor, terms: int) -> Tensor:
+    """R = I + 2Q + 2Q² + … + 2Qⁿ⁻² + Qⁿ⁻¹ of Q[..., b, b], n = terms (arXiv 2506.19847).
+
+    Where ‖Q‖ < 1, (I − Q)⁻¹ is Σ Qᵏ; R is I + Q times that series up to Qⁿ⁻². It tends to (I + Q)(I − Q)⁻¹, which is
+    the inverse of `cayley(Q)`, and falls short of it by the factor I − Qⁿ⁻¹. n = 1 and 2 are I and I + 2Q, and n = 3
+    gives what n = 4 gives.
+    """
+    R, power = identity_like(Q), Q
+    if terms > 1:
+        R = R + 2 * Q
+    if terms > 2:
+        for _ in range(max(terms - 3, 1)):
+            power = power @ Q
+            R = R + 2 * power
+        R = R + power @ Q
+    return R
+
+
+def identity_like(matrices: Tensor) -> Tensor:
+    """I for each of the matrices[..., b, b]: a view."""
+    return torch.eye(matrices.shape[-1], device=matrices.device, dtype=matrices.dtype).expand_as(matrices)
+
+
+# -- block-diagonal factors and butterflies -----------------------------------------------------------------------------
+def rotate_blocks(x: Tensor, blocks: Tensor) -> Tensor:
+    """x blockdiag(blocks) for x[..., n] and blocks[n/b, b, b], or [1, b, b]: one for all."""
+    b = blocks.shape[-1]
+    parts = x.unflatten(-1, (x.shape[-1] // b, b))
+    return torch.einsum("...nk,nkc->...nc", parts, blocks.expand(parts.shape[-2], -1, -1)).flatten(-2)
+
+
+def butterfly_places(n: int, block_size: int, level: int, device: torch.device) -> Tensor:
+    """The place [n] of each channel where level i of a butterfly is block-diagonal.
+
+    Of every run of 2·2ⁱ half-blocks (b/2 channels each) the first 2ⁱ take the even places and the others the odd ones,
+    so half-blocks that lie 2ⁱ apart share a block. Needs an even b, and n a multiple of 2ⁱ·b.
+    """
+    return torch.arange(n, device=device).view(-1, 2**level, 2, block_size // 2).transpose(1, 2).reshape(n)
+
+
+def butterfly(x: Tensor, factors: Tensor) -> Tensor:
+    """x Bᵀ with B = B_{m−1} … B₁ B₀ for x[..., n] and factors[m, n/b, b, b] (arXiv 2311.06243).
+
+    B_i = P_i blockdiag(factors[i]) P_iᵀ with (P_i z)_c = z_p, p = `butterfly_places(…, i)[c]`, and P₀ = I. With
+    orthogonal blocks B is orthogonal, and with m = 1 + log₂(n/b) factors every output depends on every input.
+    """
+    n, b = x.shape[-1], factors.shape[-1]
+    for level, blocks in enumerate(factors):
+        if level == 0:
+            x = rotate_blocks(x, blocks.mT)
+        else:
+            places = butterfly_places(n, b, level, x.device)
+            x = rotate_blocks(x[..., torch.argsort(places)], blocks.mT)[..., places]
+    return x
+
+
+# -- reflections --------------------------------------------------------------------------------------------------------
+def compact_wy(U: Tensor) -> Tensor:
+    """T[r, r], upper triangular, with H₁ H₂ … H_r = I − U T Uᵀ for H_i = I − 2 u_i u_iᵀ and unit columns U[n, r].
+
+    T⁻¹ = I/2 + the strict upper triangle of UᵀU (Schreiber and Van Loan 1989; Joffrain et al. 2006).
+    """
+    eye = torch.eye(U.shape[1], device=U.device, dtype=U.dtype)
+    return torch.linalg.solve_triangular(eye / 2 + torch.triu(U.T @ U, 1), eye, upper=True)
+
+
+def reflect(x: Tensor, u: Tensor) -> Tensor:
+    """x (H₁ H₂ … H_r)ᵀ with H_i = I − 2 u_i u_iᵀ/‖u_i‖² for x[..., n] and columns u[n, r]: two thin products."""
+    U = u / u.norm(dim=0)
+    T = compact_wy(U)
+    return x - (x @ U) @ (T.T @ U.T)
+
+
+def reflect_orthonormalised(x: Tensor, u: Tensor) -> Tensor:
+    """`reflect` by the columns that Gram-Schmidt makes of u[n, r], r <= n: x (I − 2 Q Qᵀ), Q their orthonormal basis."""
+    Q = torch.linalg.qr(u).Q
+    return x - 2 * (x @ Q) @ Q.T
+
+
+# -- orthonormal rows ---------------------------------------------------------------------------------------------------
+def orthonormal_rows(V: Tensor) -> Tensor:
+    """R[..., r, n] with R Rᵀ = I and V = L R, L lower triangular with a positive diagonal, for V[..., r, n], r <= n.
+
+    The thin QR of Vᵀ. The signs make R unique and continuous where V has full rank, and R = V where V has orthonormal
+    rows already.
+    """
+    Q, upper = torch.linalg.qr(V.mT)
+    signs = torch.where(torch.diagonal(upper, dim1=-2, dim2=-1) < 0, -1.0, 1.0).to(Q.dtype)
+    return (Q * signs[..., None, :]).mT

@@ -1,0 +1,72 @@
+"""Reading the rows: JSONL, JSON, CSV, TSV and Parquet files, or a data set by its name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ..errors import UserError, nearest
+from .job import Data
+
+READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
+
+
+def load(data: Data, seed: int) -> tuple[Any, Any | None]:
+    """The training rows and the held-out rows (or None) as `datasets.Dataset`."""
+    if not data.train:
+        raise UserError(
+            "No training data. Give --train (or `data: train:`): a JSONL, CSV or Parquet file, or a data set."
+        )
+    train = rows(data.train, data.subset, "train")
+    held_out = None
+    if isinstance(data.eval, str):
+        held_out = rows(data.eval, data.subset, "test") if data.eval else None
+    elif data.eval is not None and data.eval is not False:
+        if isinstance(data.eval, bool) or not 0 < data.eval < 1:
+            raise UserError(f"data.eval is {data.eval}: expected a file, a data set, or a fraction between 0 and 1.")
+        parts = train.train_test_split(test_size=float(data.eval), seed=seed)
+        train, held_out = parts["train"], parts["test"]
+    if data.limit:
+        train = train.select(range(min(data.limit, len(train))))
+        held_out = held_out.select(range(min(data.limit, len(held_out)))) if held_out is not None else None
+    for part in (train, held_out):
+        if part is not None:
+            check_columns(part, data)
+    return train, held_out
+
+
+def rows(name: str, subset: str | None = None, split: str = "train") -> Any:
+    """All rows of one file or named data set. `name:split` picks a split."""
+    import datasets
+
+    path = Path(name).expanduser()
+    reader = READERS.get(path.suffix.lower())
+    if path.is_file():
+        if reader is None:
+            raise UserError(f"Cannot read {name!r}: expected one of {', '.join(READERS)}.")
+        extra = {"sep": "\t"} if path.suffix.lower() == ".tsv" else {}
+        try:
+            found = datasets.load_dataset(reader, data_files=str(path), split="train", **extra)
+        except (datasets.exceptions.DatasetGenerationError, StopIteration) as error:
+            raise UserError(f"{name!r} is not a readable {reader} file: {error.__cause__ or error}") from None
+    elif reader is not None or path.is_dir():
+        raise UserError(f"There is no data file {name!r}. Paths are relative to the job file or the current folder.")
+    else:
+        dataset, _, chosen = name.partition(":")
+        found = datasets.load_dataset(dataset, subset, split=chosen or split)
+    if not len(found):
+        raise UserError(f"{name!r} has no rows.")
+    return found
+
+
+def check_columns(part: Any, data: Data, *, target: bool = True) -> None:
+    """The columns that the job names are in the data."""
+    used = {
+        "data.text": data.text if "{" not in (data.template or "") else None,
+        "data.target": data.target if target else None,
+    }
+    for key, column in used.items():
+        if column and column not in part.column_names:
+            raise UserError(
+                f"{key} is {column!r}, but the data has no such column. {nearest(column, part.column_names)}"
+            )

@@ -1,0 +1,172 @@
+"""A fine-tuning job: what `peft train` reads from a YAML file and flags, checked before anything is loaded."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ..errors import UserError, nearest
+
+# Keys that may differ between an interrupted run and the one that continues it.
+NOT_PART_OF_THE_RUN = ("output", "keep_checkpoints", "show")
+LAYERS = "layers_to_transform"  # the field of configs that takes ranges in a job
+
+
+class Loader(yaml.SafeLoader):
+    """YAML 1.1 reads `1e-3` as text; here it is a number, as in every configuration of a learning rate."""
+
+
+Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d[\d_]*\.?\d*|\.\d+)[eE][-+]?\d+$"),
+    list("-+0123456789."),
+)
+
+
+@dataclass
+class Data:
+    """Where the rows are and what becomes of them."""
+
+    train: str | None = None  # a JSONL, JSON, CSV or Parquet file, or the name of a data set (`name` or `name:split`)
+    eval: str | float | None = None  # likewise, or the fraction of the training rows to hold out
+    subset: str | None = None  # the configuration of a named data set
+    text: str = "text"  # the column that is read; for token classification a column of lists of words
+    target: str | None = "label"  # the column to learn; null trains on the text itself
+    template: str | None = None  # the prompt, with columns in braces; `{text}` alone when left out
+    choices: list[str] | None = None  # the possible answers: they are scored by their likelihood
+    max_length: int = 512  # tokens; longer prompts lose their beginning
+    limit: int | None = None  # use the first rows only
+
+
+@dataclass
+class Job:
+    """One run of `peft train`."""
+
+    model: str = ""  # a hub id, a folder, a GGUF file, or a Python package that ships a model
+    task: str | None = None  # causal_lm, seq2seq_lm, seq_cls or token_cls; read off the model when it is plain
+    method: str = "lora"
+    config: dict[str, Any] = field(default_factory=dict)  # fields of the method's config; layers may be ranges: 0-3,8
+    data: Data = field(default_factory=Data)
+    trainer: dict[str, Any] = field(default_factory=dict)  # fields of transformers' TrainingArguments
+    output: str = "runs/peft"
+    dtype: str = "auto"  # of the base model: float32, bfloat16, float16; auto is float32 on a CPU, else the model's own
+    seed: int = 0
+    evaluate_before: bool = True  # score the held-out rows with the base model too
+    show: int = 2  # answers to held-out rows to print at the end
+    keep_checkpoints: bool = False  # they are removed when the run has finished
+
+    def as_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    def differences(self, other: dict[str, Any]) -> list[str]:
+        """The keys, dotted, in which `other` is another run than this one; ranges of layers may be written otherwise."""
+        found = _differing(_with_layers(self.as_dict()), _with_layers(other))
+        return [k for k in found if k.split(".")[0] not in NOT_PART_OF_THE_RUN]
+
+
+def read(path: Path | None, flags: dict[str, Any]) -> Job:
+    """The job in a YAML file (if any) with flags laid over it. Data files are looked for beside the YAML file first."""
+    raw: dict[str, Any] = {}
+    if path is not None:
+        if not path.is_file():
+            raise UserError(
+                f"There is no job file {str(path)!r}. Name a YAML file, or give flags (--model, --train ...)."
+            )
+        raw = parse(path.read_text(encoding="utf-8"), str(path))
+        if not isinstance(raw, dict):
+            raise UserError(f"{path} holds {type(raw).__name__}, expected keys such as `model:`, `data:`, `method:`.")
+    data = dict(raw.pop("data", None) or {})
+    for name in ("train", "eval"):
+        beside = path.parent / data[name] if path is not None and isinstance(data.get(name), str) else None
+        if beside is not None and beside.exists():
+            data[name] = str(beside)
+    data |= {k: v for k, v in flags.pop("data", {}).items() if v is not None}
+    for name in ("config", "trainer"):
+        raw[name] = dict(raw.get(name) or {}) | flags.pop(name, {})
+    raw |= {k: v for k, v in flags.items() if v is not None}
+    for value in data.get("choices") or []:
+        if not isinstance(value, str):
+            raise UserError(f"data.choices: {value!r} is a {type(value).__name__} in YAML; put it in quotes.")
+    layers(raw["config"].get(LAYERS))
+    job = _make(Job, raw | {"data": _make(Data, data, "data.")})
+    if not job.model:
+        raise UserError("No model. Give --model (or `model:` in the job file): a hub id, a folder or a GGUF file.")
+    return job
+
+
+def assignments(pairs: list[str], flag: str) -> dict[str, Any]:
+    """`["r=8", "target_modules=[q_proj, v_proj]"]` as a dict; the values are YAML."""
+    found: dict[str, Any] = {}
+    for pair in pairs:
+        name, sign, value = pair.partition("=")
+        if not sign or not name.strip():
+            raise UserError(
+                f"{flag} {pair!r}: expected NAME=VALUE, such as {flag} {'r=8' if flag == '--set' else 'max_steps=100'}."
+            )
+        found[name.strip()] = parse(value, f"{flag} {pair}")
+    return found
+
+
+def parse(text: str, where: str) -> Any:
+    try:
+        return yaml.load(text, Loader)  # noqa: S506 - a SafeLoader
+    except yaml.YAMLError as error:
+        raise UserError(f"{where} is not YAML: {error}") from None
+
+
+def layers(given: Any) -> Any:
+    """Layer numbers as configs take them: `15-29` and `0-3,8` as a list, likewise a list of numbers and such ranges.
+
+    Both ends of a range belong to it. A single number and None stay as they are.
+    """
+    if given is None or (isinstance(given, int) and not isinstance(given, bool)):
+        return given
+    found: list[int] = []
+    parts = given.split(",") if isinstance(given, str) else given if isinstance(given, (list, tuple)) else [given]
+    for part in parts:
+        ends = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", str(part), re.ASCII)
+        if ends is None:
+            raise UserError(
+                f"config.{LAYERS}: {str(part)!r} is neither a layer's number nor a range of them. "
+                "Expected such as 7, 15-29 or 0-3,8."
+            )
+        first, last = int(ends[1]), int(ends[2] or ends[1])
+        if last < first:
+            raise UserError(f"config.{LAYERS}: the range {first}-{last} runs backwards; write {last}-{first}.")
+        found += range(first, last + 1)
+    return found
+
+
+def check_fields(given: dict[str, Any], cls: type, what: str, *, reserved: dict[str, str] | None = None) -> None:
+    """Every key of `given` is a field of the dataclass `cls`, and not one that the job sets by another name."""
+    known = [f.name for f in dataclasses.fields(cls) if f.init]
+    for name in given:
+        if reserved and name in reserved:
+            raise UserError(f"{what}.{name} is set by the job: use {reserved[name]} instead.")
+        if name not in known:
+            raise UserError(f"{what}.{name}: {cls.__name__} has no such field. {nearest(name, known)}".rstrip())
+
+
+def _make(cls: type, given: dict[str, Any], prefix: str = "") -> Any:
+    known = [f.name for f in dataclasses.fields(cls)]
+    for name in given:
+        if name not in known:
+            raise UserError(f"Unknown key `{prefix}{name}` in the job. {nearest(name, known)}".rstrip())
+    return cls(**given)
+
+
+def _with_layers(job: dict[str, Any]) -> dict[str, Any]:
+    """A job's dict with its ranges of layers written out."""
+    config = job.get("config") or {}
+    return job | {"config": config | {LAYERS: layers(config[LAYERS])}} if LAYERS in config else job
+
+
+def _differing(a: Any, b: Any, path: str = "") -> list[str]:
+    if isinstance(a, dict) and isinstance(b, dict):
+        return [d for k in sorted({*a, *b}) for d in _differing(a.get(k), b.get(k), f"{path}.{k}" if path else k)]
+    return [] if a == b else [path]

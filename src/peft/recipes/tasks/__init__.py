@@ -1,0 +1,1 @@
+"""What rows are to a model: one file for each family of tasks."""

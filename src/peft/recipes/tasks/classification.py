@@ -1,0 +1,137 @@
+"""The tasks whose model has one output for each label: of a whole text, or of each of its words."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ...errors import UserError
+from ..job import Data
+from ..likelihood import batches
+from .base import Task
+
+
+class Classifier(Task):
+    """Shared by the tasks whose model has one output for each label."""
+
+    def model_arguments(self) -> dict[str, Any]:
+        assert self.labels is not None
+        return {"id2label": dict(enumerate(self.labels)), "label2id": {name: i for i, name in enumerate(self.labels)}}
+
+    @torch.no_grad()
+    def logits(self, model: Any, rows: Any, batch_size: int, title: str) -> list[torch.Tensor]:
+        """Each row's logits on the CPU, without its padding."""
+        model.eval()
+        encoded = [self.encode(row, labels=False) for row in rows]
+        found: list[torch.Tensor] = [torch.empty(0)] * len(encoded)
+        for chosen in batches([len(e["input_ids"]) for e in encoded], batch_size, title, self.on_event):
+            features = {k: [encoded[i][k] for i in chosen] for k in ("input_ids", "attention_mask")}
+            batch = self.tokenizer.pad(features, padding_side="right", return_tensors="pt").to(model.device)
+            out = model(**batch).logits.float().cpu()
+            for at, i in enumerate(chosen):
+                found[i] = out[at] if out.dim() == 2 else out[at, : len(encoded[i]["input_ids"])]
+        return found
+
+
+class SequenceClassification(Classifier):
+    type = "SEQ_CLS"
+    auto = "AutoModelForSequenceClassification"
+
+    @classmethod
+    def find_labels(cls, data: Data, rows: Any) -> list[str]:
+        return data.choices or _names(rows, data.target) or sorted({str(v) for v in rows[data.target]})
+
+    def encode(self, row: dict[str, Any], *, labels: bool = True) -> dict[str, Any]:
+        found = self.tokenizer(self.prompt(row), truncation=True, max_length=self.data.max_length)
+        found = {k: found[k] for k in ("input_ids", "attention_mask")}
+        return found | ({"labels": self.label_index(_name(row[self.target], self.labels))} if labels else {})
+
+    def collator(self) -> Any:
+        from transformers import DataCollatorWithPadding
+
+        return DataCollatorWithPadding(self.tokenizer)
+
+    def evaluate(self, model: Any, rows: Any, batch_size: int) -> dict[str, float]:
+        logits = torch.stack(self.logits(model, rows, batch_size, "evaluating"))
+        right = torch.tensor([self.label_index(_name(v, self.labels)) for v in rows[self.data.target]])
+        loss = torch.nn.functional.cross_entropy(logits, right)
+        return {"accuracy": (logits.argmax(-1) == right).float().mean().item(), "loss": loss.item(), "rows": len(right)}
+
+    def predict(self, model: Any, rows: Any, batch_size: int) -> list[dict[str, Any]]:
+        assert self.labels is not None
+        found = [r.softmax(-1) for r in self.logits(model, rows, batch_size, "predicting")]
+        return [{"prediction": self.labels[int(p.argmax())], "probability": round(p.max().item(), 4)} for p in found]
+
+
+class TokenClassification(Classifier):
+    type = "TOKEN_CLS"
+    auto = "AutoModelForTokenClassification"
+
+    @classmethod
+    def find_labels(cls, data: Data, rows: Any) -> list[str]:
+        known = data.choices or _names(rows, data.target)
+        return known or sorted({str(v) for values in rows[data.target] for v in values})
+
+    def words(self, row: dict[str, Any]) -> list[str]:
+        text = row[self.data.text]
+        return text.split() if isinstance(text, str) else list(text)
+
+    def encode(self, row: dict[str, Any], *, labels: bool = True) -> dict[str, Any]:
+        words = self.words(row)
+        found = self.tokenizer(words, is_split_into_words=True, truncation=True, max_length=self.data.max_length)
+        encoded = {k: found[k] for k in ("input_ids", "attention_mask")}
+        # the first token of each word carries the word's label, the others none
+        owners = found.word_ids()
+        first = [w if w is not None and (i == 0 or owners[i - 1] != w) else None for i, w in enumerate(owners)]
+        if not labels:
+            return encoded | {"first": first}
+        tags = row[self.target]
+        if len(tags) != len(words):
+            raise UserError(
+                f"A row has {len(words)} words but {len(tags)} labels in column {self.data.target!r}: {words[:8]} ..."
+            )
+        return encoded | {
+            "labels": [-100 if w is None else self.label_index(_name(tags[w], self.labels)) for w in first]
+        }
+
+    def collator(self) -> Any:
+        from transformers import DataCollatorForTokenClassification
+
+        return DataCollatorForTokenClassification(self.tokenizer)
+
+    def evaluate(self, model: Any, rows: Any, batch_size: int) -> dict[str, float]:
+        logits = torch.cat(self.logits(model, rows, batch_size, "evaluating"))
+        right = torch.cat([torch.tensor(self.encode(row)["labels"]) for row in rows])
+        logits, right = logits[right >= 0], right[right >= 0]
+        loss = torch.nn.functional.cross_entropy(logits, right)
+        return {
+            "accuracy": (logits.argmax(-1) == right).float().mean().item(),
+            "loss": loss.item(),
+            "tokens": len(right),
+        }
+
+    def predict(self, model: Any, rows: Any, batch_size: int) -> list[dict[str, Any]]:
+        assert self.labels is not None
+        found = []
+        for row, logits in zip(rows, self.logits(model, rows, batch_size, "predicting")):
+            best = logits.argmax(-1).tolist()
+            tags = {
+                w: self.labels[best[i]] for i, w in enumerate(self.encode(row, labels=False)["first"]) if w is not None
+            }
+            words = self.words(row)
+            found.append({"words": words, "prediction": [tags.get(i) for i in range(len(words))]})
+        return found
+
+
+def _names(rows: Any, column: str | None) -> list[str] | None:
+    """Label names that the data set itself declares."""
+    feature = rows.features.get(column)
+    return getattr(getattr(feature, "feature", feature), "names", None)
+
+
+def _name(value: Any, labels: list[str] | None) -> Any:
+    """A row's label by name: data sets store declared labels as their index."""
+    if labels and isinstance(value, int) and str(value) not in labels and 0 <= value < len(labels):
+        return labels[value]
+    return value
