@@ -9,8 +9,6 @@ from collections.abc import Collection
 from dataclasses import field
 from typing import Any, TypeVar
 
-from .config import PeftConfig
-
 T = TypeVar("T")
 
 
@@ -52,7 +50,7 @@ def check_field(config: Any, f: dataclasses.Field[Any]) -> None:
         one_of(config, f.name, said["allowed"])
 
 
-def require(config: PeftConfig, name: str, least: float = 1, below: float | None = None) -> None:
+def require(config: object, name: str, least: float = 1, below: float | None = None) -> None:
     """Raise a clear error unless `least <= config.name` (`< below`)."""
     value = getattr(config, name)
     if value is None or isinstance(value, bool) or not isinstance(value, (int, float)) or value < least:
