@@ -8,7 +8,8 @@ import json
 import pytest
 
 from peft import IA3Config, LoraConfig, PromptTuningConfig
-from peft.config import CONFIG_NAME, PeftConfig, TunerConfig, jsonable, require
+from peft.config import CONFIG_NAME, PeftConfig, TunerConfig
+from peft.config_fields import jsonable, require
 
 
 def test_a_config_comes_back_from_its_folder(tmp_path):

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from peft import LoraConfig, get_peft_model
-from peft.companions.biases import Along, BiasAlong
+from peft.companions.biases import BiasAlong, BiasSites
 from tests.helpers.selective import IDS, bits, llama, same, train
 
 
@@ -31,8 +31,8 @@ def test_all_takes_every_bias_and_only_those_of_the_targets():
         places, along = BiasAlong.accompany(LoraConfig(target_modules=["0", "2"], **fields), net)
         return [p.path for p in places], along
 
-    assert at(bias="lora_only") == (["0"], Along({"0", "2"})), "a target without a bias has none to train"
-    assert at(bias="all") == (["0", "1", "3"], Along({"0", "2"}))
+    assert at(bias="lora_only") == (["0"], BiasSites({"0", "2"})), "a target without a bias has none to train"
+    assert at(bias="all") == (["0", "1", "3"], BiasSites({"0", "2"}))
     assert at(bias="all", modules_to_save=["3"])[0] == ["0", "1"], "what is saved whole has its bias"
 
 

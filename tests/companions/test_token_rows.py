@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from peft import LoraConfig, get_peft_model
-from peft.companions.token_rows import Along, TokensAlong
+from peft.companions.token_rows import TokenRows, TokensAlong
 from tests.helpers.tiny_llama import TOKENS, llama, logits
 
 
@@ -16,7 +16,7 @@ def config(rows, **more) -> LoraConfig:
 
 def test_rows_are_of_the_input_embedding_unless_another_is_named():
     places, along = TokensAlong.accompany(config([3, 5]), llama())
-    assert [p.path for p in places] == ["model.embed_tokens"] and along == Along({"embed_tokens": [3, 5]})
+    assert [p.path for p in places] == ["model.embed_tokens"] and along == TokenRows({"embed_tokens": [3, 5]})
     places, along = TokensAlong.accompany(config({"embed_tokens": [1], "lm_head": [2]}), llama())
     assert {p.path: along.indices_at(p.path) for p in places} == {"model.embed_tokens": [1], "lm_head": [2]}
     assert along.indices_at("the.other.end") == [1]

@@ -49,7 +49,7 @@ def test_the_form_is_the_function_that_a_class_states_and_is_inherited():
         pass
 
     assert (Add.form, Halve.form, Louder.form, Child.form) == ("delta", "before", "after", "delta")
-    assert Add.plain_delta and not Halve.plain_delta and Add.needs_weight() and not Louder.needs_weight()
+    assert Add.plain_delta and not Halve.plain_delta
 
 
 def test_every_new_class_is_told():
@@ -73,7 +73,7 @@ def test_a_delta_is_added_factor_by_factor_and_folds_to_the_same():
     assert torch.allclose(folded, W + dense, atol=1e-5) and torch.equal(bias, B + m.shift)
     assert torch.allclose(m.add(x, LAYER(x), OP), x @ folded.T + bias, atol=1e-4)
     assert torch.equal(m.fold(W, None)[1], m.shift) and m.shifts and m.mergeable
-    assert m.thin(OP) is None, "three factors are no pair"
+    assert m.fused_term(OP) is None, "three factors are no pair"
 
 
 def test_an_input_transform_folds_as_what_it_makes_of_the_identity():
@@ -105,19 +105,3 @@ def test_what_hooks_gather_is_copied_out_of_a_call():
     assert all(torch.equal(a, b) for a, b in zip(out, m.delta(), strict=True))
     fresh = torch.ones(2)
     assert own_copies((fresh, m.shift), m)[0] is fresh
-
-
-def test_a_strength_of_zero_cannot_be_rescaled():
-    class Scaled(Add):
-        base = 4.0
-
-        @property
-        def scaling(self) -> float:
-            return self.multiplier * self.base
-
-    m = Scaled()
-    m.rescale(6.0)
-    assert m.multiplier == 1.5 and m.scaling == 6
-    m.base = 0.0
-    with pytest.raises(ValueError, match="a strength of 0 cannot be rescaled"):
-        m.rescale(2.0)

@@ -8,11 +8,12 @@ import sys
 
 import pytest
 import torch
-from peft.layers.bitsandbytes import EightBit, FourBit
 from torch import nn
 
 from peft import LoraConfig, Refusal, get_peft_model
 from peft.core.anatomy.walk import kind_of
+from peft.layers.bitsandbytes_4bit import FourBit
+from peft.layers.bitsandbytes_8bit import EightBit
 
 bnb = pytest.importorskip("bitsandbytes")
 

@@ -67,7 +67,7 @@ def test_an_embedding_that_makes_its_own_indices_is_refused():
 
 
 def test_the_matrix_of_a_table_has_a_column_for_each_token():
-    kind, layer = Embedding(), ScaledEmbedding(5, 3, embed_scale=2.0)
+    kind, layer = Embedding(), ScaledEmbedding(5, 3, None, embed_scale=2.0)
     g = kind.geometry(layer)
     assert (g.out, g.fan_in, g.indexed) == (3, 5, True) and torch.equal(kind.read(layer), layer.weight.T)
     ids, matrix = torch.tensor([4, 0]), torch.randn(3, 5)

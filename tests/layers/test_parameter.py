@@ -8,7 +8,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 from peft import LoraConfig, Refusal, get_peft_model
-from peft.layers.parameter import Mixture, Parameter, _stack, _unstack
+from peft.layers.parameter import Mixture, Parameter
+from peft.layers.stacked import _stack, _unstack
 from tests.helpers.experts import adapted, base
 
 

@@ -65,7 +65,7 @@ def test_patterns_override_rank_and_strength():
 
 
 def test_a_combination_has_its_ranks_and_no_strength_of_its_own():
-    made = Lora.pair_config(LoraConfig(r=2, lora_alpha=7, use_rslora=True), {"a": 4, "b": 4, "c": 6})
+    made = Lora.config_for_ranks(LoraConfig(r=2, lora_alpha=7, use_rslora=True), {"a": 4, "b": 4, "c": 6})
     assert made.r == made.lora_alpha == 4 and made.rank_pattern == made.alpha_pattern and not made.use_rslora
     assert list(made.rank_pattern.values()) == [6]
 

@@ -39,8 +39,8 @@ def test_the_lstm_reads_the_table_both_ways_before_its_mlp():
 @pytest.mark.parametrize("save_encoder", [True, False])
 def test_the_file_holds_the_result_and_the_network_where_it_is_asked_to(save_encoder, tmp_path):
     model, m = made(save_encoder=save_encoder)
-    assert m.disk_keys()["prompt_embeddings"] == "prompt_embeddings"
-    assert ("mlp_head.0.weight" in m.disk_keys()) is save_encoder
+    assert m.table.keys["prompt_embeddings"] == "prompt_embeddings"
+    assert ("mlp_head.0.weight" in m.table.keys) is save_encoder
     model.save_pretrained(tmp_path)
     from peft import PeftModel
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-import torch
 import transformers as tf
 from torch import nn
 
@@ -37,13 +36,6 @@ def t5() -> nn.Module:
     )
 
 
-def test_vocabularies_and_the_embeddings_name():
-    assert language.vocab_size(llama()) == 64 and language.vocab_size(nn.Linear(2, 2)) is None
-    assert language.input_embedding(llama()) == "embed_tokens"
-    assert language.input_embedding(bert()) == "word_embeddings"
-    assert language.input_embedding(nn.Linear(2, 2)) == "embed_tokens"
-
-
 def test_tokens_and_caches_enter_the_innermost_stack_or_a_pair():
     model = llama()
     assert language.token_and_cache_stacks(model) == (model.model, model.model)
@@ -70,13 +62,6 @@ def test_robertas_positions_begin_behind_the_padding_index():
 def test_the_placeholder_is_none_of_the_special_tokens():
     model = llama(pad_token_id=0, bos_token_id=1, eos_token_id=[2, 4])
     assert language.placeholder(model) == 3
-
-
-def test_prompts_may_start_from_the_models_own_embeddings():
-    model = llama().to(torch.bfloat16)
-    found = language.embed(model, torch.tensor([3, 5]))
-    assert found.dtype is torch.float32 and not found.requires_grad
-    assert torch.equal(found, model.model.embed_tokens.weight[[3, 5]].float())
 
 
 def test_a_number_that_no_config_has_is_asked_for_by_name():

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 import peft
-from peft.core.forms.lycoris import kaiming, tucker
+from peft.core.forms.lycoris import kaiming
+from peft.maths.tucker import tucker
 from tests.helpers.additive import make
 
 

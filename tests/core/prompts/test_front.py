@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from peft import Refusal
-from peft.core.prompts.front import Front, batch, before, flat_mask, refuse_gap, refuse_packed, seen, spread
+from peft.core.prompts.arguments import batch, before, flat_mask, refuse_gap, refuse_packed, seen, spread
+from peft.core.prompts.front import Front
 
 CPU = torch.device("cpu")
 
