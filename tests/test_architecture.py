@@ -1,7 +1,7 @@
 """The house rules, read from the sources: who may import whom, who may know what, and that nothing is stated twice.
 
 Outside a method's file nothing asks which method it is dealing with, outside a kind's file nothing asks which kind. The
-scan finds names in the code; `renamed.py` runs laws with all of them replaced by random ones.
+scan finds names in the code; `laws/renamed.py` runs laws with all of them replaced by random ones.
 """
 
 from __future__ import annotations
@@ -343,11 +343,10 @@ def test_no_code_outside_the_kinds_asks_what_module_a_base_layer_is():
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [1])
 def test_laws_hold_when_methods_kinds_and_classes_have_random_names(seed):
-    here = Path(__file__).parent
     paths = os.pathsep.join([str(ROOT.parent), *(p for p in sys.path if p)])
     run = subprocess.run(
-        [sys.executable, str(here / "renamed.py"), str(seed)],
-        cwd=here,
+        [sys.executable, "-m", "tests.laws.renamed", str(seed)],
+        cwd=Path(__file__).parents[1],
         env={**os.environ, "PYTHONPATH": paths},
         capture_output=True,
         text=True,
@@ -387,6 +386,38 @@ def test_no_code_is_a_copy():
                 found.append(f"{file}:{lines[i][0]} repeats {seen[run]}: {run[0]}")
             seen.setdefault(run, f"{file}:{lines[i][0]}")
     assert not found, "\n".join(found)
+
+
+# -- tests --------------------------------------------------------------------------------------------------------------------
+TESTS = Path(__file__).parent
+OWN_TEST_FROM = 60  # lines of a file that is more than names
+
+
+def imported_by(path: Path) -> set[str]:
+    """The modules that a file imports, at its top or later: `from a import b` may mean the module a.b."""
+    found = set()
+    for n in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(n, ast.Import):
+            found |= {a.name for a in n.names}
+        elif isinstance(n, ast.ImportFrom) and n.module and not n.level:
+            found |= {n.module, *(f"{n.module}.{a.name}" for a in n.names)}
+    return found
+
+
+def test_every_file_has_a_test_that_imports_it():
+    """What the whole library's tests reach by accident is no test of a file: one of them names it."""
+    helpers = {f"tests.helpers.{p.stem}": imported_by(p) for p in (TESTS / "helpers").glob("*.py")}
+    imported = set()
+    for path in TESTS.rglob("test_*.py"):
+        mine = imported_by(path)
+        imported |= mine.union(*(helpers[m] for m in mine & set(helpers)))
+    lacking = []
+    for file, text in TEXTS.items():
+        lines = len(text.splitlines())
+        module = f"peft.{file.removesuffix('.py').replace('/', '.')}".removesuffix(".__init__")
+        if lines > OWN_TEST_FROM and module not in imported:
+            lacking.append(f"{file} ({lines} lines): no test imports {module}")
+    assert not lacking, "\n".join(lacking)
 
 
 # -- size and honesty -----------------------------------------------------------------------------------------------------------

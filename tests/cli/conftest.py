@@ -1,5 +1,5 @@
 """Small models and a runner of commands, for the tests of this folder."""
 
-from small_models import home, peft
+from tests.helpers.small_models import home, peft
 
 __all__ = ["home", "peft"]

@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from small_models import causal
 
 from peft import LoraConfig
 from peft.cli.inspect import FEW, brief, differing, ranges
 from peft.recipes.job import Job
 from peft.recipes.saved import Saved
+from tests.helpers.small_models import causal
 
 
 def test_damaged_adapters_are_named(peft: Any, home: Path) -> None:

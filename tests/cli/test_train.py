@@ -13,9 +13,9 @@ import transformers
 import typer
 import yaml
 from safetensors.torch import load_file
-from small_models import TEMPLATE, causal
 
 from peft.cli.train import train
+from tests.helpers.small_models import TEMPLATE, causal
 
 
 def test_a_causal_lm_from_rows_to_a_merged_model(peft: Any, home: Path) -> None:

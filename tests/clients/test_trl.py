@@ -36,7 +36,7 @@ from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
 trl = pytest.importorskip("trl")
 datasets = pytest.importorskip("datasets")
 use_adapter = pytest.importorskip("trl.trainer.utils").use_adapter
-trl_runs = pytest.importorskip("trl_runs")  # beside this file; it imports TRL
+trl_runs = pytest.importorskip("tests.clients.trl_runs")  # it imports TRL
 
 WORDS = "the a cat dog sat ran on under mat tree bird sings very well user assistant what did it do say yes no and then"
 TEMPLATE = (

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import filelock
 import pytest
-from live_exchange import Exchange
+
+from tests.live.live_exchange import Exchange
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,6 @@
 """The four processes of the exchange, and the table of what they measured.
 
-python tests/live/live_exchange.py      runs the exchange and writes the table into docs/from-huggingface-peft.md
+python -m tests.live.live_exchange      runs the exchange and writes the table into docs/from-huggingface-peft.md
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from live_cases import CASES, HERE, UPSTREAM, Case
+
+from tests.live.live_cases import CASES, HERE, UPSTREAM, Case
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 GUIDE = REPOSITORY / "docs" / "from-huggingface-peft.md"
@@ -45,11 +46,10 @@ class Exchange:
     def _processes(self, job: str) -> None:
         """Both libraries at once."""
         quiet = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "TOKENIZERS_PARALLELISM": "false"}
-        worker = Path(__file__).with_name("live_worker.py")
         started = {}
         for side, folder in self.folders.items():
-            command = [sys.executable, str(worker), str(self.root), side, job]
-            env = {**os.environ, **quiet, "PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"}
+            command = [sys.executable, "-m", "tests.live.live_worker", str(self.root), side, job]
+            env = {**os.environ, **quiet, "PYTHONPATH": f"{folder}{os.pathsep}{REPOSITORY}", "OMP_NUM_THREADS": "1"}
             with open(self.root / f"{side}-{job}.log", "w") as log:
                 started[side] = subprocess.Popen(command, env=env, cwd=self.root, stdout=log, stderr=log)
         for side, process in started.items():
@@ -90,7 +90,7 @@ def write(text: str, guide: Path = GUIDE) -> None:
     """Put the table below its heading, in place of what stands there."""
     before, _, after = guide.read_text().partition(HEADING)
     rest = after[after.index("\n## ") :] if "\n## " in after else ""
-    how = "Largest absolute difference of any logit in fp32, as `python tests/live/live_exchange.py` measures it."
+    how = "Largest absolute difference of any logit in fp32, as `python -m tests.live.live_exchange` measures it."
     guide.write_text(f"{before}{HEADING}\n\n{how}\n\n{text}\n{rest}")
 
 

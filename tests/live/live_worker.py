@@ -1,7 +1,8 @@
-"""Makes or reads the adapters of `live_cases.py` with whatever `peft` is imported: `python live_worker.py ROOT SIDE JOB`.
+"""Makes or reads the adapters of `live_cases.py` with whatever `peft` is imported: `python -m tests.live.live_worker`.
 
-JOB `make`: every case's adapter, saved under ROOT/SIDE. JOB `read`: the folders the other side (or this one) made. Both
-leave a file ROOT/SIDE-JOB.pt: for each case (and maker) its outputs, the warnings and the error, if there was one.
+Its arguments are ROOT SIDE JOB. JOB `make`: every case's adapter, saved under ROOT/SIDE. JOB `read`: the folders the
+other side (or this one) made. Both leave a file ROOT/SIDE-JOB.pt: for each case (and maker) its outputs, the warnings and
+the error, if there was one.
 """
 
 from __future__ import annotations
@@ -16,13 +17,13 @@ import zlib
 from typing import Any
 
 import torch
-from live_cases import CASES, HERE, TASKS, UPSTREAM, Case, build, digest, folder_of, inputs, output
-from live_configs import defaults, values, variants
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import peft
+from tests.live.live_cases import CASES, HERE, TASKS, UPSTREAM, Case, build, digest, folder_of, inputs, output
+from tests.live.live_configs import defaults, values, variants
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 

@@ -9,11 +9,11 @@ import re
 
 import pytest
 import torch
-from live_cases import CASES, HERE, UPSTREAM, build, folder_of, inputs, output
-from live_exchange import GUIDE, HEADING, table
 from safetensors.torch import load_file
 
 from peft import registry
+from tests.live.live_cases import CASES, HERE, UPSTREAM, build, folder_of, inputs, output
+from tests.live.live_exchange import GUIDE, HEADING, table
 
 WAYS = [
     pytest.param(case, maker, reader, id=f"{case.name}-{maker} to {reader}")
@@ -138,5 +138,5 @@ def test_the_guide_shows_what_is_measured(exchange):
     }
     for line in table(exchange).splitlines()[2:]:
         name, numbers = line.split("|")[1].strip(), re.findall(r"\d\.\de[-+]\d\d", line)
-        assert name in rows, "run python tests/live/live_exchange.py"
+        assert name in rows, "run python -m tests.live.live_exchange"
         assert all(float(now) <= 10 * float(said) + 2e-6 for now, said in zip(numbers, rows[name], strict=True)), line

@@ -10,12 +10,12 @@ import json
 
 import pytest
 import torch
-from live_cases import HERE, TASKS, UPSTREAM, build, inputs, output
-from live_configs import OFF, SILENT, START, defaults, off, plain, values, variants
 from safetensors.torch import save_file
 
 import peft
 from peft import get_peft_model, get_peft_model_state_dict, registry
+from tests.live.live_cases import HERE, TASKS, UPSTREAM, build, inputs, output
+from tests.live.live_configs import OFF, SILENT, START, defaults, off, plain, values, variants
 
 CONFIGS = {m.config_class.__name__: m.config_class for m in registry.methods().values()}
 UNBUILT = [(c, f.name) for c in START for f in dataclasses.fields(CONFIGS[c]) if "unavailable" in f.metadata]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from peft.core.layer import Geometry
 
+from peft.contract.geometry import Geometry
 from peft.maths.kron import apply_kron, factorization, kron, kronecker_sum
 
 A = torch.tensor([[1.0, 2.0], [3.0, 4.0]])

@@ -1,5 +1,5 @@
 """Small models, for the tests of this folder."""
 
-from small_models import home
+from tests.helpers.small_models import home
 
 __all__ = ["home"]

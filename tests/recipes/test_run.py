@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from small_models import TEMPLATE
 
 from peft.errors import UserError
 from peft.recipes import events
 from peft.recipes.job import Data, Job
 from peft.recipes.run import Run
+from tests.helpers.small_models import TEMPLATE
 
 
 def job(home: Path, output: Path, **more: Any) -> Job:

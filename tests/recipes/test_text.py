@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from small_models import TEMPLATE
-
 from peft.recipes import bases as models
 from peft.recipes import job
 from peft.recipes.tasks import text
+from tests.helpers.small_models import TEMPLATE
 
 
 def test_prompts_split_where_the_answer_begins(home: Path) -> None:

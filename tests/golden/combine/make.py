@@ -1,4 +1,4 @@
-"""Makes the fixtures of tests/test_combine.py with huggingface/peft 0.21.2, which must be the `peft` that is imported.
+"""Makes the fixtures of tests/core/load/test_combine.py with huggingface/peft 0.21.2, which must be the imported `peft`.
 
 Adapters a, b and c of a small model, and for each combination type what upstream's combined adapter gives.
 """

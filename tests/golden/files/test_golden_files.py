@@ -6,8 +6,9 @@ from __future__ import annotations
 
 import warnings
 
-import golden_files as golden
 import pytest
+
+from tests.golden.files import golden_files as golden
 
 AGAIN = "If files are meant to change, run tests/golden/files/make.py"
 

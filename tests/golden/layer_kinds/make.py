@@ -1,4 +1,4 @@
-"""Makes the fixtures of tests/test_layer_kinds.py with huggingface/peft 0.21.2, which must be the `peft` that is imported.
+"""Makes the fixtures of tests/layers/test_upstream_files.py with huggingface/peft 0.21.2, which must be the imported `peft`.
 
 For each layer kind: an adapter as upstream saves it, and the layer's weights, inputs and output with that adapter.
 """
@@ -12,8 +12,8 @@ from safetensors.torch import save_file
 from peft import LoraConfig, get_peft_model
 
 HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE.parent.parent))
-from layer_kind_cases import CASES, Holder  # noqa: E402
+sys.path.insert(0, str(HERE.parents[2]))
+from tests.helpers.layer_kind_cases import CASES, Holder  # noqa: E402
 
 
 def make(name, layer, inputs, **config):
