@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from operator import attrgetter
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -60,6 +60,14 @@ class Method(CheapModule):
     geometry: Geometry
     device: torch.device
     multiplier: float
+
+    if TYPE_CHECKING:  # a subclass states one, which is its form
+
+        def delta(self) -> tuple[Tensor, ...]: ...
+        def weight(self, W: Tensor) -> Tensor: ...
+        def before(self, x: Tensor) -> Tensor: ...
+        def after(self, y: Tensor, x: Any) -> Tensor: ...
+        def replace(self, name: str, P: Tensor) -> Tensor: ...
 
     def __init__(self, config: Any, site: Site) -> None:
         super().__init__()

@@ -107,6 +107,7 @@ def add_weighted_adapter(
         cls = method(config.peft_type)
         assert issubclass(cls, TwoFactors)
         config = cls.config_for_ranks(config, ranks)
+    assert isinstance(config, TunerConfig)
     _target(model, config, [roster.configs[n] for n in adapters], {paths[s] for s in sites})
     config.inference_mode = True
     dtypes = {p.dtype for a, _ in sources for p in a.parameters()}

@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +32,7 @@ from ..injection.plan import Plan, plan
 from ..injection.remove import delete
 from .load import fit_any_layout, read_adapter
 
+T = TypeVar("T")
 FREE = ("base_model_name_or_path", "revision", "inference_mode", "peft_version", "auto_mapping", "task_type", "seed")
 
 
@@ -187,12 +188,16 @@ def _replace(model: nn.Module, roster: Roster, name: str, planned: Plan) -> None
     delete(model, name)
     planned.name = name
     commit(model, planned)
-    for table in (roster.adapters, roster.configs):
-        entries = {n: table[n] for n in order}
-        table.clear()
-        table.update(entries)
+    _put_in_order(roster.adapters, order)
+    _put_in_order(roster.configs, order)
     roster.activate_present(asked)
     roster.set_trainable(name, trainable)
+
+
+def _put_in_order(table: dict[str, T], names: list[str]) -> None:
+    entries = {n: table[n] for n in names}
+    table.clear()
+    table.update(entries)
 
 
 # -- padded twins -----------------------------------------------------------------------------------------------------------
