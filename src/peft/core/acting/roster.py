@@ -48,7 +48,7 @@ class Adapter:
     brought_by: list[str] = field(default_factory=list)
     shared: dict[str, nn.Parameter] = field(default_factory=dict)
     targeted: list[str] = field(default_factory=list)
-    padded: bool = False  # slots for swaps that recompile nothing: core/load/hotswap.py
+    padded: bool = False  # its methods are padded twins, for swaps that recompile nothing: core/load/hotswap.py
     _leaves: tuple[list[Table], list[str]] = field(default_factory=lambda: ([], []))
     walked: int = 0  # how many methods `_leaves` knows
 

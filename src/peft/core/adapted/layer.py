@@ -52,9 +52,9 @@ class Adapted(Switch, UpstreamLayer):
 
     def __init__(self, base_layer: nn.Module, kind: LayerKind, roster: Roster, path: str, geometry: Geometry) -> None:
         super().__init__()
-        slots = AdapterContainer()
-        slots.__dict__["layer"] = self  # no child of it
-        self._modules.update(base_layer=base_layer, adapters=slots)
+        container = AdapterContainer()
+        container.__dict__["layer"] = self  # no child of it
+        self._modules.update(base_layer=base_layer, adapters=container)
         self.set(
             kind=kind,
             roster=roster,
@@ -75,7 +75,7 @@ class Adapted(Switch, UpstreamLayer):
         """Hang a method at `adapters.<adapter>`, a companion at `adapters.%<part>.<adapter>`."""
         if part and f"%{part}" not in self.adapters._modules:
             self.adapters.put(f"%{part}", Companions(self))
-        self._slots(part).put(escape(adapter), method)
+        self._container(part).put(escape(adapter), method)
         self.set(_last=(None, ()))
         held = self.methods
         held[adapter] = (*held.get(adapter, ()), method)
@@ -85,19 +85,19 @@ class Adapted(Switch, UpstreamLayer):
         for m in (inner for outer in self.methods.pop(adapter, ()) for inner in outer.nested()):
             self.former.update((*m.table.layer_names(), *m.shown.names))
         for part in ("", *self.brought_by):
-            slots = self._slots(part)
-            if escape(adapter) in slots._modules:
-                slots.drop(escape(adapter))
-            if part and not slots._modules:
+            container = self._container(part)
+            if escape(adapter) in container._modules:
+                container.drop(escape(adapter))
+            if part and not container._modules:
                 self.adapters.drop(f"%{part}")
 
     def held(self) -> Iterator[tuple[str, Method]]:
         own = {id(m): m for methods in self.methods.values() for m in methods}
         return ((f"adapters.{n}", own[id(m)]) for n, m in self.adapters.named_modules() if id(m) in own)
 
-    def _slots(self, part: str) -> AdapterContainer:
-        slots = self._modules["adapters"]
-        return slots._modules[f"%{part}"] if part else slots  # type: ignore[union-attr,return-value]
+    def _container(self, part: str) -> AdapterContainer:
+        container = self._modules["adapters"]
+        return container._modules[f"%{part}"] if part else container  # type: ignore[union-attr,return-value]
 
     @property
     def brought_by(self) -> list[str]:

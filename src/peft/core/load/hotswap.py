@@ -2,7 +2,7 @@
 
 Where the new adapter has the same shapes and settings, its values are copied into the old tensors and a compiled model
 runs on. Where not, the old adapter's methods give way to new ones, and a compiled model compiles again, unless its
-slots were padded before: `prepare_model_for_compiled_hotswap` gives every factored delta one rank and the scale 1, and
+twins were padded before: `prepare_model_for_compiled_hotswap` gives every factored delta one rank and the scale 1, and
 swaps then only copy s·B and A, padded with zeros.
 """
 
@@ -291,15 +291,15 @@ def _into_padded(old: Adapter, new: Adapter, name: str) -> None:
     beyond = [s for s in fresh if s not in twins]
     if beyond:
         raise CheckpointError(
-            f"The adapter reaches {', '.join(beyond[:5])}, where the prepared adapter {name!r} has no slot."
+            f"The adapter reaches {', '.join(beyond[:5])}, where the prepared adapter {name!r} has no room."
         )
     for disk_path, m in fresh.items():
         twin = twins[disk_path]
         if not isinstance(m, TwoFactors) or not isinstance(twin, TwoFactors):
-            raise Refusal(str(old.config.own_type), disk_path, "only two-factor deltas fit into padded slots")
+            raise Refusal(str(old.config.own_type), disk_path, "only two-factor deltas fit into padded twins")
         rank, room = m.two_factors()[0].shape[0], twin.two_factors()[0].shape[0]
         if rank > room:
-            raise ValueError(f"{disk_path} has rank {rank}, its slot was prepared for {room}.")
+            raise ValueError(f"{disk_path} has rank {rank}, its padded twin was prepared for {room}.")
         if (m.bias_change() is None) != (twin.bias_change() is None):
             raise ValueError(f"{disk_path}: one of the adapters trains a bias of its delta, the other does not.")
     rest_old = [(s, m) for s, m in old.methods if m is not twins.get(s)]
