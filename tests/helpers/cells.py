@@ -16,6 +16,8 @@ from torch import nn
 from peft import Refusal, dry_run, get_peft_model, registry
 from peft.core.adapted.layer import adapted_layers
 
+NOISE = 0.3  # how far parameters are moved from their start
+
 
 class Net(nn.Module):
     """One layer of a kind, between nothing: what the layer gives is what the model gives."""
@@ -86,7 +88,7 @@ def randomise(model: Any, name: str, seed: int) -> None:
         for attr, p in method.named_parameters():
             if attr not in frozen and p.is_floating_point():
                 with torch.no_grad():
-                    p.add_(torch.randn(p.shape, generator=rng).to(p) * method.test_noise)
+                    p.add_(torch.randn(p.shape, generator=rng).to(p) * NOISE)
 
 
 def refusal(cell: Cell) -> str | None:

@@ -106,3 +106,7 @@ class Follows:
 
 class ScalesChannels:
     """A `before` that only scales channels: it commutes with any kernel, so needs no detour through W."""
+
+
+class TakesSpan:
+    """`after(y, x, span)` is told which tokens of their sequences the call holds: core/acting/span.py."""

@@ -46,7 +46,6 @@ class Method(CheapModule):
     prefix: ClassVar[str] = ""  # the beginning of upstream's parameter names
     tensors: ClassVar[Mapping[str, Stored]] = {}  # what it keeps: attribute -> how it is made, stored, joined and shown
     table: TensorTable = TensorTable()  # the same by use; an instance may have one of its own
-    takes_span: ClassVar[bool] = False  # `after(y, x, span)` is told which tokens the call holds: core/acting/span.py
     identity: bool = True  # a fresh adapter leaves the model's output as it is
     shown: ClassVar[Shown] = Shown()  # how upstream's layer shows it: core/adapted/views.py
     form: str = ""  # an instance may choose its own
@@ -55,7 +54,6 @@ class Method(CheapModule):
     dropout: float = 0.0  # on the input of the added term, in training
     role: ClassVar[str] = "attention"  # what it targets when the config names nothing: see core/anatomy/roles.py
     examples: ClassVar[tuple[dict[str, Any], ...]] = ()  # config fields of the variants that the laws test
-    test_noise: ClassVar[float] = 0.3  # how far tests move parameters from their start
     config: Any
     geometry: Geometry
     device: torch.device

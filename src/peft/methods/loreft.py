@@ -29,6 +29,7 @@ from torch.nn import functional as F
 
 from ..config import TunerConfig
 from ..config_fields import require
+from ..contract.capabilities import TakesSpan
 from ..contract.method import Method
 from ..contract.refusals import refusal, require_channels
 from ..contract.site import Site
@@ -72,7 +73,7 @@ class LoReftConfig(TunerConfig):
             raise ValueError("`prefix_positions` and `suffix_positions` are both 0: there is no position to edit.")
 
 
-class LoReft(Method):
+class LoReft(TakesSpan, Method):
     peft_type = "LOREFT"
     config_class = LoReftConfig
     summary = "Edits the hidden states of the first and last tokens in a low-rank subspace."
@@ -80,7 +81,6 @@ class LoReft(Method):
     paper = "arXiv 2404.03592"
     prefix = "reft_"
     role = "blocks"
-    takes_span = True
     tensors = {
         "reft_R": Stored(shape="edits config.r out"),  # V
         "reft_W": Stored(shape="edits config.r out"),

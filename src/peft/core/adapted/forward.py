@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...contract.capabilities import ScalesChannels
+from ...contract.capabilities import ScalesChannels, TakesSpan
 from ...contract.composition import by_form
 from ...contract.method import Method
 from ...contract.offload import on_device
@@ -146,7 +146,7 @@ class Forward(AdaptedLayer):
         if torch.is_tensor(x) and x.is_floating_point():
             x = self.kind.channels_last(x).contiguous()
         y = self.kind.channels_last(y).contiguous()
-        if not m.takes_span:
+        if not isinstance(m, TakesSpan):
             return self.kind.channels_back(m("after", y, x))
         span = self.roster.mix.span
         if span is not None and index is not None:

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from ...config import PeftConfig
+from ...contract.capabilities import TakesSpan
 from ...contract.cheap_modules import uninterrupted
 from ...contract.tree import Composite, tree
 from ...registry import kinds
@@ -62,7 +63,7 @@ def commit(model: nn.Module, plan: Plan) -> Roster:
     if first:
         roster.activate([plan.name])
     roster.set_trainable(plan.name, plan.name in roster.chosen and not plan.config.inference_mode)
-    if any(item.cls.takes_span for item in plan.items):
+    if any(issubclass(item.cls, TakesSpan) for item in plan.items):
         watch(model, roster)
     if any(item.place is not None and item.place.composite is not None for item in plan.items):
         modules = list(tree(model))  # stand-ins stand where modules stood
