@@ -91,7 +91,8 @@ class TensorTable:
     turned: Mapping[str, str] = field(default_factory=dict)  # key -> key
     flexible: tuple[tuple[str, int, bool], ...] = ()  # (attribute, axis, whether a file may hold more of it)
     made: tuple[tuple[str, Callable[[Any], Shape], Callable[[Any], Any] | None], ...] = ()
-    disk: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    disk: Mapping[str, str] = field(default_factory=dict)  # attribute path -> words for its shape in the file
+    kernel: Mapping[str, str] = field(default_factory=dict)  # the same for layers that have a kernel
     source: tuple[Mapping[str, Stored], tuple[str, ...]] | None = None  # what it was made of
 
     def __deepcopy__(self, memo: object) -> TensorTable:
@@ -123,7 +124,8 @@ class TensorTable:
             made=tuple(
                 (a, Sizes(s.shape), attrgetter(s.when) if s.when else None) for a, s in tensors.items() if s.shape
             ),
-            disk={a: (s.disk, s.kernel or s.disk) for a, s in tensors.items() if s.disk or s.kernel},
+            disk={a: s.disk for a, s in tensors.items() if s.disk},
+            kernel={a: s.kernel or s.disk for a, s in tensors.items() if s.kernel or s.disk},
             source=None if indexed else (tensors, also_shown),
         )
 
@@ -134,13 +136,12 @@ class TensorTable:
 
     def disk_shape(self, method: Any, attr: str) -> Shape | None:
         """The shape of a method's tensor in the file where it differs (one -1); None keeps it."""
-        if attr not in self.disk:
+        taps = method.geometry.shape
+        words = (self.kernel if taps else self.disk).get(attr)
+        if words is None:
             return None
         owner, _, _ = attr.rpartition(".")
-        holder = attrgetter(owner)(method) if owner else method
-        taps = holder.geometry.shape
-        spec = self.disk[attr][bool(taps)]
-        return _on_disk(spec, taps, holder) if spec else None
+        return _on_disk(words, taps, attrgetter(owner)(method) if owner else method)
 
     def without(self, *attributes: str) -> TensorTable:
         """These are made and trained, but no file holds them."""
@@ -183,9 +184,9 @@ def _nothing(method: Any) -> Shape:
     return ()
 
 
-def _on_disk(spec: str, taps: Shape, method: Any) -> Shape:
+def _on_disk(words: str, taps: Shape, method: Any) -> Shape:
     out: list[int] = []
-    for word in spec.split():
+    for word in words.split():
         if word in ("taps", "ones"):
             out += taps if word == "taps" else (1 for _ in taps)
         else:
@@ -226,6 +227,7 @@ def _around(inner: TensorTable, own: tuple[tuple[str, Stored], ...]) -> TensorTa
         flexible=tuple((f"inner.{a}", axis, more) for a, axis, more in inner.flexible),
         made=outer.made,
         disk={**within(inner.disk), **outer.disk},
+        kernel={**within(inner.kernel), **outer.kernel},
         source=None,
     )
 
