@@ -37,6 +37,11 @@ def tensor(method: Method, attr: str) -> Tensor | None:
     return method._parameters.get(attr, method._buffers.get(attr))
 
 
+def sums(method: Method) -> bool:
+    """Whether its effect is a sum with the weight, ΔW as a chain of factors."""
+    return method.form == "delta"
+
+
 def holds(method: Method, name: str) -> bool:
     """Whether an adapter has something of this name: tensors, a setting, a module."""
     if leaves(method, name):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ...contract.method import Method
 from ..acting.adapted_layer import AdaptedLayer
-from .view_names import LEAVES, holds, leaves
+from .view_names import LEAVES, holds, leaves, sums
 
 
 def _put(method: nn.Module, attr: str, value: object, what: str) -> None:
@@ -61,7 +61,7 @@ class ModuleView:
         """The factor next to x runs with the layer's geometry, the other one on channels."""
         method, weight = self._method, self.weight
         chain = [a for a, k in method.table.own.items() if k.endswith(".weight")]
-        if method.form != "delta" or self._held.get("weight") not in chain:
+        if not sums(method) or self._held.get("weight") not in chain:
             raise TypeError(f"{self._name} of {method.peft_type} is no layer to be called.")
         op = self._layer.op
         first = chain.index(self._held["weight"]) == 0

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ...errors import Refusal
 from ..acting.adapted_layer import AdaptedLayer
-from .view_names import LEAVES, shows, upstream_name
+from .view_names import LEAVES, shows, sums, upstream_name
 from .view_objects import AdapterView
 
 ORIGINAL = "original_module"  # upstream's name of the base layer where whole modules are trained
@@ -74,7 +74,7 @@ def delta_weight(layer: AdaptedLayer, adapter: str) -> Tensor:
     inner = [m.nested()[-1] for m in layer.methods.get(adapter, ())]
     if not inner:
         raise KeyError(adapter)
-    other = [m for m in inner if m.form != "delta"]
+    other = [m for m in inner if not sums(m)]
     if other:
         raise Refusal(
             str(other[0].peft_type), f"get_delta_weight at {layer.path}", "its effect is no sum with the weight"
