@@ -18,7 +18,7 @@ from ..acting.rows import Rows
 
 
 def run(layer: AdaptedLayer, methods: Sequence[Method], x: Any) -> Tensor | None:
-    """The layer's output with these methods; None where it takes more than such products. x: whatever it is called with."""
+    """The layer's output with these methods at x, whatever x is; None where it takes more than such products."""
     if (base := _base(layer, x)) is None:
         return None
     terms, drop = [], None
