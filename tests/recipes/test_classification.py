@@ -19,6 +19,9 @@ def test_labels_come_from_the_job_the_data_set_or_the_rows() -> None:
     assert SequenceClassification.find_labels(Data(choices=["yes", "no"]), rows) == ["yes", "no"]
     declared = rows.cast_column("label", datasets.ClassLabel(names=["yes", "no"]))
     assert SequenceClassification.find_labels(Data(), declared) == ["yes", "no"]
+    for kind in (SequenceClassification, TokenClassification):
+        with pytest.raises(UserError, match=f"data.target is null, but {kind.type}"):
+            kind.find_labels(Data(target=None), rows)
 
 
 def test_the_first_token_of_a_word_carries_its_label(home: Path) -> None:

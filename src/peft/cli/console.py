@@ -6,7 +6,7 @@ import functools
 import logging
 import os
 from collections.abc import Callable, Iterable
-from typing import Any, TypeVar
+from typing import ParamSpec, TypeVar
 
 import typer
 import yaml
@@ -23,17 +23,18 @@ errors = Console(stderr=True, highlight=False)
 for _chatty in ("torchao", "bitsandbytes", "torch.utils._pytree"):
     logging.getLogger(_chatty).setLevel(logging.ERROR)
 
-F = TypeVar("F", bound=Callable[..., Any])
+P = ParamSpec("P")
+T = TypeVar("T")
 
 # What bad input raises, here and in the libraries underneath. Anything else is a bug and keeps its traceback.
 BAD_INPUT = (ValueError, TypeError, KeyError, OSError, RuntimeError, ImportError, NotImplementedError, yaml.YAMLError)
 
 
-def command(function: F) -> F:
+def command(function: Callable[P, T]) -> Callable[P, T]:
     """Turns the errors of bad input into one message and exit code 2. PEFT_TRACEBACK=1 shows where they come from."""
 
     @functools.wraps(function)
-    def run(*args: Any, **kwargs: Any) -> Any:
+    def run(*args: P.args, **kwargs: P.kwargs) -> T:
         if os.environ.get("PEFT_TRACEBACK", "0") not in ("", "0"):
             return function(*args, **kwargs)
         try:
@@ -48,7 +49,7 @@ def command(function: F) -> F:
                 errors.print("[dim](PEFT_TRACEBACK=1 shows where this comes from)[/]")
             raise typer.Exit(2) from None
 
-    return run  # type: ignore[return-value]
+    return run
 
 
 def quiet_libraries() -> None:
@@ -73,7 +74,7 @@ def table(*columns: str, right: Iterable[str] = ()) -> Table:
     return grid
 
 
-def facts(rows: Iterable[tuple[str, Any]], title: str | None = None) -> None:
+def facts(rows: Iterable[tuple[str, object]], title: str | None = None) -> None:
     """Prints name and value, one a line; leaves out what is None."""
     if title:
         heading(title)

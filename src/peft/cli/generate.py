@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -43,7 +43,7 @@ def generate(
     if not task.generates:
         raise UserError(f"This adapter is for {task.type}: its model labels, it does not write. Use `peft predict`.")
     asked = [task.prompt({task.data.text: text, "text": text}) for text in texts or []] + list(prompts or [])
-    settings: dict[str, Any] = {"max_new_tokens": max_new_tokens}
+    settings: dict[str, object] = {"max_new_tokens": max_new_tokens}
     if temperature > 0:
         settings |= {"do_sample": True, "temperature": temperature}
     for prompt in asked:

@@ -7,7 +7,7 @@ import json
 import re
 from collections.abc import Sequence
 from itertools import groupby
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
@@ -76,7 +76,7 @@ def inspect(
         )
 
 
-def differing(saved: Saved, cls: type | None) -> dict[str, Any]:
+def differing(saved: Saved, cls: type | None) -> dict[str, object]:
     """The settings that differ from the config class's defaults, as the job gave them where that is shorter."""
     fields = {f.name: f for f in dataclasses.fields(cls)} if cls is not None else {}
     defaults = {n: f.default_factory() if callable(f.default_factory) else f.default for n, f in fields.items()}
@@ -88,7 +88,7 @@ def differing(saved: Saved, cls: type | None) -> dict[str, Any]:
     }
 
 
-def brief(value: Any) -> Any:
+def brief(value: object) -> object:
     """A setting in a line: runs of numbers as ranges, of many names the first ones and how many there are."""
     if not isinstance(value, list):
         return value

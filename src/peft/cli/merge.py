@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -13,6 +13,11 @@ from .. import recipes
 from ..errors import UserError
 from .console import command, console, facts, quiet_libraries, size
 from .predict import Adapter, Base, Dtype
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from ..recipes.saved import Loaded
 
 # How far logits may differ, as a share of the largest: rounding of the dtype over a deep model, no more.
 TOLERANCE = {"float32": 1e-3, "float16": 2e-2, "bfloat16": 6e-2}
@@ -76,18 +81,18 @@ def merge(
         console.print("[yellow]The adapter changes nothing on this text: is it trained?[/]")
 
 
-def probe(loaded: Any, text: str) -> dict[str, Any]:
+def probe(loaded: Loaded, text: str) -> dict[str, Tensor]:
     """A small batch in the form of the task."""
     import torch
 
     ids = torch.tensor([loaded.task.tokenizer(text).input_ids], device=loaded.model.device)
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    if loaded.model.config.is_encoder_decoder:
+    if getattr(loaded.model.config, "is_encoder_decoder", False):
         batch["decoder_input_ids"] = ids[:, :8]
     return batch
 
 
-def logits(model: Any, batch: dict[str, Any]) -> Any:
+def logits(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     import torch
 
     with torch.no_grad():

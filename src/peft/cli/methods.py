@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -11,6 +11,9 @@ import peft
 
 from .. import recipes
 from .console import command, console, escape, facts, heading, table
+
+if TYPE_CHECKING:
+    from ..contract.method import Method
 
 # What follows from the form in which a method states its maths.
 SUPPORTS = {
@@ -40,11 +43,11 @@ def methods(
     return None
 
 
-def supports(method: Any) -> str:
+def supports(method: type[Method]) -> str:
     return SUPPORTS.get(method.form, method.form)
 
 
-def detail(key: str, method: Any) -> None:
+def detail(key: str, method: type[Method]) -> None:
     facts(
         [
             ("what it does", method.summary),

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -12,6 +13,9 @@ from .. import recipes
 from ..errors import UserError
 from .console import command, console, escape, quiet_libraries, table
 from .report import Report
+
+if TYPE_CHECKING:
+    from ..recipes.tasks.base import Answer
 
 Adapter = Annotated[str, typer.Argument(help="The folder of a run, or of an adapter.", show_default=False)]
 Base = Annotated[str | None, typer.Option("--model", "-m", help="The base, if not the one that the adapter names.")]
@@ -56,14 +60,15 @@ def predict(
         output.parent.mkdir(parents=True, exist_ok=True)
         with output.open("w", encoding="utf-8") as file:
             file.writelines(
-                json.dumps(row | answer, ensure_ascii=False, default=str) + "\n" for row, answer in zip(rows, found)
+                json.dumps({**row, **answer}, ensure_ascii=False, default=str) + "\n"
+                for row, answer in zip(rows, found)
             )
         console.print(f"{len(found)} rows written to {output}")
     else:
         _show([row[task.data.text] for row in rows], found)
 
 
-def _show(texts: list[Any], found: list[dict[str, Any]]) -> None:
+def _show(texts: Sequence[object], found: Sequence[Answer]) -> None:
     grid = table("prediction", "probability", "text", right=("probability",))
     for text, answer in zip(texts, found):
         said = answer["prediction"]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Any
 
 from ..recipes import events
 from .console import console, escape, facts, heading, shape, size, table
@@ -20,7 +19,7 @@ class Report:
     def __enter__(self) -> Report:
         return self
 
-    def __exit__(self, *_: Any) -> None:
+    def __exit__(self, *_: object) -> None:
         self.bar.close()
 
     def __call__(self, event: events.Event) -> None:
@@ -77,7 +76,7 @@ def logged(event: events.Logged) -> list[str]:
 
 def plan(found: events.Plan, *, every: bool = False) -> None:
     """The table of what will be adapted; layers that differ only in their number as one line, unless `every`."""
-    groups: dict[tuple[Any, ...], int] = {}
+    groups: dict[tuple[str, str, tuple[int, ...] | None, int], int] = {}
     for target in found.targets:
         path = target.path if every else re.sub(r"(?<=\.)\d+(?=\.|$)", "*", target.path)
         key = (path, target.kind, target.shape, target.parameters)
@@ -101,11 +100,11 @@ def dry_run(found: events.Plan, *, every: bool = False) -> None:
     )
 
 
-def outcome(found: events.Finished) -> list[tuple[str, Any]]:
+def outcome(found: events.Finished) -> list[tuple[str, object]]:
     """What a finished run achieved, as names and values."""
     metrics = found.metrics
     used = metrics["memory_bytes"]
-    rows: list[tuple[str, Any]] = [*counts(metrics["counts"])]
+    rows: list[tuple[str, object]] = [*counts(metrics["counts"])]
     rows += [("adapter", f"{found.adapter} ({size(metrics['adapter_bytes'])})")]
     rows += scores(metrics["before"], metrics["after"])
     rows += [("peak memory", size(used.get("accelerator_peak", used["peak"])))]
@@ -113,7 +112,7 @@ def outcome(found: events.Finished) -> list[tuple[str, Any]]:
     return [*rows, ("loss plot", found.plot), ("metrics", found.metrics_file)]
 
 
-def counts(found: Mapping[str, Any]) -> list[tuple[str, str]]:
+def counts(found: events.Counted) -> list[tuple[str, str]]:
     rank = "no single rank" if found["rank"] is None else f"at most {found['rank']}"
     layers = sum(found["layers_by_rank"].values())
     return [

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -12,6 +12,9 @@ from ..recipes.events import Stopped
 from .console import command, quiet_libraries
 from .report import Report
 from .report import dry_run as show_plan
+
+if TYPE_CHECKING:
+    from ..recipes.job import Flags
 
 JobFile = Annotated[
     Path | None, typer.Argument(help="A YAML job file; flags override what it says.", show_default=False)
@@ -56,7 +59,7 @@ def train(
     ] = None,
 ) -> None:
     """Fine-tune a model on your rows. An interrupted run goes on where it stopped when it is started again."""
-    flags: dict[str, Any] = {
+    flags: Flags = {
         "model": model,
         "task": task,
         "method": method,

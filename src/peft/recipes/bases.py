@@ -8,11 +8,35 @@ import importlib.util
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 import torch
 
 from ..errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+    from ..core.model.peft_model import PeftModel
+
+Model: TypeAlias = "PreTrainedModel | PeftModel"  # what tasks run: a base, or a base with adapters
+
+
+class Unplaced(Protocol):
+    """A model as it was loaded, before it goes to its device."""
+
+    config: PreTrainedConfig
+    hf_quantizer: object
+
+    def to(self, device: torch.device) -> PreTrainedModel: ...
+
+
+class AutoClass(Protocol):
+    """One of transformers' auto classes."""
+
+    def from_config(self, config: PreTrainedConfig) -> PreTrainedModel: ...
+
+    def from_pretrained(self, path: str, **settings: object) -> Unplaced: ...
 
 
 @dataclass(frozen=True)
@@ -23,7 +47,7 @@ class Source:
     gguf: str | None = None
 
     @property
-    def arguments(self) -> dict[str, Any]:
+    def arguments(self) -> dict[str, str]:
         return {"gguf_file": self.gguf} if self.gguf else {}
 
 
@@ -83,19 +107,19 @@ def _is_model(folder: Path) -> bool:
     return config.is_file() and "model_type" in json.loads(config.read_text(encoding="utf-8"))
 
 
-def load_config(source: Source) -> Any:
+def load_config(source: Source) -> PreTrainedConfig:
     """The model's config; a fresh copy at each call. Reading one from a GGUF file takes seconds."""
     return copy.deepcopy(_config(source))
 
 
 @functools.cache
-def _config(source: Source) -> Any:
+def _config(source: Source) -> PreTrainedConfig:
     from transformers import AutoConfig
 
     return AutoConfig.from_pretrained(source.path, **source.arguments)
 
 
-def load_tokenizer(source: Source) -> Any:
+def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
     """The model's tokenizer, with a padding token."""
     from transformers import AutoTokenizer
 
@@ -109,11 +133,13 @@ def load_tokenizer(source: Source) -> Any:
     return tokenizer
 
 
-def load_base(source: Source, auto: str, dtype: str = "auto", *, meta: bool = False, **overrides: Any) -> Any:
+def load_base(
+    source: Source, auto: str, dtype: str = "auto", *, meta: bool = False, **overrides: object
+) -> PreTrainedModel:
     """The base model by transformers' auto class `auto`. `meta` gives its modules without weights (for a dry run)."""
     import transformers
 
-    auto_class = getattr(transformers, auto)
+    auto_class: AutoClass = getattr(transformers, auto)
     if meta:
         config = load_config(source)
         for name, value in overrides.items():
@@ -125,7 +151,7 @@ def load_base(source: Source, auto: str, dtype: str = "auto", *, meta: bool = Fa
     return auto_class.from_pretrained(source.path, dtype=torch_dtype(dtype), **overrides).to(device())
 
 
-def _unpacked(auto_class: Any, source: Source, dtype: str, overrides: dict[str, Any]) -> Any:
+def _unpacked(auto_class: AutoClass, source: Source, dtype: str, overrides: dict[str, object]) -> Unplaced:
     """A GGUF file as a plain model. Packed blocks can be run but not trained, and transformers marks even an unpacked
     model as quantised, which then can be neither trained nor saved: the mark is taken off."""
     import transformers
@@ -140,7 +166,7 @@ def _unpacked(auto_class: Any, source: Source, dtype: str, overrides: dict[str, 
     return model
 
 
-def torch_dtype(name: str) -> Any:
+def torch_dtype(name: str) -> torch.dtype | str:
     if name == "auto":
         return torch.float32 if device().type == "cpu" else "auto"
     found = getattr(torch, name, None)

@@ -2,16 +2,45 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeAlias, overload
 
 from ..errors import UserError, nearest
 from .job import Data
 
 READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
 
+Row: TypeAlias = dict[str, Any]  # a row's cells by column, of whatever type the data has
 
-def load(data: Data, seed: int) -> tuple[Any, Any | None]:
+
+class Rows(Protocol):
+    """What is used of a `datasets.Dataset`."""
+
+    @property
+    def column_names(self) -> list[str]: ...
+
+    @property
+    def features(self) -> Mapping[str, object]: ...
+
+    def __len__(self) -> int: ...
+
+    def __iter__(self) -> Iterator[Row]: ...
+
+    @overload
+    def __getitem__(self, column: str, /) -> Sequence[Any]: ...
+
+    @overload
+    def __getitem__(self, row: int, /) -> Row: ...
+
+    def select(self, indices: Iterable[int]) -> Rows: ...
+
+    def map(self, function: Callable[[Row], object], *, remove_columns: list[str], new_fingerprint: str) -> Rows: ...
+
+    def train_test_split(self, *, test_size: float, seed: int) -> Mapping[str, Rows]: ...
+
+
+def load(data: Data, seed: int) -> tuple[Rows, Rows | None]:
     """The training rows and the held-out rows (or None) as `datasets.Dataset`."""
     if not data.train:
         raise UserError(
@@ -35,7 +64,7 @@ def load(data: Data, seed: int) -> tuple[Any, Any | None]:
     return train, held_out
 
 
-def rows(name: str, subset: str | None = None, split: str = "train") -> Any:
+def rows(name: str, subset: str | None = None, split: str = "train") -> Rows:
     """All rows of one file or named data set. `name:split` picks a split."""
     import datasets
 
@@ -59,7 +88,7 @@ def rows(name: str, subset: str | None = None, split: str = "train") -> Any:
     return found
 
 
-def check_columns(part: Any, data: Data, *, target: bool = True) -> None:
+def check_columns(part: Rows, data: Data, *, target: bool = True) -> None:
     """The columns that the job names are in the data."""
     used = {
         "data.text": data.text if "{" not in (data.template or "") else None,

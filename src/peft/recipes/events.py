@@ -6,9 +6,40 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, TypedDict, TypeVar
+
+if TYPE_CHECKING:
+    from ..config import Fields
 
 T = TypeVar("T")
+
+
+class Counted(TypedDict):
+    """The three counts of an adapter, as the metrics file has them."""
+
+    trainable: int
+    total: int
+    trainable_percent: float
+    updated: int
+    updated_percent: float
+    rank: int | None
+    layers_by_rank: dict[str, int]
+
+
+class Metrics(TypedDict):
+    """What the metrics file says of a finished run. Scores are None where no rows are held out or none were asked for."""
+
+    job: Fields
+    counts: Counted
+    adapter_bytes: int
+    before: Mapping[str, float] | None
+    after: Mapping[str, float] | None
+    steps: int
+    final_loss: float | None
+    seconds: dict[str, float]
+    memory_bytes: dict[str, int]
+    history: list[dict[str, float]]
+    versions: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -132,7 +163,7 @@ class Stopped:
 class Finished:
     """The run is over: its metrics, and where the adapter, the metrics and the plot (if there is one) are."""
 
-    metrics: Mapping[str, Any]
+    metrics: Metrics
     adapter: Path
     metrics_file: Path
     plot: Path | None

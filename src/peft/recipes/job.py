@@ -6,11 +6,14 @@ import dataclasses
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, TypedDict, TypeVar
 
 import yaml
 
 from ..errors import UserError, nearest
+
+if TYPE_CHECKING:
+    from ..config import Fields
 
 # Keys that may differ between an interrupted run and the one that continues it.
 NOT_PART_OF_THE_RUN = ("output", "keep_checkpoints", "show")
@@ -50,9 +53,9 @@ class Job:
     model: str = ""  # a hub id, a folder, a GGUF file, or a Python package that ships a model
     task: str | None = None  # causal_lm, seq2seq_lm, seq_cls or token_cls; read off the model when it is plain
     method: str = "lora"
-    config: dict[str, Any] = field(default_factory=dict)  # fields of the method's config; layers may be ranges: 0-3,8
+    config: Fields = field(default_factory=dict)  # fields of the method's config; layers may be ranges: 0-3,8
     data: Data = field(default_factory=Data)
-    trainer: dict[str, Any] = field(default_factory=dict)  # fields of transformers' TrainingArguments
+    trainer: Fields = field(default_factory=dict)  # fields of transformers' TrainingArguments
     output: str = "runs/peft"
     dtype: str = "auto"  # of the base model: float32, bfloat16, float16; auto is float32 on a CPU, else the model's own
     seed: int = 0
@@ -60,34 +63,52 @@ class Job:
     show: int = 2  # answers to held-out rows to print at the end
     keep_checkpoints: bool = False  # they are removed when the run has finished
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> Fields:
         return dataclasses.asdict(self)
 
-    def differences(self, other: dict[str, Any]) -> list[str]:
+    def differences(self, other: Fields) -> list[str]:
         """The keys, dotted, in which `other` is another run than this one; ranges of layers may be written otherwise."""
         found = _differing(_with_layers(self.as_dict()), _with_layers(other))
         return [k for k in found if k.split(".")[0] not in NOT_PART_OF_THE_RUN]
 
 
-def read(path: Path | None, flags: dict[str, Any]) -> Job:
+class Flags(TypedDict, total=False):
+    """What stands above a job file: what the command line gives, None where it gives nothing."""
+
+    model: str | None
+    task: str | None
+    method: str | None
+    output: str | None
+    dtype: str | None
+    seed: int | None
+    config: Fields
+    trainer: Fields
+    data: Fields
+
+
+Part = TypeVar("Part", Job, Data)
+
+
+def read(path: Path | None, flags: Flags) -> Job:
     """The job in a YAML file (if any) with flags laid over it. Data files are looked for beside the YAML file first."""
-    raw: dict[str, Any] = {}
+    raw: Fields = {}
     if path is not None:
         if not path.is_file():
             raise UserError(
                 f"There is no job file {str(path)!r}. Name a YAML file, or give flags (--model, --train ...)."
             )
-        raw = parse(path.read_text(encoding="utf-8"), str(path))
-        if not isinstance(raw, dict):
-            raise UserError(f"{path} holds {type(raw).__name__}, expected keys such as `model:`, `data:`, `method:`.")
+        found = parse(path.read_text(encoding="utf-8"), str(path))
+        if not isinstance(found, dict):
+            raise UserError(f"{path} holds {type(found).__name__}, expected keys such as `model:`, `data:`, `method:`.")
+        raw = found
     data = dict(raw.pop("data", None) or {})
     for name in ("train", "eval"):
         beside = path.parent / data[name] if path is not None and isinstance(data.get(name), str) else None
         if beside is not None and beside.exists():
             data[name] = str(beside)
     data |= {k: v for k, v in flags.pop("data", {}).items() if v is not None}
-    for name in ("config", "trainer"):
-        raw[name] = dict(raw.get(name) or {}) | flags.pop(name, {})
+    raw["config"] = dict(raw.get("config") or {}) | flags.pop("config", {})
+    raw["trainer"] = dict(raw.get("trainer") or {}) | flags.pop("trainer", {})
     raw |= {k: v for k, v in flags.items() if v is not None}
     for value in data.get("choices") or []:
         if not isinstance(value, str):
@@ -99,9 +120,9 @@ def read(path: Path | None, flags: dict[str, Any]) -> Job:
     return job
 
 
-def assignments(pairs: list[str], flag: str) -> dict[str, Any]:
+def assignments(pairs: list[str], flag: str) -> Fields:
     """`["r=8", "target_modules=[q_proj, v_proj]"]` as a dict; the values are YAML."""
-    found: dict[str, Any] = {}
+    found: Fields = {}
     for pair in pairs:
         name, sign, value = pair.partition("=")
         if not sign or not name.strip():
@@ -112,14 +133,14 @@ def assignments(pairs: list[str], flag: str) -> dict[str, Any]:
     return found
 
 
-def parse(text: str, where: str) -> Any:
+def parse(text: str, where: str) -> object:
     try:
         return yaml.load(text, Loader)  # noqa: S506 - a SafeLoader
     except yaml.YAMLError as error:
         raise UserError(f"{where} is not YAML: {error}") from None
 
 
-def layers(given: Any) -> Any:
+def layers(given: object) -> list[int] | int | None:
     """Layer numbers as configs take them: `15-29` and `0-3,8` as a list, likewise a list of numbers and such ranges.
 
     Both ends of a range belong to it. A single number and None stay as they are.
@@ -142,7 +163,7 @@ def layers(given: Any) -> Any:
     return found
 
 
-def check_fields(given: dict[str, Any], cls: type, what: str, *, reserved: dict[str, str] | None = None) -> None:
+def check_fields(given: Fields, cls: type, what: str, *, reserved: dict[str, str] | None = None) -> None:
     """Every key of `given` is a field of the dataclass `cls`, and not one that the job sets by another name."""
     known = [f.name for f in dataclasses.fields(cls) if f.init]
     for name in given:
@@ -152,7 +173,7 @@ def check_fields(given: dict[str, Any], cls: type, what: str, *, reserved: dict[
             raise UserError(f"{what}.{name}: {cls.__name__} has no such field. {nearest(name, known)}".rstrip())
 
 
-def _make(cls: type, given: dict[str, Any], prefix: str = "") -> Any:
+def _make(cls: type[Part], given: Fields, prefix: str = "") -> Part:
     known = [f.name for f in dataclasses.fields(cls)]
     for name in given:
         if name not in known:
@@ -160,13 +181,13 @@ def _make(cls: type, given: dict[str, Any], prefix: str = "") -> Any:
     return cls(**given)
 
 
-def _with_layers(job: dict[str, Any]) -> dict[str, Any]:
+def _with_layers(job: Fields) -> Fields:
     """A job's dict with its ranges of layers written out."""
     config = job.get("config") or {}
     return job | {"config": config | {LAYERS: layers(config[LAYERS])}} if LAYERS in config else job
 
 
-def _differing(a: Any, b: Any, path: str = "") -> list[str]:
+def _differing(a: object, b: object, path: str = "") -> list[str]:
     if isinstance(a, dict) and isinstance(b, dict):
         return [d for k in sorted({*a, *b}) for d in _differing(a.get(k), b.get(k), f"{path}.{k}" if path else k)]
     return [] if a == b else [path]

@@ -7,21 +7,22 @@ base models are not marked down for going on. A base and its adapter are scored 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from .bases import Model
 from .events import OnEvent, ignore, track
 
 
-def unwrapped(model: Any) -> Any:
+def unwrapped(model: nn.Module) -> nn.Module:
     """The transformers model under an adapter."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+    below: Callable[[], nn.Module] | None = getattr(model, "get_base_model", None)
+    return model if below is None else below()
 
 
-def takes(model: Any, name: str) -> bool:
+def takes(model: nn.Module, name: str) -> bool:
     """Whether the model's forward has an argument of this name."""
     return name in inspect.signature(unwrapped(model).forward).parameters
 
@@ -39,7 +40,7 @@ def batches(lengths: list[int], batch_size: int, title: str, on_event: OnEvent) 
 
 @torch.no_grad()
 def causal(
-    model: Any,
+    model: Model,
     prompts: list[list[int]],
     answers: list[list[list[int]]],
     pad_id: int,
@@ -77,7 +78,7 @@ def causal(
 
 @torch.no_grad()
 def seq2seq(
-    model: Any,
+    model: Model,
     prompts: list[list[int]],
     answers: list[list[list[int]]],
     pad_id: int,

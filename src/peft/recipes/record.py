@@ -9,13 +9,12 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
 
 from ..core.report.counts import Counts
-from .events import NoPlot, OnEvent, ignore
+from .events import Counted, NoPlot, OnEvent, ignore
 
 
-def counts(found: Counts) -> dict[str, Any]:
+def counts(found: Counts) -> Counted:
     """The three ways of counting, kept apart: trainable, updated base parameters, rank of the update."""
     return {
         "trainable": found.trainable,
@@ -62,7 +61,7 @@ def versions() -> dict[str, str]:
     return found
 
 
-def write(path: Path, content: Mapping[str, Any]) -> None:
+def write(path: Path, content: Mapping[str, object]) -> None:
     """JSON, written aside and renamed, so that a crash leaves the old file or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(path.name + ".part")

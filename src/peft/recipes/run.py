@@ -7,19 +7,25 @@ import time
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import yaml
+from torch import nn
 
 import peft
 
+from ..config import Fields
 from ..errors import UserError
 from . import bases, data, record, saved
+from .bases import Model
+from .data import Rows
 from .events import (
     Answered,
     BaseScored,
+    Counted,
     Finished,
     GoingOn,
+    Metrics,
     OnEvent,
     Plan,
     RowsRead,
@@ -32,9 +38,15 @@ from .job import Job, check_fields
 from .stopping import Stopper, memory
 from .tasks import find
 from .trainers import supervised
+from .trainers.supervised import AdapterTrainer
+
+if TYPE_CHECKING:
+    import transformers
+
+    from ..core.model.peft_model import PeftModel
 
 # What the Trainer gets unless the job says otherwise.
-DEFAULTS: dict[str, Any] = {
+DEFAULTS: Fields = {
     "per_device_train_batch_size": 8,
     "num_train_epochs": 3,
     "learning_rate": 5e-4,
@@ -74,10 +86,10 @@ class Run:
         self.steps = supervised.steps_of(self.arguments, len(self.train_rows))
         self.config = saved.config(job, self.kind, self.steps)
 
-    def _arguments(self) -> Any:
+    def _arguments(self) -> transformers.TrainingArguments:
         import transformers
 
-        usual: dict[str, Any] = {
+        usual: Fields = {
             "logging_steps": 1,
             "report_to": "none",
             "remove_unused_columns": False,
@@ -93,7 +105,7 @@ class Run:
         """What would be adapted; reads the base's config, not its weights."""
         return self._plan(bases.load_base(self.source, self.kind.auto, meta=True, **self.task.model_arguments()))
 
-    def _plan(self, base: Any) -> Plan:
+    def _plan(self, base: nn.Module) -> Plan:
         targets = tuple(
             Target(
                 path=row.path,
@@ -167,7 +179,7 @@ class Run:
         made.write_text(yaml.safe_dump(self.job.as_dict(), sort_keys=False, allow_unicode=True), encoding="utf-8")
         return str(checkpoint) if checkpoint is not None else None
 
-    def _before(self, base: Any) -> dict[str, float] | None:
+    def _before(self, base: Model) -> dict[str, float] | None:
         """The base's scores on the held-out rows; an interrupted run has them already."""
         if not self.held_out or not self.job.evaluate_before:
             return None
@@ -179,12 +191,17 @@ class Run:
         self.on_event(BaseScored(found))
         return found
 
-    def _encoded(self, rows: Any) -> Any:
+    def _encoded(self, rows: Rows) -> Rows:
         # the fingerprint keeps datasets from pickling the tokenizer to look for a cached result
         return rows.map(self.task.encode, remove_columns=rows.column_names, new_fingerprint=uuid.uuid4().hex)
 
     def _finish(
-        self, model: Any, loop: Any, before: Mapping[str, float] | None, counts: dict[str, Any], started: float
+        self,
+        model: PeftModel,
+        loop: AdapterTrainer,
+        before: Mapping[str, float] | None,
+        counts: Counted,
+        started: float,
     ) -> Finished:
         folder, plot, metrics_file = (self.output / n for n in (saved.ADAPTER, saved.PLOT, saved.METRICS))
         model.save_pretrained(str(folder))
@@ -195,7 +212,7 @@ class Run:
         history = loop.state.log_history
         plotted = record.plot(history, plot, f"{self.job.method} on {self.job.model}", self.on_event)
         losses = [row["loss"] for row in history if "loss" in row]
-        metrics = {
+        metrics: Metrics = {
             "job": self.job.as_dict(),
             "counts": counts,
             "adapter_bytes": record.folder_size(folder),
@@ -216,7 +233,7 @@ class Run:
         self._show(model)
         return finished
 
-    def _show(self, model: Any) -> None:
+    def _show(self, model: PeftModel) -> None:
         """Tells what the adapted model answers to a few held-out rows."""
         if not self.held_out or self.job.show <= 0:
             return

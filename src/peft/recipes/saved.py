@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 import yaml
@@ -13,6 +14,8 @@ import yaml
 import peft
 
 from .. import registry
+from ..config import Fields, PeftConfig
+from ..contract.method import Method
 from ..core.anatomy.patterns import for_path
 from ..errors import UserError, nearest
 from . import bases
@@ -21,11 +24,14 @@ from .job import LAYERS, Data, Job, check_fields, layers
 from .tasks import find
 from .tasks.base import Task
 
+if TYPE_CHECKING:
+    from ..core.model.peft_model import PeftModel
+
 ADAPTER, JOB, METRICS, PLOT, CHECKPOINTS = "adapter", "job.yaml", "metrics.json", "loss.png", "checkpoints"
 ROOTS = ("base_model.model.", "base_model.")  # what adapter keys begin with
 
 
-def method(name: str) -> tuple[str, Any]:
+def method(name: str) -> tuple[str, type[Method]]:
     """The method of that name, however it is written: `prefix-tuning`, `PREFIX_TUNING`."""
     found = look_up(name)
     if found is not None:
@@ -36,7 +42,7 @@ def method(name: str) -> tuple[str, Any]:
     )
 
 
-def look_up(name: str) -> tuple[str, Any] | None:
+def look_up(name: str) -> tuple[str, type[Method]] | None:
     """As `method`, None where there is no method of that name."""
     return {normalised(n): (n, m) for n, m in registry.methods().items()}.get(normalised(name))
 
@@ -46,14 +52,14 @@ def normalised(name: str) -> str:
     return name.lower().replace("-", "").replace("_", "")
 
 
-def config(job: Job, task: type[Task], steps: int) -> Any:
+def config(job: Job, task: type[Task], steps: int) -> PeftConfig:
     """The method's config from the job; a schedule that counts training steps gets their number."""
     _, found = method(job.method)
     cls, fields = found.config_class, dict(job.config)
     check_fields(fields, cls, "config", reserved={"peft_type": "`method`", "task_type": "`task`"})
     if LAYERS in fields:
         fields[LAYERS] = layers(fields[LAYERS])
-    if "total_step" in cls.__dataclass_fields__:
+    if any(f.name == "total_step" for f in dataclasses.fields(cls)):
         fields.setdefault("total_step", steps)
     return cls(task_type=peft.TaskType(task.type), **fields)
 
@@ -64,7 +70,7 @@ class Saved:
     """An adapter folder, its config, and the job that made it where that is known."""
 
     folder: Path
-    config: dict[str, Any]
+    config: Fields
     job: Job | None
 
 
@@ -140,7 +146,7 @@ def _entry(key: str, tensor: torch.Tensor) -> Entry:
     )
 
 
-def rank(config: dict[str, Any], layer: str) -> int | None:
+def rank(config: Fields, layer: str) -> int | None:
     """The rank that a saved config gives a layer, by `rank_pattern` or `r`; None where it gives none."""
     found = for_path(config.get("rank_pattern"), layer, config.get("r"))
     return found if isinstance(found, int) else None
@@ -151,7 +157,7 @@ def rank(config: dict[str, Any], layer: str) -> int | None:
 class Loaded:
     """A base with an adapter on it, ready to predict, and the task that it was trained for."""
 
-    model: Any
+    model: PeftModel
     task: Task
     source: bases.Source
 
@@ -161,7 +167,7 @@ def load(
     *,
     model: str | None = None,
     dtype: str = "auto",
-    data: dict[str, Any] | None = None,
+    data: Fields | None = None,
     on_event: OnEvent = ignore,
 ) -> Loaded:
     """The base with the adapter on it, and the task that it was trained for."""

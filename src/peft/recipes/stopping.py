@@ -6,13 +6,17 @@ import os
 import signal
 import sys
 import threading
-from typing import Any
+from collections.abc import Callable
+from types import FrameType
+from typing import TypeAlias
 
 import psutil
 import torch
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from .events import OnEvent, StopAsked, ignore
+
+Handler: TypeAlias = Callable[[int, FrameType | None], object] | int | None  # of a signal
 
 
 def memory() -> dict[str, int]:
@@ -39,9 +43,9 @@ class Stopper(TrainerCallback):
     def __init__(self, after: int | None = None, on_event: OnEvent = ignore) -> None:
         self.after, self.asked, self.stopped, self.first = after, False, False, 0
         self.on_event = on_event
-        self.kept: dict[int, Any] = {}
+        self.kept: dict[int, Handler] = {}
 
-    def _ask(self, number: int, frame: Any) -> None:
+    def _ask(self, number: int, frame: FrameType | None) -> None:
         self.asked = True
         signal.signal(number, self.kept.get(number) or signal.SIG_DFL)
         self.on_event(StopAsked())
@@ -51,14 +55,16 @@ class Stopper(TrainerCallback):
             self.kept = {n: signal.signal(n, self._ask) for n in (signal.SIGINT, signal.SIGTERM)}
         return self
 
-    def __exit__(self, *_: Any) -> None:
+    def __exit__(self, *_: object) -> None:
         for number, handler in self.kept.items():
             signal.signal(number, handler)
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
+    ) -> None:
         self.first = state.global_step
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
         due = self.after is not None and state.global_step - self.first >= self.after
         if (self.asked or due) and state.global_step < state.max_steps:
             self.stopped = control.should_save = control.should_training_stop = True

@@ -528,13 +528,3 @@ def test_a_view_is_of_names_that_the_layers_methods_show():
         views.delta_weight(layer, "another")
     with pytest.raises(AttributeError, match=r"lora_A\[adapter\]"):
         views.assign(layer, "lora_A", {"another": m.lora_A})
-
-
-def test_a_strength_of_zero_cannot_be_rescaled():
-    _, layer = adapted(lora())
-    (m,) = layer.methods["default"]
-    views.rescale(m, 6.0)
-    assert m.scaling == pytest.approx(6)
-    m.set(lora_alpha=0)
-    with pytest.raises(ValueError, match="a strength of 0 cannot be rescaled"):
-        views.rescale(m, 2.0)

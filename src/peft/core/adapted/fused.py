@@ -18,7 +18,7 @@ from ..acting.rows import Rows
 
 
 def run(layer: AdaptedLayer, methods: Sequence[Method], x: Any) -> Tensor | None:
-    """The layer's output with these methods; None where it takes more than such products."""
+    """The layer's output with these methods at x, whatever x is; None where it takes more than such products."""
     if (base := _base(layer, x)) is None:
         return None
     terms, drop = [], None
@@ -45,23 +45,22 @@ def run(layer: AdaptedLayer, methods: Sequence[Method], x: Any) -> Tensor | None
     return y
 
 
-def run_rows(layer: AdaptedLayer, rows: Rows, row: Tensor | None, x: Any) -> Tensor | None:
+def run_rows(layer: AdaptedLayer, rows: Rows, row: Tensor | None, x: Tensor) -> Tensor | None:
     """The same with an adapter per row of the batch. row: the batch row of each of x's rows, where x lost it."""
     base = _base(layer, x)
     if base is None or x.dim() < 2:
         return None
     terms, where, op = [], [], layer.op
-    drop: list[float] | None = []
+    drops: list[float] = []
     for name, at in rows.places(x, layer.path) if row is None else rows.places_of(row, x):
         for m in layer.methods.get(name, ()):
             term = m.fused_term(op) if m.never_gathered and m.bias_change() is None else None
             if not isinstance(term, Thin) or term.rows is not None:
                 return None
             terms.append(term)
-            drop.append(m.dropout if m.training else 0.0)
+            drops.append(m.dropout if m.training else 0.0)
             where.append(at)
-    if not any(drop):
-        drop = None
+    drop = drops if any(drops) else None
     if (y := rows_linear(x, *base, terms, where, drop, rows.scratch)) is not None:
         return y
     return lowrank_linear(x, *base, terms, drop, where)
@@ -81,7 +80,7 @@ def products(layer: AdaptedLayer, methods: Sequence[Method]) -> tuple[Tensor, li
     return base[0], terms
 
 
-def _base(layer: AdaptedLayer, x: Any) -> tuple[Tensor, Tensor | None] | None:
+def _base(layer: AdaptedLayer, x: Tensor) -> tuple[Tensor, Tensor | None] | None:
     """(W, b) of a base layer that is a product of x's own dtype, where a kernel may run at all."""
     if layer.roster.exact or not usable(x):
         return None

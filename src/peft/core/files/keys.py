@@ -6,11 +6,11 @@ import dataclasses
 import re
 from collections.abc import Iterable, Iterator
 from operator import attrgetter
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ...config import PeftConfig
 from ...contract.method import Method
 from ...errors import CheckpointError, near
 from ...registry import method as method_of
@@ -59,7 +59,7 @@ class FileTensor:
             old.copy_(value)
 
 
-def root_of(config: Any) -> str:
+def root_of(config: PeftConfig) -> str:
     """What stands before a module's path: methods whose site is the whole model have no tuner wrapper on disk."""
     return "base_model." if config.is_prompt_learning else ROOT
 
@@ -87,7 +87,8 @@ def _at(method: Method, attr: str) -> Tensor:
     own = method._parameters.get(attr)
     if own is not None:
         return own
-    return method.__dict__[attr] if attr in method.__dict__ else attrgetter(attr)(method)  # type: ignore[no-any-return]
+    held: Tensor = method.__dict__[attr] if attr in method.__dict__ else attrgetter(attr)(method)
+    return held
 
 
 def _held(method: Method, attr: str) -> Tensor | None:
@@ -129,7 +130,7 @@ def _translate(roster: Roster, state: dict[str, Tensor], adapter: Adapter, how: 
     return state
 
 
-def modules_in_file(tensors: Iterable[str], config: Any) -> set[str] | None:
+def modules_in_file(tensors: Iterable[str], config: PeftConfig) -> set[str] | None:
     """The paths of the modules that a file's tensors belong to; None where it holds raw parameters' adapters, too."""
     if getattr(config, "target_parameters", None):
         return None

@@ -2,11 +2,41 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar, TypedDict
 
 from ...errors import UserError, nearest
+from ..bases import Model
+from ..data import Row, Rows
 from ..events import OnEvent, ignore
 from ..job import Data
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+    from transformers.data.data_collator import DataCollator
+
+
+class Encoded(TypedDict, total=False):
+    """A row as the model's inputs. labels: one for each token, or the one of the whole text."""
+
+    input_ids: list[int]
+    attention_mask: list[int]
+    labels: list[int] | int
+    first: list[int | None]  # which word begins at a token, if one does
+
+
+class LabelNames(TypedDict, total=False):
+    """What a model's config says of its labels."""
+
+    id2label: dict[int, str]
+    label2id: dict[str, int]
+
+
+class Answer(TypedDict, total=False):
+    """What a model says of a row. words: those that the labels in `prediction` are about, one each."""
+
+    words: list[str]
+    prediction: str | list[str | None]
+    probability: float
 
 
 class Task:
@@ -16,36 +46,41 @@ class Task:
     auto: ClassVar[str]  # transformers' auto class
     generates: ClassVar[bool] = False  # whether its model writes text
 
-    def __init__(self, data: Data, tokenizer: Any, labels: list[str] | None = None, on_event: OnEvent = ignore) -> None:
+    def __init__(
+        self,
+        data: Data,
+        tokenizer: PreTrainedTokenizerBase,
+        labels: list[str] | None = None,
+        on_event: OnEvent = ignore,
+    ) -> None:
         self.data, self.tokenizer, self.labels, self.on_event = data, tokenizer, labels, on_event
 
     @classmethod
-    def find_labels(cls, data: Data, rows: Any) -> list[str] | None:
+    def find_labels(cls, data: Data, rows: Rows) -> list[str] | None:
         """The closed set of answers: as the job gives it, or as the training rows have it."""
         return data.choices
 
-    def model_arguments(self) -> dict[str, Any]:
+    def model_arguments(self) -> LabelNames:
         return {}
 
-    def encode(self, row: dict[str, Any], *, labels: bool = True) -> dict[str, Any]:
+    def encode(self, row: Row, *, labels: bool = True) -> Encoded:
         raise NotImplementedError
 
-    def collator(self) -> Any:
-        from transformers import DataCollatorForSeq2Seq
-
-        return DataCollatorForSeq2Seq(self.tokenizer, padding=True)
-
-    def evaluate(self, model: Any, rows: Any, batch_size: int) -> dict[str, float]:
+    def collator(self) -> DataCollator:
+        """What makes a batch of encoded rows."""
         raise NotImplementedError
 
-    def predict(self, model: Any, rows: Any, batch_size: int) -> list[dict[str, Any]]:
+    def evaluate(self, model: Model, rows: Rows, batch_size: int) -> dict[str, float]:
         raise NotImplementedError
 
-    def generate(self, model: Any, prompts: list[str], **settings: Any) -> list[str]:
+    def predict(self, model: Model, rows: Rows, batch_size: int) -> list[Answer]:
+        raise NotImplementedError
+
+    def generate(self, model: Model, prompts: list[str], **settings: object) -> list[str]:
         """What the model writes after each prompt; only where `generates`."""
         raise NotImplementedError
 
-    def prompt(self, row: dict[str, Any]) -> str:
+    def prompt(self, row: Row) -> str:
         """The row's text in the template."""
         template = self.data.template
         if not template:
@@ -57,14 +92,18 @@ class Task:
                 f"data.template names the column {missing}, which the row lacks. {nearest(str(missing), row)}"
             ) from None
 
+    @classmethod
+    def learned(cls, data: Data) -> str:
+        """The column to learn, for tasks that cannot do without."""
+        if data.target is None:
+            raise UserError(f"data.target is null, but {cls.type} learns a column: name it.")
+        return data.target
+
     @property
     def target(self) -> str:
-        """The column to learn, for tasks that cannot do without."""
-        if self.data.target is None:
-            raise UserError(f"data.target is null, but {self.type} learns a column: name it.")
-        return self.data.target
+        return self.learned(self.data)
 
-    def label_index(self, value: Any) -> int:
+    def label_index(self, value: object) -> int:
         assert self.labels is not None
         if str(value) in self.labels:
             return self.labels.index(str(value))

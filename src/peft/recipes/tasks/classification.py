@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from ...errors import UserError
+from ..bases import Model
+from ..data import Row, Rows
 from ..job import Data
 from ..likelihood import batches
-from .base import Task
+from .base import Answer, Encoded, LabelNames, Task
+
+if TYPE_CHECKING:
+    from transformers.data.data_collator import DataCollator
 
 
 class Classifier(Task):
     """Shared by the tasks whose model has one output for each label."""
 
-    def model_arguments(self) -> dict[str, Any]:
+    def model_arguments(self) -> LabelNames:
         assert self.labels is not None
         return {"id2label": dict(enumerate(self.labels)), "label2id": {name: i for i, name in enumerate(self.labels)}}
 
     @torch.no_grad()
-    def logits(self, model: Any, rows: Any, batch_size: int, title: str) -> list[torch.Tensor]:
+    def logits(self, model: Model, rows: Rows, batch_size: int, title: str) -> list[torch.Tensor]:
         """Each row's logits on the CPU, without its padding."""
         model.eval()
         encoded = [self.encode(row, labels=False) for row in rows]
@@ -39,26 +44,28 @@ class SequenceClassification(Classifier):
     auto = "AutoModelForSequenceClassification"
 
     @classmethod
-    def find_labels(cls, data: Data, rows: Any) -> list[str]:
-        return data.choices or _names(rows, data.target) or sorted({str(v) for v in rows[data.target]})
+    def find_labels(cls, data: Data, rows: Rows) -> list[str]:
+        return data.choices or _names(rows, data.target) or sorted({str(v) for v in rows[cls.learned(data)]})
 
-    def encode(self, row: dict[str, Any], *, labels: bool = True) -> dict[str, Any]:
+    def encode(self, row: Row, *, labels: bool = True) -> Encoded:
         found = self.tokenizer(self.prompt(row), truncation=True, max_length=self.data.max_length)
-        found = {k: found[k] for k in ("input_ids", "attention_mask")}
-        return found | ({"labels": self.label_index(_name(row[self.target], self.labels))} if labels else {})
+        encoded: Encoded = {"input_ids": found["input_ids"], "attention_mask": found["attention_mask"]}
+        if labels:
+            encoded["labels"] = self.label_index(_name(row[self.target], self.labels))
+        return encoded
 
-    def collator(self) -> Any:
+    def collator(self) -> DataCollator:
         from transformers import DataCollatorWithPadding
 
         return DataCollatorWithPadding(self.tokenizer)
 
-    def evaluate(self, model: Any, rows: Any, batch_size: int) -> dict[str, float]:
+    def evaluate(self, model: Model, rows: Rows, batch_size: int) -> dict[str, float]:
         logits = torch.stack(self.logits(model, rows, batch_size, "evaluating"))
-        right = torch.tensor([self.label_index(_name(v, self.labels)) for v in rows[self.data.target]])
+        right = torch.tensor([self.label_index(_name(v, self.labels)) for v in rows[self.target]])
         loss = torch.nn.functional.cross_entropy(logits, right)
         return {"accuracy": (logits.argmax(-1) == right).float().mean().item(), "loss": loss.item(), "rows": len(right)}
 
-    def predict(self, model: Any, rows: Any, batch_size: int) -> list[dict[str, Any]]:
+    def predict(self, model: Model, rows: Rows, batch_size: int) -> list[Answer]:
         assert self.labels is not None
         found = [r.softmax(-1) for r in self.logits(model, rows, batch_size, "predicting")]
         return [{"prediction": self.labels[int(p.argmax())], "probability": round(p.max().item(), 4)} for p in found]
@@ -69,38 +76,38 @@ class TokenClassification(Classifier):
     auto = "AutoModelForTokenClassification"
 
     @classmethod
-    def find_labels(cls, data: Data, rows: Any) -> list[str]:
+    def find_labels(cls, data: Data, rows: Rows) -> list[str]:
         known = data.choices or _names(rows, data.target)
-        return known or sorted({str(v) for values in rows[data.target] for v in values})
+        return known or sorted({str(v) for values in rows[cls.learned(data)] for v in values})
 
-    def words(self, row: dict[str, Any]) -> list[str]:
+    def words(self, row: Row) -> list[str]:
         text = row[self.data.text]
         return text.split() if isinstance(text, str) else list(text)
 
-    def encode(self, row: dict[str, Any], *, labels: bool = True) -> dict[str, Any]:
+    def encode(self, row: Row, *, labels: bool = True) -> Encoded:
         words = self.words(row)
         found = self.tokenizer(words, is_split_into_words=True, truncation=True, max_length=self.data.max_length)
-        encoded = {k: found[k] for k in ("input_ids", "attention_mask")}
+        encoded: Encoded = {"input_ids": found["input_ids"], "attention_mask": found["attention_mask"]}
         # the first token of each word carries the word's label, the others none
         owners = found.word_ids()
         first = [w if w is not None and (i == 0 or owners[i - 1] != w) else None for i, w in enumerate(owners)]
         if not labels:
-            return encoded | {"first": first}
+            encoded["first"] = first
+            return encoded
         tags = row[self.target]
         if len(tags) != len(words):
             raise UserError(
                 f"A row has {len(words)} words but {len(tags)} labels in column {self.data.target!r}: {words[:8]} ..."
             )
-        return encoded | {
-            "labels": [-100 if w is None else self.label_index(_name(tags[w], self.labels)) for w in first]
-        }
+        encoded["labels"] = [-100 if w is None else self.label_index(_name(tags[w], self.labels)) for w in first]
+        return encoded
 
-    def collator(self) -> Any:
+    def collator(self) -> DataCollator:
         from transformers import DataCollatorForTokenClassification
 
         return DataCollatorForTokenClassification(self.tokenizer)
 
-    def evaluate(self, model: Any, rows: Any, batch_size: int) -> dict[str, float]:
+    def evaluate(self, model: Model, rows: Rows, batch_size: int) -> dict[str, float]:
         logits = torch.cat(self.logits(model, rows, batch_size, "evaluating"))
         right = torch.cat([torch.tensor(self.encode(row)["labels"]) for row in rows])
         logits, right = logits[right >= 0], right[right >= 0]
@@ -111,9 +118,9 @@ class TokenClassification(Classifier):
             "tokens": len(right),
         }
 
-    def predict(self, model: Any, rows: Any, batch_size: int) -> list[dict[str, Any]]:
+    def predict(self, model: Model, rows: Rows, batch_size: int) -> list[Answer]:
         assert self.labels is not None
-        found = []
+        found: list[Answer] = []
         for row, logits in zip(rows, self.logits(model, rows, batch_size, "predicting")):
             best = logits.argmax(-1).tolist()
             tags = {
@@ -124,13 +131,13 @@ class TokenClassification(Classifier):
         return found
 
 
-def _names(rows: Any, column: str | None) -> list[str] | None:
+def _names(rows: Rows, column: str | None) -> list[str] | None:
     """Label names that the data set itself declares."""
-    feature = rows.features.get(column)
+    feature = rows.features.get(column) if column else None
     return getattr(getattr(feature, "feature", feature), "names", None)
 
 
-def _name(value: Any, labels: list[str] | None) -> Any:
+def _name(value: object, labels: list[str] | None) -> object:
     """A row's label by name: data sets store declared labels as their index."""
     if labels and isinstance(value, int) and str(value) not in labels and 0 <= value < len(labels):
         return labels[value]

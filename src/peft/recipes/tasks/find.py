@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from ...errors import UserError, nearest
 from .base import Task
 from .classification import SequenceClassification, TokenClassification
@@ -13,7 +11,7 @@ TASKS: dict[str, type[Task]] = {t.type: t for t in (CausalLM, Seq2SeqLM, Sequenc
 SHORT = {"CAUSAL_LM": "causal_lm", "SEQ_2_SEQ_LM": "seq2seq_lm", "SEQ_CLS": "seq_cls", "TOKEN_CLS": "token_cls"}
 
 
-def find(name: str | None, config: Any, gguf: bool) -> type[Task]:
+def find(name: str | None, config: object, gguf: bool) -> type[Task]:
     """The task by its name, or by what the model's config says about it."""
     if name is not None:
         wanted = name.lower().replace("-", "_")

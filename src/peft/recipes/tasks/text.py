@@ -2,26 +2,44 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from collections.abc import Callable
+from typing import TYPE_CHECKING, ClassVar, Protocol, cast
 
 import torch
 
 from .. import likelihood
+from ..bases import Model
+from ..data import Row, Rows
+from ..events import OnEvent
 from ..likelihood import batches
-from .base import Task
+from .base import Answer, Encoded, Task
+
+if TYPE_CHECKING:
+    from transformers import DataCollatorForSeq2Seq
+
+
+class Writer(Protocol):
+    """A model that writes: transformers gives `generate` to the classes with a language head only."""
+
+    def generate(self, **inputs: object) -> torch.Tensor: ...
 
 
 class Text(Task):
     """Shared by causal and encoder-decoder models."""
 
     generates = True
-    score: ClassVar[Any]
+    score: ClassVar[Callable[[Model, list[list[int]], list[list[list[int]]], int, int, str, OnEvent], torch.Tensor]]
+
+    def collator(self) -> DataCollatorForSeq2Seq:
+        from transformers import DataCollatorForSeq2Seq
+
+        return DataCollatorForSeq2Seq(self.tokenizer, padding=True)
 
     def split(self, prompt: str, answer: str) -> tuple[list[int], list[int]]:
         """The tokens of prompt and answer, without an end token."""
         raise NotImplementedError
 
-    def answers(self, rows: Any) -> tuple[list[list[int]], list[list[list[int]]]]:
+    def answers(self, rows: Rows) -> tuple[list[list[int]], list[list[list[int]]]]:
         """Every row's prompt, and for every choice the tokens of that answer to it."""
         prompts, given = [], []
         for row in rows:
@@ -30,13 +48,13 @@ class Text(Task):
             given.append([tokens for _, tokens in pairs])
         return prompts, given
 
-    def likelihoods(self, model: Any, rows: Any, batch_size: int, title: str) -> torch.Tensor:
+    def likelihoods(self, model: Model, rows: Rows, batch_size: int, title: str) -> torch.Tensor:
         model.eval()
         prompts, given = self.answers(rows)
         pad_id = self.tokenizer.pad_token_id
         return type(self).score(model, prompts, given, pad_id, batch_size, title, self.on_event)
 
-    def evaluate(self, model: Any, rows: Any, batch_size: int) -> dict[str, float]:
+    def evaluate(self, model: Model, rows: Rows, batch_size: int) -> dict[str, float]:
         if self.labels and self.data.target:
             scores = self.likelihoods(model, rows, batch_size, "evaluating")
             right = torch.tensor([self.label_index(v) for v in rows[self.data.target]])
@@ -45,7 +63,7 @@ class Text(Task):
         return self.loss(model, rows, batch_size)
 
     @torch.no_grad()
-    def loss(self, model: Any, rows: Any, batch_size: int) -> dict[str, float]:
+    def loss(self, model: Model, rows: Rows, batch_size: int) -> dict[str, float]:
         """Mean loss of a target token, where there is no closed set of answers."""
         model.eval()
         encoded = [self.encode(row) for row in rows]
@@ -56,22 +74,22 @@ class Text(Task):
             total, count = total + float(model(**batch).loss) * tokens, count + tokens
         return {"loss": total / count, "tokens": count}
 
-    def predict(self, model: Any, rows: Any, batch_size: int) -> list[dict[str, Any]]:
+    def predict(self, model: Model, rows: Rows, batch_size: int) -> list[Answer]:
         if not self.labels:
             return [{"prediction": text} for text in self.generate(model, [self.prompt(row) for row in rows])]
         scores = self.likelihoods(model, rows, batch_size, "predicting").softmax(-1)
         return [{"prediction": self.labels[int(p.argmax())], "probability": round(p.max().item(), 4)} for p in scores]
 
     @torch.no_grad()
-    def generate(self, model: Any, prompts: list[str], **settings: Any) -> list[str]:
+    def generate(self, model: Model, prompts: list[str], **settings: object) -> list[str]:
         """Greedy unless told otherwise."""
         model.eval()
         settings = {"do_sample": False, "max_new_tokens": 32, "pad_token_id": self.tokenizer.pad_token_id} | settings
         found = []
         for prompt in prompts:
             ids = torch.tensor([self.prompt_ids(prompt)], device=model.device)
-            out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **settings)[0]
-            found.append(self.tokenizer.decode(self.written(out, ids[0]), skip_special_tokens=True).strip())
+            out = cast(Writer, model).generate(input_ids=ids, attention_mask=torch.ones_like(ids), **settings)[0]
+            found.append(str(self.tokenizer.decode(self.written(out, ids[0]), skip_special_tokens=True)).strip())
         return found
 
     def prompt_ids(self, prompt: str) -> list[int]:
@@ -103,7 +121,7 @@ class CausalLM(Text):
             tokens = self.tokenizer(answer, add_special_tokens=False).input_ids
         return before[-max(1, self.data.max_length - len(tokens)) :], tokens
 
-    def encode(self, row: dict[str, Any], *, labels: bool = True) -> dict[str, Any]:
+    def encode(self, row: Row, *, labels: bool = True) -> Encoded:
         end = [self.tokenizer.eos_token_id] if self.tokenizer.eos_token_id is not None else []
         if self.data.target is None:
             ids = (self._ids(self.prompt(row)) + end)[: self.data.max_length]
@@ -133,7 +151,7 @@ class Seq2SeqLM(Text):
     def split(self, prompt: str, answer: str) -> tuple[list[int], list[int]]:
         return self.prompt_ids(prompt), self.tokenizer(text_target=answer, add_special_tokens=False).input_ids
 
-    def encode(self, row: dict[str, Any], *, labels: bool = True) -> dict[str, Any]:
+    def encode(self, row: Row, *, labels: bool = True) -> Encoded:
         ids = self.prompt_ids(self.prompt(row))
         target = self.tokenizer(text_target=str(row[self.target]), truncation=True, max_length=self.data.max_length)
         return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": target.input_ids}

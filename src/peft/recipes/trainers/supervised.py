@@ -8,17 +8,23 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
-from torch.utils.data import Sampler
-from transformers import Trainer, TrainerCallback
+from torch import Tensor, nn
+from torch.utils.data import Dataset, Sampler
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.data.data_collator import DataCollator
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
+from ..bases import Model
+from ..data import Rows
 from ..events import Logged, OnEvent, Step, TrainingEnded
 from ..likelihood import takes
 from ..stopping import memory
+
+Inputs: TypeAlias = dict[str, Any]  # a model's arguments by name: a batch's tensors, and numbers beside them
 
 
 class LengthGroups(Sampler[int]):
@@ -49,21 +55,23 @@ class LengthGroups(Sampler[int]):
 class AdapterTrainer(Trainer):
     """The Trainer of `peft train`."""
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+    def _get_train_sampler(self, train_dataset: Dataset[object] | None = None) -> Sampler[int] | None:
         dataset: Any = train_dataset if train_dataset is not None else self.train_dataset
         if self.args.train_sampling_strategy != "group_by_length" or self.args.world_size > 1:
             return super()._get_train_sampler(train_dataset)
         size = self.args.train_batch_size * self.args.gradient_accumulation_steps
         return LengthGroups([len(ids) for ids in dataset["input_ids"]], size, self.args.seed)
 
-    def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+    def compute_loss(self, model: nn.Module, inputs: Inputs, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor, Any]:
         return super().compute_loss(model, answers_only(self.accelerator.unwrap_model(model), inputs), *args, **kwargs)
 
 
 class Schedule(TrainerCallback):
     """Tells methods that change with the steps (rank budgets) which step was taken, before gradients are cleared."""
 
-    def on_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: object = None, **_: object
+    ) -> None:
         update = getattr(model, "update_and_allocate", None)
         if update is not None:
             update(state.global_step)
@@ -76,23 +84,32 @@ class Teller(TrainerCallback):
         self.on_event = on_event
         self.started, self.first = 0.0, 0
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
+    ) -> None:
         self.started, self.first = time.monotonic(), state.global_step
         self.on_event(Step(state.global_step, state.max_steps))
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
         self.on_event(Step(state.global_step, state.max_steps))
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **_: object,
+    ) -> None:
         pace = (time.monotonic() - self.started) / max(1, state.global_step - self.first)
         left = pace * (state.max_steps - state.global_step)
         self.on_event(Logged(state.global_step, state.max_steps, dict(logs or {}), memory(), left))
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
         self.on_event(TrainingEnded())
 
 
-def answers_only(model: Any, inputs: dict[str, Any]) -> dict[str, Any]:
+def answers_only(model: nn.Module, inputs: Inputs) -> Inputs:
     """Asks the model for the logits from the first label on: a small model spends a fifth of its time on its head.
 
     Left as it is where soft prompts lengthen the labels, which must then stay whole.
@@ -108,7 +125,12 @@ def answers_only(model: Any, inputs: dict[str, Any]) -> dict[str, Any]:
 
 
 def trainer(
-    model: Any, args: Any, rows: Any, held_out: Any, collator: Any, callbacks: list[TrainerCallback]
+    model: Model,
+    args: TrainingArguments,
+    rows: Rows,
+    held_out: Rows | None,
+    collator: DataCollator,
+    callbacks: list[TrainerCallback],
 ) -> AdapterTrainer:
     made = AdapterTrainer(
         model=model, args=args, train_dataset=rows, eval_dataset=held_out, data_collator=collator, callbacks=callbacks
@@ -123,7 +145,7 @@ def last_checkpoint(folder: Path) -> Path | None:
     return max(found, key=lambda p: int(p.name.rpartition("-")[2]), default=None)
 
 
-def steps_of(args: Any, rows: int) -> int:
+def steps_of(args: TrainingArguments, rows: int) -> int:
     """How many optimizer steps the Trainer will take."""
     if args.max_steps > 0:
         return args.max_steps
