@@ -1,6 +1,6 @@
-"""How factored deltas start: functions of the factors and the weight, independent of the layer kind.
+"""How adapters start. Of factored deltas: functions of the factors and the weight, independent of the layer kind.
 
-A file lists its functions under the names that configs use. Those in `random` fill A and B in place:
+A file lists such functions under the names that configs use. Those in `random` fill A and B in place:
 `fn(A, B, rng, site)`. Those in `from_weight` return initial factors `fn(A, B, rng, site, scale, argument) -> (A0, B0)`,
 which the layer subtracts, so that a fresh adapter is the identity and W is never changed. A name ending in `_` takes
 the number that follows it as its argument (`pissa_niter_16`).
