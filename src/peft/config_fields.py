@@ -10,6 +10,7 @@ from dataclasses import field
 from typing import Any, TypeVar
 
 T = TypeVar("T")
+E = TypeVar("E", bound=enum.Enum)
 
 
 def unavailable(default: Any = None) -> Any:
@@ -36,8 +37,13 @@ def among(default: T, allowed: Collection[object], *, own: bool = False) -> T:
     return field(default=default, metadata={"allowed": allowed, "own": own})
 
 
+def member(default: E) -> E | str:
+    """A member of the default's enum, as itself or by its value; the config holds the member."""
+    return field(default=default, metadata={"enum": type(default)})
+
+
 def check_field(config: Any, f: dataclasses.Field[Any]) -> None:
-    """Raise a clear error where a config's value is not what the field's declaration allows."""
+    """Raise a clear error where a config's value is not what the field's declaration allows; take what it means."""
     value, said = getattr(config, f.name), f.metadata
     if "unavailable" in said and not _same(value, said["unavailable"]):
         raise ValueError(
@@ -48,6 +54,16 @@ def check_field(config: Any, f: dataclasses.Field[Any]) -> None:
         require(config, f.name, *said["range"])
     if "allowed" in said:
         one_of(config, f.name, said["allowed"])
+    if "enum" in said:
+        setattr(config, f.name, _member(said["enum"], f.name, value))
+
+
+def _member(options: type[enum.Enum], name: str, value: object) -> enum.Enum:
+    try:
+        return options(getattr(value, "value", value))
+    except ValueError:
+        known = ", ".join(o.value for o in options)
+        raise ValueError(f"`{name}` should be one of {known} but the value passed is {value!r}") from None
 
 
 def require(config: object, name: str, least: float = 1, below: float | None = None) -> None:

@@ -7,20 +7,17 @@ changed: the layer subtracts the frozen initial product, ΔW = s(B A − B₀ A�
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from dataclasses import dataclass, field
+from typing import Literal
 
-import torch
 from torch import Tensor
 
 from ..config import DeltaConfig, require_ranks
-from ..config_fields import require, unavailable
-from ..contract.capabilities import Derives
+from ..config_fields import ranged, unavailable
 from ..contract.site import Site
 from ..contract.tensors import Shown, Stored
-from ..core.anatomy.patterns import for_path, to_patterns, with_value
-from ..core.forms.low_rank import LowRank
-from ..errors import Refusal
+from ..core.anatomy.patterns import for_path
+from ..core.forms.low_rank import LowRank, Start
 from ..inits import find as find_init
 
 __all__ = ["LoraConfig", "LoraRuntimeConfig"]
@@ -45,9 +42,9 @@ class LoraConfig(DeltaConfig):
     """
 
     own_type = "LORA"
-    r: int = 8
+    r: int = ranged(8)
     lora_alpha: int = 8
-    lora_dropout: float = 0.0
+    lora_dropout: float = ranged(0.0, 0, 1)
     fan_in_fan_out: bool = False  # the layer kind knows its layout; kept for checkpoints
     use_rslora: bool = False
     init_lora_weights: bool | str | Literal["gaussian", "orthogonal", "pissa", "olora"] = True
@@ -58,39 +55,36 @@ class LoraConfig(DeltaConfig):
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None
     ensure_weight_tying: bool = False
     lora_bias: bool = False
-    megatron_config: dict[str, Any] | None = unavailable()
+    megatron_config: dict[str, object] | None = unavailable()
     megatron_core: str | None = "megatron.core"
-    loftq_config: Any = unavailable({})
-    eva_config: Any = unavailable()
-    corda_config: Any = unavailable()
-    lora_ga_config: Any = unavailable()
-    velora_config: Any = unavailable()
+    loftq_config: object = unavailable({})
+    eva_config: object = unavailable()
+    corda_config: object = unavailable()
+    lora_ga_config: object = unavailable()
+    velora_config: object = unavailable()
     alora_invocation_tokens: list[int] | None = unavailable()
     use_qalora: bool = unavailable(False)
     qalora_group_size: int = 16
-    monteclora_config: Any = unavailable()
+    monteclora_config: object = unavailable()
     layer_replication: list[tuple[int, int]] | None = unavailable()
     runtime_config: LoraRuntimeConfig = field(default_factory=LoraRuntimeConfig, metadata={"transient": True})
-    use_bdlora: Any = unavailable()
-    arrow_config: Any = unavailable()
-    kasa_config: Any = unavailable()
+    use_bdlora: object = unavailable()
+    arrow_config: object = unavailable()
+    kasa_config: object = unavailable()
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self, "r")
-        require(self, "lora_dropout", 0, 1)
         find_init(self.init_lora_weights)
         require_ranks(self)
 
 
-class Lora(Derives, LowRank):
+class Lora(LowRank):
     peft_type = "LORA"
     config_class = LoraConfig
     summary = "Adds a trainable product of two thin matrices to frozen weights."
     formula = "W' = W + (α/r)·B A"
     paper = "arXiv 2106.09685"
     prefix = "lora_"
-    pair_names = ("lora_A", "lora_B")
     tensors = {
         "lora_A": Stored(
             *("lora_A.weight", "r fan_in"),
@@ -124,101 +118,32 @@ class Lora(Derives, LowRank):
         {"r": 4, "init_lora_weights": "pissa"},
         {"r": 4, "init_lora_weights": "olora", "lora_dropout": 0.1},
     )
-    lora_A: Tensor
-    lora_B: Tensor
-    lora_bias: Tensor | None
-    r: int
+    pair_names, bias_name = ("lora_A", "lora_B"), "lora_bias"
+    alpha_field, root_field = "lora_alpha", "use_rslora"
+    any_factors = {"init_lora_weights": True}
+    config: LoraConfig
     lora_alpha: float
+    lora_bias: Tensor | None
     use_rslora: bool
-    first_A: Tensor | None
-    first_B: Tensor | None
 
     def __init__(self, config: LoraConfig, site: Site) -> None:
         super().__init__(config, site)
         named = site.tied if config.ensure_weight_tying and site.tied else site.path
-        alpha = for_path(config.alpha_pattern, named, config.lora_alpha)
-        self.set(r=self.rank_at(config, named), lora_alpha=alpha, use_rslora=config.use_rslora)
-        self.set(dropout=config.lora_dropout)
-        self._buffers.update(first_A=None, first_B=None)  # PiSSA, OLoRA: the initial factors, subtracted; not saved
+        self.set(
+            r=self.rank_at(config, named),
+            lora_alpha=for_path(config.alpha_pattern, named, config.lora_alpha),
+            use_rslora=config.use_rslora,
+            dropout=config.lora_dropout,
+        )
         self.create(site)
-
-    @classmethod
-    def rank_at(cls, config: LoraConfig, path: str) -> int:
-        return for_path(config.rank_pattern, path, config.r)
 
     @property
     def scaling(self) -> float:
-        """s, times what set_scale and scale_layer asked for."""
         return self.multiplier * self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
 
     @property
-    def derives(self) -> bool:
-        return find_init(self.config.init_lora_weights)[2]
-
-    def derive(self, rng: torch.Generator, site: Site) -> None:
-        start, argument, _ = find_init(self.config.init_lora_weights)
-        if self.follows:
-            why = f"ensure_weight_tying shares a pair with {site.tied}, but this start decomposes each end's own weight"
-            raise Refusal(self.peft_type, f"{site.path} ({site.layer})", why)
-        first = start(self.lora_A, self.lora_B, rng, site, self.scaling, argument)
-        for name, value in zip(("first_A", "first_B"), first, strict=True):
-            self.register_buffer(name, value.to(site.device, site.dtype), persistent=False)
-
-    @torch.no_grad()
-    def reset(self, rng: torch.Generator, site: Site) -> None:
-        if self.first_A is not None:
-            self.lora_A.copy_(self.first_A)
-            self.lora_B.copy_(self.first_B)
-        elif not self.follows:
-            start, _, _ = find_init(self.config.init_lora_weights)
-            start(self.lora_A, self.lora_B, rng, site)
-        if self.lora_bias is not None:
-            self.lora_bias.zero_()
-
-    def factors(self) -> tuple[Tensor, Tensor]:
-        """(A, B) with ΔW = s·B A."""
-        A, B = self.tensor("lora_A"), self.tensor("lora_B")
-        if self.turned:
-            return B.T, A.T
-        first_A, first_B = self._buffers["first_A"], self._buffers["first_B"]
-        if first_A is None or first_B is None:
-            return A, B
-        return torch.cat([A, first_A]), torch.cat([B, -first_B], 1)
-
-    def delta(self) -> tuple[Tensor, Tensor]:
-        A, B = self.factors()
-        return A, self.scaling * B
+    def start(self) -> Start:
+        return find_init(self.config.init_lora_weights)
 
     def bias_change(self) -> Tensor | None:
         return None if self.lora_bias is None else self.scaling * self.lora_bias
-
-    def two_factors(self) -> tuple[Tensor, Tensor, float]:
-        return (*self.factors(), self.scaling)
-
-    @classmethod
-    def config_for_ranks(cls, config: LoraConfig, ranks: dict[str, int]) -> LoraConfig:
-        r, pattern = to_patterns(ranks)
-        plain: dict[str, Any] = {"use_rslora": False, "init_lora_weights": True}
-        return replace(config, r=r, lora_alpha=r, rank_pattern=pattern, alpha_pattern=dict(pattern), **plain)
-
-    @classmethod
-    def join(cls, config: LoraConfig, path: str, former: list[str]) -> None:
-        ranks = [for_path(config.rank_pattern, p, config.r) for p in former]
-        alphas = [for_path(config.alpha_pattern, p, config.lora_alpha) for p in former]
-        if len({a / (math.sqrt(r) if config.use_rslora else r) for a, r in zip(alphas, ranks, strict=True)}) > 1:
-            raise ValueError(f"{path} holds {', '.join(former)} at one strength, but alpha/r differs for them.")
-        r = sum(ranks)
-        alpha = alphas[0] * math.sqrt(r / ranks[0]) if config.use_rslora and len(former) > 1 else sum(alphas)
-        config.rank_pattern = with_value(config.rank_pattern, path, config.r, r)
-        config.alpha_pattern = with_value(config.alpha_pattern, path, config.lora_alpha, alpha)
-
-    @torch.no_grad()
-    def set_factors(self, A: Tensor, B: Tensor, bias: Tensor | None) -> None:
-        if not self.follows:
-            self.lora_A.copy_(A)
-            self.lora_B.copy_(B)
-        if self.lora_bias is not None:
-            self.lora_bias.zero_() if bias is None else self.lora_bias.copy_(bias)
-
-    def rank(self) -> int:
-        return min(self.r * (1 if self.first_A is None else 2), self.geometry.out, self.geometry.fan_in)

@@ -9,16 +9,13 @@ from __future__ import annotations
 import enum
 import warnings
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor, nn
-from torch.nn.utils import skip_init
 
 from ..config import PromptLearningConfig
-from ..config_fields import own_field, require
+from ..config_fields import member, own_field, ranged
 from ..contract.site import Site
-from ..core.forms.prompt import Encoded, Table
-from .prompt_tuning import chosen
+from ..core.forms.prompt import Encoded, Table, linear
 
 __all__ = ["PromptEncoderConfig", "PromptEncoderReparameterizationType"]
 
@@ -40,22 +37,17 @@ class PromptEncoderConfig(PromptLearningConfig):
     """
 
     own_type = "P_TUNING"
-    encoder_reparameterization_type: str | PromptEncoderReparameterizationType = PromptEncoderReparameterizationType.MLP
-    encoder_hidden_size: int = None  # type: ignore[assignment]
-    encoder_num_layers: int = 2
-    encoder_dropout: float = 0.0
+    encoder_reparameterization_type: str | PromptEncoderReparameterizationType = member(
+        PromptEncoderReparameterizationType.MLP
+    )
+    encoder_hidden_size: int | None = ranged(None)
+    encoder_num_layers: int = ranged(2)
+    encoder_dropout: float = ranged(0.0, 0, 1)
     save_encoder: bool = own_field(True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.encoder_reparameterization_type = kind = chosen(
-            PromptEncoderReparameterizationType, "encoder_reparameterization_type", self.encoder_reparameterization_type
-        )
-        require(self, "encoder_num_layers")
-        require(self, "encoder_dropout", 0, 1)
-        if self.encoder_hidden_size is not None:
-            require(self, "encoder_hidden_size")
-        if kind.value == "MLP" and self.encoder_num_layers != 2:
+        if self.encoder_reparameterization_type == "MLP" and self.encoder_num_layers != 2:
             warnings.warn("encoder_num_layers is for the LSTM; the MLP always has its three layers.", stacklevel=3)
 
 
@@ -73,10 +65,8 @@ class PTuning(Encoded):
 
     def __init__(self, config: PromptEncoderConfig, site: Site) -> None:
         super().__init__(config, site)
-        d, h = config.token_dim, config.encoder_hidden_size
-        made: dict[str, Any] = {"device": site.device, "dtype": site.dtype}
-        total = config.num_virtual_tokens * (config.num_transformer_submodules or 1)
-        self.embedding = Table(site.empty(total, d))
+        d, h = config.token_dim, config.encoder_hidden_size or config.token_dim
+        self.embedding = Table(site.empty(self.rows, d))
         self.lstm_head: nn.LSTM | None = None
         widths = [d, h, h, d]
         if config.encoder_reparameterization_type == "LSTM":
@@ -86,7 +76,7 @@ class PTuning(Encoded):
             widths = [2 * h, 2 * h, d]
         layers: list[nn.Module] = []
         for i, o in zip(widths, widths[1:], strict=False):
-            layers += [skip_init(nn.Linear, i, o, **made), nn.ReLU()]
+            layers += [linear(site, i, o), nn.ReLU()]
         self.mlp_head: nn.Sequential | None = nn.Sequential(*layers[:-1])
         self.choose_table()
 

@@ -8,18 +8,16 @@ encoder-decoder model reads pair 2i mod L at layer i: upstream's layout, in whic
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.nn.utils import skip_init
 
 from ..config import PromptLearningConfig
-from ..config_fields import own_field
+from ..config_fields import among, own_field, ranged
 from ..contract.site import Site
-from ..core.anatomy.language import number, takes_prefix, text_config
-from ..core.forms.prompt import Encoded, Table
+from ..core.anatomy.language import number, takes_prefix
+from ..core.forms.prompt import Encoded, Table, columns, linear
 from ..errors import Refusal
 
 __all__ = ["PrefixTuningConfig"]
@@ -34,15 +32,10 @@ class PrefixTuningConfig(PromptLearningConfig):
     """
 
     own_type = "PREFIX_TUNING"
-    init_weights: Literal["zero"] | None = None
-    encoder_hidden_size: int = None  # type: ignore[assignment]
+    init_weights: Literal["zero"] | None = among(None, (None, "zero"))
+    encoder_hidden_size: int | None = ranged(None)
     prefix_projection: bool = False
     save_encoder: bool = own_field(True)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.init_weights not in (None, "zero"):
-            raise ValueError(f"`init_weights` should be None or 'zero' but the value passed is {self.init_weights!r}")
 
 
 class PrefixTuning(Encoded):
@@ -52,39 +45,34 @@ class PrefixTuning(Encoded):
     formula = "attention(q, [K; k], [V; v])"
     paper = "arXiv 2101.00190"
     networks = ("transform",)
+    required, sized = ("num_layers", "token_dim", "num_attention_heads"), "this model's keys and values need {}"
     examples = (
         {"num_virtual_tokens": 3},
         {"num_virtual_tokens": 2, "prefix_projection": True, "encoder_hidden_size": 8},
     )
 
     @classmethod
-    def sizes(cls, text: Any, model: nn.Module) -> dict[str, int]:
+    def sizes(cls, text: object, model: nn.Module) -> dict[str, int]:
         heads = number(text, "num_attention_heads", "encoder_attention_heads")
         width = getattr(text, "head_dim", None) or getattr(text, "d_kv", None) or number(text, "hidden_size") // heads
         kv = getattr(text, "num_key_value_heads", None) or heads
         return {"num_layers": number(text, "num_hidden_layers"), "token_dim": width * kv, "num_attention_heads": kv}
 
     @classmethod
-    def fits(cls, config: Any, model: nn.Module) -> None:
-        reason = takes_prefix(model)
-        if reason:
+    def fits(cls, config: PromptLearningConfig, model: nn.Module) -> None:
+        if reason := takes_prefix(model):
             raise Refusal(cls.peft_type, type(model).__name__, reason)
-        for name, size in cls.sizes(text_config(model), model).items():
-            if getattr(config, name) != size:
-                raise ValueError(
-                    f"{cls.peft_type}: {name}={getattr(config, name)}, but this model's keys and values need {size}. "
-                    f"Is this the right base model? Leave {name} at None to read it from the model."
-                )
+        super().fits(config, model)
 
     def __init__(self, config: PrefixTuningConfig, site: Site) -> None:
         super().__init__(config, site)
-        n, kv, out = config.num_virtual_tokens, config.token_dim, 2 * config.num_layers * config.token_dim  # type: ignore[operator]
-        made: dict[str, Any] = {"device": site.device, "dtype": site.dtype}
+        assert config.num_layers is not None
+        kv, out = config.token_dim, 2 * config.num_layers * config.token_dim
         self.transform: nn.Sequential | None = None
-        self.embedding = Table(site.empty(n, kv if config.prefix_projection else out))
+        self.embedding = Table(site.empty(config.num_virtual_tokens, kv if config.prefix_projection else out))
         if config.prefix_projection:
-            first = skip_init(nn.Linear, kv, config.encoder_hidden_size, **made)
-            self.transform = nn.Sequential(first, nn.Tanh(), skip_init(nn.Linear, first.out_features, out, **made))
+            hidden = config.encoder_hidden_size or kv
+            self.transform = nn.Sequential(linear(site, kv, hidden), nn.Tanh(), linear(site, hidden, out))
         self.choose_table()
 
     @torch.no_grad()
@@ -96,8 +84,7 @@ class PrefixTuning(Encoded):
 
     def encode(self, table: Tensor, part: slice | None = None) -> Tensor:
         assert self.transform is not None
-        last, part = self.transform[2], part or slice(None)
-        return F.linear(self.transform[1](self.transform[0](table)), last.weight[part], last.bias[part])
+        return columns(self.transform, table, part)
 
     def keys_values(self, layer: int) -> tuple[Tensor, Tensor]:
         c = self.config

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..config import PromptLearningConfig
+from ..config_fields import member
 from ..contract.site import Site
 from ..core.forms.prompt import PromptMethod, Table
+from ..inits.prompts import text_ids
 
 __all__ = ["PromptTuningConfig", "PromptTuningInit"]
 
@@ -33,32 +34,19 @@ class PromptTuningConfig(PromptLearningConfig):
     """
 
     own_type = "PROMPT_TUNING"
-    prompt_tuning_init: PromptTuningInit | str = PromptTuningInit.RANDOM
+    prompt_tuning_init: PromptTuningInit | str = member(PromptTuningInit.RANDOM)
     prompt_tuning_init_text: str | None = None
     tokenizer_name_or_path: str | None = None
-    tokenizer_kwargs: dict[str, Any] | None = None
+    tokenizer_kwargs: dict[str, object] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.prompt_tuning_init = self.choice(self.prompt_tuning_init)
         text = self.prompt_tuning_init == "TEXT"
         for name in ("tokenizer_name_or_path", "prompt_tuning_init_text"):
             if text and not getattr(self, name):
                 raise ValueError(f"When prompt_tuning_init='TEXT', {name} can't be {getattr(self, name)!r}: state it.")
         if self.tokenizer_kwargs and not text:
             raise ValueError("tokenizer_kwargs only valid when using prompt_tuning_init='TEXT': leave it out.")
-
-    def choice(self, value: Any) -> Any:
-        return chosen(PromptTuningInit, "prompt_tuning_init", value)
-
-
-def chosen(options: Any, name: str, value: Any) -> Any:
-    """The member of an enum that a config's field names."""
-    try:
-        return options(getattr(value, "value", value))
-    except ValueError:
-        known = ", ".join(o.value for o in options)
-        raise ValueError(f"`{name}` should be one of {known} but the value passed is {value!r}") from None
 
 
 class PromptTuning(PromptMethod):
@@ -72,10 +60,10 @@ class PromptTuning(PromptMethod):
         {"num_virtual_tokens": 2, "prompt_tuning_init": "SAMPLE_VOCAB"},
     )
 
-    def __init__(self, config: Any, site: Site) -> None:
+    def __init__(self, config: PromptTuningConfig, site: Site) -> None:
         super().__init__(config, site)
-        total = config.num_virtual_tokens * config.num_transformer_submodules
-        self.embedding = Table(site.empty(total, config.token_dim))
+        self.embedding = Table(site.empty(self.rows, config.token_dim))
+        self.create(site)
 
     @torch.no_grad()
     def reset(self, rng: torch.Generator, site: Site) -> None:
@@ -85,20 +73,11 @@ class PromptTuning(PromptMethod):
         if start == "SAMPLE_VOCAB":
             P.copy_(site.embed(torch.randint(site.vocabulary, (len(P),), generator=rng)))
         elif start == "TEXT":
-            P.copy_(site.embed(torch.tensor(self.text_ids(len(P)))))
+            c = self.config
+            ids = text_ids(c.prompt_tuning_init_text, len(P), c.tokenizer_name_or_path, c.tokenizer_kwargs or {})
+            P.copy_(site.embed(torch.tensor(ids)))
         else:
             P.normal_(generator=rng)
-
-    def text_ids(self, n: int) -> list[int]:
-        """The text's tokens, repeated or cut to n. Remote code is never run for it."""
-        from transformers import AutoTokenizer
-
-        options = {k: v for k, v in (self.config.tokenizer_kwargs or {}).items() if k != "trust_remote_code"}
-        tokenizer = AutoTokenizer.from_pretrained(self.config.tokenizer_name_or_path, **options)
-        ids = list(tokenizer(self.config.prompt_tuning_init_text)["input_ids"])
-        if not ids:
-            raise ValueError("prompt_tuning_init_text gives no tokens: state a text.")
-        return (ids * (n // len(ids) + 1))[:n]
 
     def prompt(self, tasks: Tensor | None) -> Tensor:
         return self.embedding.weight

@@ -7,11 +7,14 @@ before every attention. How they get into a model's call: `core/prompts`.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils import skip_init
 
+from ...config import PromptLearningConfig
 from ...config_fields import require
 from ...contract.method import Method
 from ...contract.site import Site
@@ -27,6 +30,24 @@ class Table(nn.Module):
     def __init__(self, weight: nn.Parameter) -> None:
         super().__init__()
         self.weight = weight
+
+
+def linear(site: Site, inputs: int, outputs: int) -> nn.Linear:
+    """A layer of a network at this site; its values come later."""
+    made: nn.Linear = skip_init(nn.Linear, inputs, outputs, device=site.device, dtype=site.dtype)
+    return made
+
+
+def columns(network: nn.Sequential, x: Tensor, part: slice | None) -> Tensor:
+    """`network(x)[..., part]`; where the last layer is linear, the other columns are not computed."""
+    layers = list(network)
+    for layer in layers[:-1]:
+        x = layer(x)
+    last = layers[-1]
+    if part is not None and isinstance(last, nn.Linear):
+        return F.linear(x, last.weight[part], last.bias[part])
+    x = last(x)
+    return x if part is None else x[..., part]
 
 
 class PromptMethod(Method):
@@ -47,6 +68,8 @@ class PromptMethod(Method):
         """K and V[heads, n, width] that layer `layer` attends to before its own."""
         raise AttributeError(f"{type(self).__name__} puts no keys and values before the attention")
 
+    required: ClassVar[tuple[str, ...]] = ("token_dim",)  # of the sizes, those that the config may not state otherwise
+    sized: ClassVar[str] = "the embeddings of this model have {} entries"
     prompts_decoder: ClassVar[bool] = False  # the second half of `prompt` goes before the decoder's tokens
 
     @property
@@ -64,9 +87,14 @@ class PromptMethod(Method):
         """What upstream's file holds under this name."""
         return self.embedding.weight
 
+    @property
+    def rows(self) -> int:
+        """Vectors in the prompt: those of an encoder and its decoder stand one below the other."""
+        return int(self.config.num_virtual_tokens * (self.config.num_transformer_submodules or 1))
+
     # -- sizes --------------------------------------------------------------------------------------------------------------
     @classmethod
-    def prepare(cls, config: Any, model: nn.Module) -> None:
+    def prepare(cls, config: PromptLearningConfig, model: nn.Module) -> None:
         """Read num_layers, token_dim, num_attention_heads and num_transformer_submodules from the base model."""
         require(config, "num_virtual_tokens")
         text = text_config(model)
@@ -80,15 +108,14 @@ class PromptMethod(Method):
         if config.num_transformer_submodules is None:
             pair = task == "SEQ_2_SEQ_LM" or (task is None and is_encoder_decoder(model))
             config.num_transformer_submodules = 2 if pair else 1
-        for name, value in cls.sizes(text, model).items():
-            if getattr(config, name) is None:
+        sizes = cls.sizes(text, model)
+        for name, value in {**sizes, "encoder_hidden_size": sizes["token_dim"]}.items():
+            if getattr(config, name, value) is None:
                 setattr(config, name, value)
-        if getattr(config, "encoder_hidden_size", 0) is None:
-            config.encoder_hidden_size = config.token_dim
         cls.fits(config, model)
 
     @classmethod
-    def sizes(cls, text: Any, model: nn.Module) -> dict[str, int]:
+    def sizes(cls, text: object, model: nn.Module) -> dict[str, int]:
         width = getattr(token_embeddings(model), "embedding_dim", None) or number(text, "hidden_size")
         return {
             "num_layers": number(text, "num_hidden_layers"),
@@ -97,14 +124,15 @@ class PromptMethod(Method):
         }
 
     @classmethod
-    def fits(cls, config: Any, model: nn.Module) -> None:
+    def fits(cls, config: PromptLearningConfig, model: nn.Module) -> None:
         """Raise when the sizes that the config states are not this model's."""
-        width = cls.sizes(text_config(model), model)["token_dim"]
-        if config.token_dim != width:
-            raise ValueError(
-                f"{cls.peft_type}: token_dim={config.token_dim}, but the embeddings of this model have {width} entries. "
-                "Is this the right base model? Leave token_dim at None to read it from the model."
-            )
+        sizes = cls.sizes(text_config(model), model)
+        for name in cls.required:
+            if getattr(config, name) != sizes[name]:
+                raise ValueError(
+                    f"{cls.peft_type}: {name}={getattr(config, name)}, but {cls.sized.format(sizes[name])}. "
+                    f"Is this the right base model? Leave {name} at None to read it from the model."
+                )
 
     def rank(self) -> int | None:
         return None
