@@ -224,8 +224,7 @@ class TunerConfig(PeftConfig):
             self.target_modules = (
                 sorted(set(self.target_modules)) if isinstance(self.target_modules, set) else list(self.target_modules)
             )
-        if isinstance(self.exclude_modules, (tuple, set)):
-            self.exclude_modules = sorted(self.exclude_modules)
+        self.exclude_modules = as_names(self.exclude_modules)
         if isinstance(self.target_modules, str):
             for name in ("layers_to_transform", "layers_pattern"):
                 if getattr(self, name) is not None and self.target_modules != "all-linear":
@@ -234,6 +233,18 @@ class TunerConfig(PeftConfig):
             raise ValueError("When `layers_pattern` is specified, `layers_to_transform` must also be specified. ")
         if self.bias not in ("none", "all") and not self.bias.endswith("_only"):
             raise ValueError(f"bias={self.bias!r}: expected 'none', 'all' or '<method>_only'.")
+
+
+def as_names(value: list[str] | str | None) -> list[str] | str | None:
+    """Names as JSON has them: sets and tuples become sorted lists."""
+    return sorted(value) if isinstance(value, (tuple, set)) else value
+
+
+@dataclass
+class LayoutConfig(TunerConfig):
+    """fan_in_fan_out: in upstream's files of most early methods. Each kind of layer knows its layout by itself."""
+
+    fan_in_fan_out: bool = False
 
 
 @dataclass

@@ -14,6 +14,8 @@ from peft.maths.rotations import (
     cayley,
     cayley_neumann,
     compact_wy,
+    leave_out,
+    nearest_divisor,
     orthonormal_rows,
     reflect,
     reflect_orthonormalised,
@@ -149,6 +151,20 @@ def test_a_full_butterfly_is_orthogonal_and_joins_every_input_with_every_output(
         B = butterfly(eye(16), blocks[:m]).T
         close(B @ B.T, eye(16))
         assert ((B.abs() > 1e-9).sum(1) == reached).all()
+
+
+def test_of_two_divisors_as_near_the_smaller_is_taken():
+    assert [nearest_divisor(12, n) for n in (1, 3, 5, 7, 9, 100)] == [1, 3, 4, 6, 6, 12]  # 9 lies between 6 and 12
+    assert nearest_divisor(15, 4) == 3
+
+
+def test_a_share_of_the_blocks_is_left_out_rounded_down_and_of_one_factor_only():
+    blocks = drawn(2, 4, 3, 3)
+    thinned = leave_out(blocks, 0.6)
+    gone = (thinned == eye(3)).all(-1).all(-1)
+    assert sorted(gone.sum(1).tolist()) == [0, 2] and torch.equal(thinned[~gone], blocks[~gone])
+    assert (leave_out(blocks[0], 0.75) == eye(3)).all(-1).all(-1).sum() == 3
+    assert leave_out(blocks, 0.2) is blocks
 
 
 # -- reflections --------------------------------------------------------------------------------------------------------

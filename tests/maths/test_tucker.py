@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from peft.maths.tucker import tucker
+from peft.maths.tucker import low_rank, tucker
 
 
 @pytest.mark.parametrize("kernel", [(3,), (2, 3), (2, 1, 3)])
@@ -19,3 +19,5 @@ def test_a_kernel_is_the_sum_over_both_ranks(kernel):
                 for j in range(2):
                     weight[o, c] += a[i, o] * core[i, j] * b[j, c]
     torch.testing.assert_close(tucker(core, a, b), weight.reshape(4, -1))
+    torch.testing.assert_close(low_rank(a, b, core), weight.reshape(4, -1))
+    torch.testing.assert_close(low_rank(a.T, b), a.T @ b)

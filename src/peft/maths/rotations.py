@@ -56,6 +56,25 @@ def identity_like(matrices: Tensor) -> Tensor:
 
 
 # -- block-diagonal factors and butterflies -----------------------------------------------------------------------------
+def nearest_divisor(n: int, wanted: int) -> int:
+    """The divisor of n that is nearest to a number; of two the smaller."""
+    return min((d for d in range(1, n + 1) if n % d == 0), key=lambda d: (abs(d - wanted), d))
+
+
+def leave_out(blocks: Tensor, share: float) -> Tensor:
+    """blocks[k, b, b] of which a share (rounded down, drawn from torch's generator) is I; for a product of m factors,
+    blocks[m, k, b, b], blocks of one of them."""
+    k = blocks.shape[-3]
+    count = int(share * k)
+    if not count:
+        return blocks
+    gone = (torch.randperm(k, device=blocks.device) < count)[:, None, None]
+    if blocks.dim() > 3:
+        factor = torch.randint(len(blocks), (1,), device=blocks.device)
+        gone = gone & (torch.arange(len(blocks), device=blocks.device)[:, None, None, None] == factor)
+    return torch.where(gone, identity_like(blocks), blocks)
+
+
 def rotate_blocks(x: Tensor, blocks: Tensor) -> Tensor:
     """x blockdiag(blocks) for x[..., n] and blocks[n/b, b, b], or [1, b, b]: one for all."""
     b = blocks.shape[-1]

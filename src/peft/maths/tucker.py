@@ -1,9 +1,14 @@
-"""Tucker factors of a kernel: a small core tensor between a matrix for the outputs and one for the inputs."""
+"""Matrices of low rank and Tucker factors of kernels: a small core between a matrix for outputs and one for inputs."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+
+def low_rank(a: Tensor, b: Tensor, core: Tensor | None = None) -> Tensor:
+    """a b for a[out, r] and b[r, columns]; with a core, `tucker` of it."""
+    return a @ b if core is None else tucker(core, a, b)
 
 
 def tucker(core: Tensor, a: Tensor, b: Tensor) -> Tensor:

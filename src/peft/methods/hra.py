@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..config import TunerConfig
-from ..config_fields import require
+from ..config_fields import ranged
 from ..contract.method import Method
 from ..contract.refusals import refusal
 from ..contract.site import Site
@@ -35,13 +35,9 @@ class HRAConfig(TunerConfig):
     """
 
     own_type = "HRA"
-    r: int = 8
+    r: int = ranged(8)
     apply_GS: bool = False
     init_weights: bool = True
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require(self, "r")
 
 
 class HRA(Method):
@@ -54,13 +50,13 @@ class HRA(Method):
     tensors = {"hra_u": Stored(shape="width config.r")}
     examples = ({"r": 4}, {"r": 4, "apply_GS": True})
 
+    config: HRAConfig
     hra_u: Tensor
 
     def __init__(self, config: HRAConfig, site: Site) -> None:
         super().__init__(config, site)
         self.create(site)
-        self.paired = config.init_weights and not config.apply_GS and config.r % 2 == 0
-        self.identity = self.paired
+        self.identity = config.init_weights and not config.apply_GS and config.r % 2 == 0
 
     @classmethod
     def check(cls, config: HRAConfig, site: Site) -> None:
@@ -73,19 +69,15 @@ class HRA(Method):
     def reset(self, rng: torch.Generator, site: Site) -> None:
         n, r = self.hra_u.shape
         if self.config.init_weights and r % 2:
-            warnings.warn(
-                f"HRA: r={r} is odd, so the reflections do not cancel and the adapter starts with an effect.",
-                stacklevel=2,
-            )
-        columns = r // 2 if self.paired else r
+            text = f"HRA: r={r} is odd, so the reflections do not cancel and the adapter starts with an effect."
+            warnings.warn(text, stacklevel=2)
+        columns = r // 2 if self.identity else r
         start = (2 * torch.rand(n, columns, generator=rng) - 1) / math.sqrt(columns)
         self.hra_u.copy_(start.repeat_interleave(r // columns, dim=1))
 
     def before(self, x: Tensor) -> Tensor:
-        u = self.hra_u
-        rows = x.to(u.dtype)
-        turned = reflect_orthonormalised(rows, u) if self.config.apply_GS else reflect(rows, u)
-        return turned.to(x.dtype)
+        chain = reflect_orthonormalised if self.config.apply_GS else reflect
+        return chain(x.to(self.hra_u.dtype), self.hra_u).to(x.dtype)
 
     def rank(self) -> int:
         return min(self.config.r, self.geometry.out, self.geometry.width)

@@ -9,12 +9,11 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..config import TunerConfig
+from ..config import LayoutConfig, as_names
 from ..config_fields import own_field
 from ..contract.capabilities import Blends, ScalesChannels
 from ..contract.method import Method
@@ -23,13 +22,12 @@ from ..contract.site import Site
 from ..contract.tensors import Stored
 from ..core.anatomy.language import model_type
 from ..core.anatomy.roles import default_targets
-from ..errors import NoMatchingPeftModuleError
 
 __all__ = ["IA3Config"]
 
 
 @dataclass
-class IA3Config(TunerConfig):
+class IA3Config(LayoutConfig):
     """(IA)³ (arXiv 2205.05638).
 
     feedforward_modules: names or a regex of the targets whose input is scaled instead of the output, among
@@ -38,7 +36,6 @@ class IA3Config(TunerConfig):
 
     own_type = "IA3"
     feedforward_modules: list[str] | str | None = None
-    fan_in_fan_out: bool = False  # the layer kind knows its layout; kept for checkpoints
     init_ia3_weights: bool = True
     bias: str = own_field("none")
     layers_to_transform: list[int] | int | None = own_field(None)
@@ -46,11 +43,9 @@ class IA3Config(TunerConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if isinstance(self.feedforward_modules, (set, tuple)):
-            self.feedforward_modules = sorted(self.feedforward_modules)
-        if isinstance(self.feedforward_modules, list) and isinstance(self.target_modules, list):
-            strange = sorted(set(self.feedforward_modules) - set(self.target_modules))
-            if strange:
+        names = self.feedforward_modules = as_names(self.feedforward_modules)
+        if isinstance(names, list) and isinstance(self.target_modules, list):
+            if strange := sorted(set(names) - set(self.target_modules)):
                 raise ValueError(f"`feedforward_modules` should be a subset of `target_modules`; {strange} are not.")
 
     def scales_input(self, path: str) -> bool:
@@ -70,12 +65,14 @@ class IA3(Blends, ScalesChannels, Method):
     role = "keys_values_ffn"
     examples = ({"feedforward_modules": []}, {"feedforward_modules": ".*"})
 
+    config: IA3Config
+    ia3_l: Tensor
+
     def __init__(self, config: IA3Config, site: Site) -> None:
         super().__init__(config, site)
         g = site.geometry
         self.is_feedforward = config.scales_input(site.path)
-        if self.is_feedforward:
-            self.form = "before"
+        self.form = "before" if self.is_feedforward else "after"
         size = g.inputs if self.is_feedforward else g.out
         row = self.is_feedforward or g.shape
         self.ia3_l = site.empty(*((1, size) if row else (size, 1)), *(1 for _ in g.shape))
@@ -83,27 +80,19 @@ class IA3(Blends, ScalesChannels, Method):
 
     @classmethod
     def prepare(cls, config: IA3Config, model: nn.Module) -> None:
-        super().prepare(config, model)
         if config.feedforward_modules is None:
-            name = model_type(model)
-            try:
-                config.feedforward_modules = default_targets("ffn", name, cls.peft_type)
-            except NoMatchingPeftModuleError as e:
-                raise ValueError(
-                    f"Please specify `feedforward_modules` in `peft_config` ([] for none): {cls.peft_type} has no default "
-                    f"for model type {name!r}."
-                ) from e
+            asked = "`feedforward_modules` in `peft_config` ([] for none)"
+            config.feedforward_modules = default_targets("ffn", model_type(model), cls.peft_type, asked)
 
     @classmethod
     def check(cls, config: IA3Config, site: Site) -> None:
         super().check(config, site)
         if config.scales_input(site.path) and site.geometry.weightless:
-            raise refusal(
-                cls,
-                site,
+            reason = (
                 "the width of this module's input is not known, so it cannot be scaled; scale its output instead by "
-                "leaving it out of feedforward_modules",
+                "leaving it out of feedforward_modules"
             )
+            raise refusal(cls, site, reason)
 
     @torch.no_grad()
     def reset(self, rng: torch.Generator, site: Site) -> None:
@@ -112,7 +101,7 @@ class IA3(Blends, ScalesChannels, Method):
     def before(self, x: Tensor) -> Tensor:
         return (x * self.ia3_l.flatten()).to(x.dtype)
 
-    def after(self, y: Tensor, x: Any) -> Tensor:
+    def after(self, y: Tensor, x: object) -> Tensor:
         return (y * self.ia3_l.flatten()).to(y.dtype)
 
     def fold(self, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:

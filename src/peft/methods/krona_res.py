@@ -11,57 +11,46 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..config import TunerConfig
-from ..contract.method import Method
 from ..contract.refusals import refusal
 from ..contract.site import Site
 from ..contract.tensors import Shown, Stored
+from ..core.forms.kron import Kronecker, KroneckerConfig
 from ..maths.kron import apply_kron, kron
-from .krona import KronA, check_shape, sizes, start
+from .krona import KronA
 
 __all__ = ["KronAResConfig"]
 
 
 @dataclass
-class KronAResConfig(TunerConfig):
+class KronAResConfig(KroneckerConfig):
     """KronA^B_res (arXiv 2212.10650).
 
-    a_shape: (a1, a2), the size of A, both dividing the block's channels; None takes the divisors nearest to the square
-    root. scale: s, not trained. residual: where the learnt scale t of the residual starts; 1.0 passes x on whole, 0.0
-    leaves the model as it is. krona_dropout: on the branch's input. init_weights: True starts B at 0, False at random.
+    a_shape: (a1, a2), the size of A, or None. scale: s, not trained. residual: where the learnt scale t of the residual
+    starts; 1.0 passes x on whole, 0.0 leaves the model as it is. krona_dropout: on the branch's input.
     """
 
     own_type = "KRONA_RES"
-    a_shape: tuple[int, int] | list[int] | None = None
-    scale: float = 1.0
     residual: float = 0.0
-    krona_dropout: float = 0.0
-    init_weights: bool = True
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_shape(self)
 
 
-class KronARes(Method):
+class KronARes(Kronecker):
     peft_type = "KRONA_RES"
     config_class = KronAResConfig
     summary = "Puts a Kronecker product and a learnt residual beside a feed-forward block."
     formula = "h = FFN(x) + s·(A ⊗ B) x + t·x"
     paper = "arXiv 2212.10650"
     prefix = "krona_"
+    pair_names = KronA.pair_names
     tensors = {**KronA.tensors, "krona_residual": Stored(shape="1")}
     role = "mlps"
     shown = Shown(settings=("scaling",))
     examples = ({}, {"scale": 2.0, "krona_dropout": 0.1})
 
-    def __init__(self, config: KronAResConfig, site: Site) -> None:
-        super().__init__(config, site)
-        (self.a1, self.b1), (self.a2, self.b2) = sizes(config, site.geometry.out, site.geometry.inputs, site.path)
-        self.create(site)
+    config: KronAResConfig
+    krona_residual: Tensor
 
     @classmethod
-    def check(cls, config: KronAResConfig, site: Site) -> None:
+    def check(cls, config: KroneckerConfig, site: Site) -> None:
         g = site.geometry
         if not g.weightless and not g.is_matrix:
             reason = "a branch beside the layer needs its input as channels at the same positions as its output"
@@ -72,19 +61,15 @@ class KronARes(Method):
                 "target the whole feed-forward block"
             )
             raise refusal(cls, site, reason)
-        sizes(config, g.out, g.inputs, site.path)
+        super().check(config, site)
 
     @torch.no_grad()
     def reset(self, rng: torch.Generator, site: Site) -> None:
-        start(self.krona_A, self.krona_B, self.config, rng)
+        super().reset(rng, site)
         self.krona_residual.fill_(self.config.residual)
 
-    @property
-    def scaling(self) -> float:
-        return self.multiplier * self.config.scale
-
     def after(self, y: Tensor, x: Tensor) -> Tensor:
-        A, B, t = (p.to(y.dtype) for p in (self.scaling * self.krona_A, self.krona_B, self.krona_residual))
+        A, B, t = (p.to(y.dtype) for p in (*self.scaled(), self.krona_residual))
         x = x.to(y.dtype)
         branch = torch.nn.functional.dropout(x, self.config.krona_dropout, self.training)
         return y + apply_kron(branch, A, B) + self.multiplier * t * x
@@ -92,5 +77,5 @@ class KronARes(Method):
     def fold(self, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Beside a single matrix the branch is W + s·(A ⊗ B) + t·I."""
         eye = torch.eye(W.shape[0], device=W.device, dtype=W.dtype)
-        change = kron(self.scaling * self.krona_A, self.krona_B).to(W.dtype)
+        change = kron(*self.scaled()).to(W.dtype)
         return W + change + self.multiplier * self.krona_residual.to(W.dtype) * eye, b

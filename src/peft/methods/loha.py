@@ -8,13 +8,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..contract.site import Site
 from ..contract.tensors import Stored
-from ..core.forms.lycoris import Lycoris, LycorisConfig, kaiming
-from ..maths.tucker import tucker
+from ..core.forms.lycoris import Lycoris, LycorisConfig
+from ..maths.tucker import low_rank
 
 __all__ = ["LoHaConfig"]
 
@@ -41,31 +40,25 @@ class LoHa(Lycoris):
         {"r": 2, "alpha": 4, "use_dora": True},
     )
 
+    config: LoHaConfig
+    hada_w1_a: Tensor
+    hada_w1_b: Tensor
+    hada_w2_a: Tensor
+    hada_w2_b: Tensor
+    hada_t1: Tensor | None
+    hada_t2: Tensor | None
+
     def __init__(self, config: LoHaConfig, site: Site) -> None:
         super().__init__(config, site)
-        g, r = site.geometry, self.r
-        for n in (1, 2):
-            if self.tucker:
-                core = site.empty(r, r, *self.core_shape)
-                a, b = site.empty(r, g.out), site.empty(r, g.fan_in // g.kernel)
-            else:
-                core, a, b = None, site.empty(g.out, r), site.empty(r, g.fan_in)
-            for name, value in ((f"hada_w{n}_a", a), (f"hada_w{n}_b", b), (f"hada_t{n}", core)):
-                self.register_parameter(name, value)
+        out, inputs = site.geometry.out, site.geometry.fan_in // site.geometry.kernel
+        self.make(site, {**self.low_rank_shapes(1, out, inputs), **self.low_rank_shapes(2, out, inputs)})
 
-    @torch.no_grad()
-    def reset(self, rng: torch.Generator, site: Site) -> None:
-        for p in self.parameters():
-            kaiming(p, rng)
-        if self.config.init_weights:
-            nn.init.zeros_(self.hada_w2_b)
+    def zero_at_start(self) -> Tensor | None:
+        return self.hada_w2_b if self.config.init_weights else None
 
     def delta(self) -> tuple[Tensor]:
-        if self.tucker:
-            first = tucker(self.hada_t1, self.hada_w1_a, self.hada_w1_b)
-            second = tucker(self.hada_t2, self.hada_w2_a, self.hada_w2_b)
-        else:
-            first, second = self.hada_w1_a @ self.hada_w1_b, self.hada_w2_a @ self.hada_w2_b
+        first = low_rank(self.hada_w1_a, self.hada_w1_b, self.hada_t1)
+        second = low_rank(self.hada_w2_a, self.hada_w2_b, self.hada_t2)
         return (self.scaling * first * second,)
 
     def rank(self) -> int:

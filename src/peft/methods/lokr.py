@@ -10,14 +10,14 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..config_fields import require
+from ..config_fields import among, ranged
 from ..contract.site import Op, Site
 from ..contract.tensors import Stored
-from ..core.forms.lycoris import Lycoris, LycorisConfig, kaiming
+from ..core.forms.lycoris import Lycoris, LycorisConfig
 from ..maths.kron import apply_kron, factorization, kron
-from ..maths.tucker import tucker
+from ..maths.tucker import low_rank
 
 __all__ = ["LoKrConfig", "factorization"]
 
@@ -33,15 +33,9 @@ class LoKrConfig(LycorisConfig):
 
     own_type = "LOKR"
     decompose_both: bool = False
-    decompose_factor: int = -1
+    decompose_factor: int = ranged(-1, -1)
     rank_dropout_scale: bool = False
-    init_weights: bool | Literal["lycoris"] = True
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require(self, "decompose_factor", -1)
-        if isinstance(self.init_weights, str) and self.init_weights != "lycoris":
-            raise ValueError(f"init_weights={self.init_weights!r}: expected True, False or 'lycoris'.")
+    init_weights: bool | Literal["lycoris"] | None = among(True, (True, False, None, "lycoris"))
 
 
 class LoKr(Lycoris):
@@ -59,46 +53,40 @@ class LoKr(Lycoris):
         {"r": 1, "alpha": 2, "use_dora": True},
     )
 
+    config: LoKrConfig
     lokr_w1: Tensor | None
+    lokr_w1_a: Tensor  # these two where there is no lokr_w1, and so with lokr_w2
+    lokr_w1_b: Tensor
     lokr_w2: Tensor | None
+    lokr_w2_a: Tensor
+    lokr_w2_b: Tensor
+    lokr_t2: Tensor | None
 
     def __init__(self, config: LoKrConfig, site: Site) -> None:
         super().__init__(config, site)
         g, r = site.geometry, self.r
         a, b = factorization(g.out, config.decompose_factor)
         c, d = factorization(g.fan_in // g.kernel, config.decompose_factor)
-        low1 = config.decompose_both and r < max(a, c) / 2
-        low2 = r < max(b, d) / 2
-        self.tucker = self.tucker and low2
         self.rescaled = config.rank_dropout_scale
-        shapes: dict[str, tuple[int, ...]] = {"w1_a": (a, r), "w1_b": (r, c)} if low1 else {"w1": (a, c)}
-        if self.tucker:
-            shapes |= {"w2_a": (r, b), "w2_b": (r, d), "t2": (r, r, *self.core_shape)}
-        elif low2:
-            shapes |= {"w2_a": (b, r), "w2_b": (r, d * g.kernel)}
-        else:
-            shapes["w2"] = (b, d, *g.shape)
-        for name in self.tensors:
-            shape = shapes.get(name.removeprefix(self.prefix))
-            self.register_parameter(name, None if shape is None else site.empty(*shape))
+        low = config.decompose_both and r < max(a, c) / 2
+        first = {"lokr_w1_a": (a, r), "lokr_w1_b": (r, c)} if low else {"lokr_w1": (a, c)}
+        second = self.low_rank_shapes(2, b, d) if r < max(b, d) / 2 else {"lokr_w2": (b, d, *g.shape)}
+        self.make(site, {**first, **second})
 
-    @torch.no_grad()
-    def reset(self, rng: torch.Generator, site: Site) -> None:
-        for p in self.parameters():
-            kaiming(p, rng)
+    def zero_at_start(self) -> Tensor | None:
         if self.config.init_weights == "lycoris":
-            nn.init.zeros_(self.lokr_w2 if self.lokr_w2 is not None else self.lokr_w2_b)
-        elif self.config.init_weights:
-            nn.init.zeros_(self.lokr_w1 if self.lokr_w1 is not None else self.lokr_w1_a)
+            return self.lokr_w2_b if self.lokr_w2 is None else self.lokr_w2
+        if self.config.init_weights:
+            return self.lokr_w1_a if self.lokr_w1 is None else self.lokr_w1
+        return None
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """(w1[a, c], w2[b, d·taps])."""
-        w1 = self.lokr_w1 if self.lokr_w1 is not None else self.lokr_w1_a @ self.lokr_w1_b
-        if self.lokr_w2 is not None:
-            return w1, self.lokr_w2.flatten(1)
-        if self.tucker:
-            return w1, tucker(self.lokr_t2, self.lokr_w2_a, self.lokr_w2_b)
-        return w1, self.lokr_w2_a @ self.lokr_w2_b
+        w1, w2 = self.lokr_w1, self.lokr_w2
+        return (
+            low_rank(self.lokr_w1_a, self.lokr_w1_b) if w1 is None else w1,
+            low_rank(self.lokr_w2_a, self.lokr_w2_b, self.lokr_t2) if w2 is None else w2.flatten(1),
+        )
 
     def delta(self) -> tuple[Tensor]:
         w1, w2 = self.factors()
@@ -115,7 +103,6 @@ class LoKr(Lycoris):
         return apply_kron(x.to(dtype), (self.scaling * w1).to(dtype), w2.to(dtype))
 
     def rank(self) -> int:
-        ranks = []
-        for full, low in ((self.lokr_w1, self.lokr_w1_a), (self.lokr_w2, self.lokr_w2_b)):
-            ranks.append(min(full.flatten(1).shape) if full is not None else min(low.shape))
-        return min(ranks[0] * ranks[1], self.geometry.out, self.geometry.fan_in)
+        first = self.lokr_w1_a if self.lokr_w1 is None else self.lokr_w1
+        second = self.lokr_w2_b if self.lokr_w2 is None else self.lokr_w2.flatten(1)
+        return min(min(first.shape) * min(second.shape), self.geometry.out, self.geometry.fan_in)

@@ -14,19 +14,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..config import TunerConfig
-from ..config_fields import require
-from ..contract.method import Method
-from ..contract.refusals import refusal
+from ..config_fields import ranged
 from ..contract.site import Site
 from ..contract.tensors import Shown, Stored
-from ..maths.rotations import ball_factors, cayley, cayley_neumann, identity_like, rotate_blocks, skew_symmetric
+from ..core.forms.rotation import BlockRotation, BlockRotationConfig
+from ..maths.rotations import ball_factors, cayley, cayley_neumann, nearest_divisor, rotate_blocks, skew_symmetric
 
 __all__ = ["OFTConfig"]
 
 
 @dataclass
-class OFTConfig(TunerConfig):
+class OFTConfig(BlockRotationConfig):
     """OFT (arXiv 2306.07280).
 
     r: number of blocks, or oft_block_size: their size; one of the two, the other 0. A value that does not divide the
@@ -37,47 +35,37 @@ class OFTConfig(TunerConfig):
     """
 
     own_type = "OFT"
-    r: int = 0
-    oft_block_size: int = 32
-    module_dropout: float = 0.0
-    fan_in_fan_out: bool = False  # the layer kind knows its layout; kept for checkpoints
-    init_weights: bool = True
+    block_fields = ("r", "oft_block_size")
+    r: int = ranged(0, 0)
+    oft_block_size: int = ranged(32, 0)
+    module_dropout: float = ranged(0.0, 0, 1)
     coft: bool = False
-    eps: float = 6e-5
+    eps: float = ranged(6e-5, 0)
     block_share: bool = False
     use_cayley_neumann: bool = True
-    num_cayley_neumann_terms: int = 5
+    num_cayley_neumann_terms: int = ranged(5)
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require(self, "r", 0)
-        require(self, "oft_block_size", 0)
-        require(self, "module_dropout", 0, 1)
-        require(self, "eps", 0)
-        require(self, "num_cayley_neumann_terms")
-        if (self.r == 0) == (self.oft_block_size == 0):
-            raise ValueError(
-                f"OFT takes either r (number of blocks) or oft_block_size, the other must be 0, because their product is "
-                f"the layer's width; got r={self.r}, oft_block_size={self.oft_block_size}."
-            )
+    def blocks(self, width: int) -> tuple[int, int]:
+        found = nearest_divisor(width, getattr(self, self.stated))
+        return (found, width // found) if self.r else (width // found, found)
+
+    def misfit(self, width: int) -> str:
+        reason = (
+            f"blocks of size 1 cannot rotate, and {width} has no better divisor near what the config asks for; "
+            f"choose oft_block_size among the divisors of {width}"
+        )
+        return reason if self.blocks(width)[1] == 1 else ""
 
 
-def blocks(config: OFTConfig, width: int) -> tuple[int, int, bool]:
-    """(number, size, whether the config's value had to be changed) of the blocks of a layer."""
-    asked = config.r or config.oft_block_size
-    found = min((d for d in range(1, width + 1) if width % d == 0), key=lambda d: (abs(d - asked), d))
-    number, size = (found, width // found) if config.r else (width // found, found)
-    return number, size, found != asked
-
-
-class OFT(Method):
+class OFT(BlockRotation):
     peft_type = "OFT"
     config_class = OFTConfig
     summary = "Rotates blocks of input channels by trained orthogonal matrices."
     formula = "W' = W Rᵀ, R = blockdiag(Cayley(Q₁), …)"
     paper = "arXiv 2306.07280"
     prefix = "oft_"
-    tensors = {"oft_R": Stored("oft_R.weight", "blocks entries", indexed="oft_embedding_R.weight")}
+    tensors = {"oft_R": Stored("oft_R.weight", "trained entries", indexed="oft_embedding_R.weight")}
+    starts = {"oft_R": 0}
     shown = Shown(settings=("r", "oft_block_size"))
     examples = (
         {"oft_block_size": 4},
@@ -86,38 +74,26 @@ class OFT(Method):
         {"oft_block_size": 4, "coft": True, "eps": 0.5},
     )
 
+    config: OFTConfig
     oft_R: Tensor
+    r: int
+    oft_block_size: int
 
     def __init__(self, config: OFTConfig, site: Site) -> None:
         super().__init__(config, site)
-        width = site.geometry.width
-        self.r, self.oft_block_size, changed = blocks(config, width)
-        if changed:
-            field, value = ("r", self.r) if config.r else ("oft_block_size", self.oft_block_size)
-            warnings.warn(
-                f"OFT on {site.path}: {field}={getattr(config, field)} does not divide {width}; {value} is used.",
-                stacklevel=2,
-            )
-        b = self.oft_block_size
-        self.blocks, self.entries = 1 if config.block_share else self.r, b * (b - 1) // 2
-        self.create(site)
-        self.identity = config.init_weights
+        asked, used = getattr(config, config.stated), getattr(self, config.stated)
+        if asked != used:
+            text = f"{config.stated}={asked} does not divide {site.geometry.width}; {used} is used."
+            warnings.warn(f"OFT on {site.path}: {text}", stacklevel=2)
 
-    @classmethod
-    def check(cls, config: OFTConfig, site: Site) -> None:
-        super().check(config, site)
-        width = site.geometry.width
-        if blocks(config, width)[1] == 1:
-            raise refusal(
-                cls,
-                site,
-                f"blocks of size 1 cannot rotate, and {width} has no better divisor near what the config asks for; "
-                f"choose oft_block_size among the divisors of {width}",
-            )
+    @property
+    def trained(self) -> int:
+        """The number of blocks that have values of their own."""
+        return 1 if self.config.block_share else self.r
 
-    @torch.no_grad()
-    def reset(self, rng: torch.Generator, site: Site) -> None:
-        self.oft_R.zero_() if self.config.init_weights else self.oft_R.normal_(0, 0.1, generator=rng)
+    @property
+    def entries(self) -> int:
+        return self.oft_block_size * (self.oft_block_size - 1) // 2
 
     def constrained(self) -> Tensor:
         """The trained numbers, with `coft` pulled back to the ball of radius eps/√blocks around the identity."""
@@ -137,11 +113,5 @@ class OFT(Method):
         return cayley_neumann(Q, self.config.num_cayley_neumann_terms) if self.config.use_cayley_neumann else cayley(Q)
 
     def before(self, x: Tensor) -> Tensor:
-        R = self.rotations()
-        if self.training and len(R) > 1 and (left_out := int(self.config.module_dropout * len(R))):
-            kept = (torch.randperm(len(R), device=R.device) >= left_out)[:, None, None]
-            R = torch.where(kept, R, identity_like(R))
+        R = self.with_dropout(self.rotations(), self.config.module_dropout)
         return rotate_blocks(x.to(R.dtype), R).to(x.dtype)
-
-    def rank(self) -> int:
-        return min(self.geometry.out, self.geometry.width)

@@ -6,24 +6,23 @@ columns and rows. b[out] starts at 0, d[r] at `d_initial`.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from ..config import DeltaConfig
-from ..config_fields import own_field, require
-from ..contract.method import Method
-from ..contract.site import Op, Site
+from ..config import DeltaConfig, LayoutConfig
+from ..config_fields import own_field, ranged
+from ..contract.site import Site
 from ..contract.tensors import Shown, Stored
+from ..core.forms.banks import VectorsAroundBanks, uniform_bank
 from ..kernels.terms import Banks
 
 __all__ = ["VeraConfig"]
 
 
 @dataclass
-class VeraConfig(DeltaConfig):
+class VeraConfig(LayoutConfig, DeltaConfig):
     """VeRA (arXiv 2310.11454).
 
     r: rank of the shared banks. projection_prng_key: their seed. save_projection: write the banks to the file; without
@@ -31,22 +30,16 @@ class VeraConfig(DeltaConfig):
     """
 
     own_type = "VERA"
-    r: int = 256
+    r: int = ranged(256)
     projection_prng_key: int = 0
     save_projection: bool = True
-    vera_dropout: float = 0.0
+    vera_dropout: float = ranged(0.0, 0, 1)
     d_initial: float = 0.1
-    fan_in_fan_out: bool = False  # the layer kind knows its layout; kept for checkpoints
     init_weights: bool = True
     exclude_modules: list[str] | str | None = own_field(None)
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require(self, "r")
-        require(self, "vera_dropout", 0, 1)
 
-
-class Vera(Method):
+class Vera(VectorsAroundBanks):
     peft_type = "VERA"
     config_class = VeraConfig
     summary = "Trains two scaling vectors around random matrices that all layers share."
@@ -67,6 +60,12 @@ class Vera(Method):
         {"r": 8, "use_dora": True},
     )
 
+    config: VeraConfig
+    vera_lambda_d: Tensor
+    vera_lambda_b: Tensor
+    vera_A: Tensor
+    vera_B: Tensor
+
     def __init__(self, config: VeraConfig, site: Site) -> None:
         super().__init__(config, site)
         self.r, self.dropout = config.r, config.vera_dropout
@@ -77,42 +76,20 @@ class Vera(Method):
 
     @classmethod
     def shared_tensors(cls, config: VeraConfig, sites: list[Site], rng: torch.Generator) -> dict[str, nn.Parameter]:
-        """The banks, uniform in ±√(6/columns), A first: the same stream as in checkpoints that leave them out."""
+        """The banks, A first: the same stream as in checkpoints that leave them out."""
         key = torch.Generator().manual_seed(config.projection_prng_key)
         out, fan_in = max(s.geometry.out for s in sites), max(s.geometry.fan_in for s in sites)
-        banks = {}
-        for name, shape in (("vera_A", (config.r, fan_in)), ("vera_B", (out, config.r))):
-            bound = math.sqrt(6 / shape[1])
-            values = torch.empty(shape, dtype=torch.float32).uniform_(-bound, bound, generator=key)
-            banks[name] = nn.Parameter(values.to(sites[0].dtype), requires_grad=False)
-        return banks
+        shapes = {"vera_A": (config.r, fan_in), "vera_B": (out, config.r)}
+        return {name: uniform_bank(*shape, sites[0].dtype, key) for name, shape in shapes.items()}
 
     @torch.no_grad()
     def reset(self, rng: torch.Generator, site: Site) -> None:
-        self.vera_lambda_d.fill_(self.config.d_initial)
-        self.vera_lambda_b.zero_()
-        if not self.config.init_weights:
-            nn.init.normal_(self.vera_lambda_d, generator=rng)
-            nn.init.ones_(self.vera_lambda_b)
+        fresh, d = self.config.init_weights, self.vera_lambda_d
+        d.fill_(self.config.d_initial) if fresh else d.normal_(generator=rng)
+        self.vera_lambda_b.fill_(0 if fresh else 1)
 
-    def matrices(self) -> tuple[Tensor, Tensor]:
-        """This site's part of the banks: (A[r, fan_in], B[out, r])."""
+    def banks(self) -> Banks:
+        """The site's part of the shared ones, and its vectors."""
+        d, b = self.vera_lambda_d, self.vera_lambda_b
         A, B = self.vera_A[:, : self.geometry.fan_in], self.vera_B[: self.geometry.out]
-        return A.to(self.vera_lambda_d.device), B.to(self.vera_lambda_b.device)
-
-    def delta(self) -> tuple[Tensor, Tensor]:
-        A, B = self.matrices()
-        return self.vera_lambda_d[:, None] * A, self.multiplier * self.vera_lambda_b[:, None] * B
-
-    def term(self, x: Tensor, op: Op, dtype: torch.dtype) -> Tensor:
-        if not op.geometry.factored:
-            return super().term(x, op, dtype)
-        A, B = self.matrices()  # scaling activations spares the gradients of d·A and b·B, which nobody needs
-        h = op.scale(op(x, A.to(dtype)), self.vera_lambda_d.to(dtype))
-        return op.scale(op.pointwise(h, B.to(dtype)), (self.multiplier * self.vera_lambda_b).to(dtype))
-
-    def fused_term(self, op: Op) -> Banks:
-        return Banks(*self.matrices(), self.vera_lambda_d, self.vera_lambda_b, self.multiplier)
-
-    def rank(self) -> int:
-        return min(self.r, self.geometry.out, self.geometry.fan_in)
+        return Banks(A.to(d.device), B.to(b.device), d, b, self.multiplier)

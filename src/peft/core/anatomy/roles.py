@@ -138,14 +138,19 @@ ROLES: dict[str, list[tuple[list[str], tuple[str, ...]]]] = {
 }
 
 
-def default_targets(role: str, model_type: str | None, method: str) -> list[str] | str:
-    """The modules that play `role` in a model type; a single entry with regex characters is returned as a regex."""
+def default_targets(
+    role: str, model_type: str | None, method: str, asked: str = "`target_modules` in `peft_config`"
+) -> list[str] | str:
+    """The modules that play `role` in a model type; a single entry with regex characters is returned as a regex.
+
+    asked: for the message where nothing is known of the type, the field that then has to be stated.
+    """
     for chain in (role, "attention") if role == "every_linear" else (role,):
         for names, types in ROLES[chain]:
             if model_type in types:
                 return names[0] if len(names) == 1 and "\\" in names[0] else list(names)
     known = sorted({t for _, types in ROLES[role] for t in types})
     raise NoMatchingPeftModuleError(
-        f"Please specify `target_modules` in `peft_config`: {method} has no default for model type {model_type!r}."
+        f"Please specify {asked}: {method} has no default for model type {model_type!r}."
         f"{near(str(model_type), known)} Known model types: {', '.join(known)}."
     )

@@ -6,18 +6,21 @@ rank_dropout drops rows of ΔW, module_dropout the whole of it; both act on ΔW 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from ...config import DeltaConfig, require_ranks
-from ...config_fields import own_field, require
+from ...config_fields import own_field, ranged
 from ...contract.method import Method
 from ...contract.site import Op, Site
 from ...contract.tensors import Shown
 from ..anatomy.patterns import for_path
+
+Shapes: TypeAlias = Mapping[str, tuple[int, ...]]
 
 
 @dataclass
@@ -31,19 +34,16 @@ class LycorisConfig(DeltaConfig):
 
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, int] = field(default_factory=dict)
-    r: int = 8
+    r: int = ranged(8)
     alpha: int = 8
-    rank_dropout: float = 0.0
-    module_dropout: float = 0.0
+    rank_dropout: float = ranged(0.0, 0, 1)
+    module_dropout: float = ranged(0.0, 0, 1)
     use_effective_conv2d: bool = False
     init_weights: bool | str = True
     bias: str = own_field("none")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self, "r")
-        require(self, "rank_dropout", 0, 1)
-        require(self, "module_dropout", 0, 1)
         require_ranks(self)
 
 
@@ -56,18 +56,39 @@ class Lycoris(Method):
     )
     rescaled = True  # the rows that rank_dropout keeps grow to make up for the others
 
-    def __init__(self, config: Any, site: Site) -> None:
+    config: LycorisConfig
+
+    def __init__(self, config: LycorisConfig, site: Site) -> None:
         super().__init__(config, site)
         self.r: int = for_path(config.rank_pattern, site.path, config.r)
         self.alpha = for_path(config.alpha_pattern, site.path, config.alpha)
         self.rank_dropout, self.module_dropout = config.rank_dropout, config.module_dropout
         self.tucker = config.use_effective_conv2d and self.geometry.kernel > 1
 
-    @property
-    def core_shape(self) -> tuple[int, ...]:
-        """The kernel sizes as Tucker cores hold them: at least two, as the files have it."""
-        shape = self.geometry.shape
-        return shape if len(shape) > 1 else (*shape, 1)
+    def low_rank_shapes(self, n: int, rows: int, inputs: int) -> Shapes:
+        """The factors of the n-th matrix [rows, inputs·taps]; Tucker cores have at least two kernel sizes in the files."""
+        g, r, name = self.geometry, self.r, f"{self.prefix}w{n}"
+        if not self.tucker:
+            return {f"{name}_a": (rows, r), f"{name}_b": (r, inputs * g.kernel)}
+        core = (r, r, *g.shape, *([1] if len(g.shape) == 1 else []))
+        return {f"{name}_a": (r, rows), f"{name}_b": (r, inputs), f"{self.prefix}t{n}": core}
+
+    def make(self, site: Site, shapes: Shapes) -> None:
+        """The tensors of these shapes; the table's others are None."""
+        for name in (*shapes, *(n for n in self.tensors if n not in shapes)):
+            self.register_parameter(name, site.empty(*shapes[name]) if name in shapes else None)
+
+    @torch.no_grad()
+    def reset(self, rng: torch.Generator, site: Site) -> None:
+        """Uniform in ±1/√fan_in, but for what is zero at the start."""
+        for p in self.parameters():
+            nn.init.kaiming_uniform_(p, a=math.sqrt(5), generator=rng)
+        if (zero := self.zero_at_start()) is not None:
+            nn.init.zeros_(zero)
+
+    def zero_at_start(self) -> Tensor | None:
+        """The factor that lets a fresh adapter be the identity, where the config wants that."""
+        raise NotImplementedError(f"{type(self).__name__}.zero_at_start")
 
     @property
     def scaling(self) -> float:
@@ -91,8 +112,3 @@ class Lycoris(Method):
         if self.rank_dropout and self.rescaled:
             kept = kept / kept.mean().clamp(min=1 / out)
         return kept * (torch.rand(1, device=like.device) > self.module_dropout)
-
-
-def kaiming(tensor: Tensor, rng: torch.Generator) -> None:
-    """Uniform in ±1/√fan_in."""
-    nn.init.kaiming_uniform_(tensor, a=math.sqrt(5), generator=rng)
