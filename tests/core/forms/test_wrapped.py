@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from peft import LoHaConfig, LoraConfig, PeftModel, get_peft_model, registry
+from peft import LoHaConfig, LoraConfig, PeftModel, registry
 from peft.config_fields import own_field
 from peft.contract.capabilities import Derives, Penalised
 from peft.contract.geometry import plain_geometry
