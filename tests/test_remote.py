@@ -62,6 +62,15 @@ def test_a_local_folder_never_touches_the_network(folder):
     assert find_file(str(folder), "second", None, {}) is None  # a folder is no file
 
 
+@pytest.mark.parametrize("path", ["adapter", "near/adapter"])
+def test_nor_does_one_whose_path_could_be_a_repositorys_name(folder, monkeypatch, path):
+    monkeypatch.chdir(folder.parent)
+    (folder.parent / "near").mkdir()
+    (folder.parent / "near" / "adapter").symlink_to(folder)
+    assert find_file(path, NAME, None, {}) == f"{path}/{NAME}"
+    assert find_file(path, "missing.bin", None, {}) is None
+
+
 @pytest.mark.parametrize("path", ["{}/gone", "./gone", "../gone", "~/gone", "a/b/c"])
 def test_a_path_that_does_not_exist_is_no_repository(folder, path):
     assert find_file(path.format(folder), NAME, None, {}) is None
