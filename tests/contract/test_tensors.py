@@ -121,8 +121,10 @@ def test_disk_shapes_follow_the_layer():
 
 def test_the_disk_shape_of_an_inner_tensor_is_asked_of_the_inner_method():
     table = TensorTable.of({"A": Stored(disk="-1 r taps")}).around({"m": Stored(disk="size -1")})
-    method = a_method(size=7, inner=a_method(CONV))
-    assert table.disk_shape(method, "inner.A") == (-1, 3, 2, 3)
+    inner = a_method(CONV)
+    inner.r = 5
+    method = a_method(CONV, size=7, inner=inner)
+    assert table.disk_shape(method, "inner.A") == (-1, 5, 2, 3)
     assert table.disk_shape(method, "m") == (7, -1)
 
 
