@@ -42,6 +42,12 @@ def test_a_product_is_applied_without_being_formed(leading):
     assert torch.equal(apply_kron(torch.eye(4), A, B), PRODUCT.T)  # of every unit vector: the columns
 
 
+def test_kronecker_products_without_forming_them():
+    A, B, x = torch.randn(3, 4), torch.randn(5, 2), torch.randn(6, 8)
+    assert torch.allclose(kron(A, B), torch.kron(A, B))
+    assert torch.allclose(apply_kron(x, A, B), x @ torch.kron(A, B).T, atol=1e-5)
+
+
 def test_a_sum_adds_the_products_one_by_one():
     lefts, rights = drawn(3, 2, 4), drawn(3, 5, 2)
     expected = sum(torch.kron(a, b) for a, b in zip(lefts, rights, strict=True))
@@ -88,6 +94,16 @@ def test_quaternions_multiply_by_a_sum_of_four_products():
 )
 def test_factor_sizes(dimension, factor, expected):
     assert factorization(dimension, factor) == expected
+
+
+@pytest.mark.parametrize("n", [1, 12, 16, 127, 128, 360])
+def test_factorization_takes_the_nearest_divisors(n):
+    divisors = [d for d in range(1, n + 1) if n % d == 0]
+    assert factorization(n) == next((d, n // d) for d in reversed(divisors) if d * d <= n)
+    for limit in (2, 5, 40):
+        m, k = factorization(n, limit)
+        small = limit if n % limit == 0 else max(d for d in divisors if d <= limit and d * d <= n)
+        assert (m, k) == (small, n // small)
 
 
 def test_a_plain_matrix_is_told_from_kernels_tables_and_groups():
