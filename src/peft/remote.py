@@ -31,7 +31,8 @@ def find_file(model_id: str, name: str, subfolder: str | None, remote: Mapping[s
     if os.path.isdir(model_id):
         root = os.path.join(model_id, subfolder) if subfolder else model_id
         path = os.path.join(root, name)
-        if not os.path.realpath(root).startswith(os.path.realpath(model_id)):
+        home, here = os.path.realpath(model_id), os.path.realpath(root)
+        if os.path.commonpath([home, here]) != home:
             raise ValueError(f"subfolder {subfolder!r} leads out of {model_id}")
         return path if os.path.isfile(path) else None
     if os.path.isabs(model_id) or model_id.startswith((".", "~")) or model_id.count("/") > 1:
