@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any
 
 from torch import nn
 
+from ..config import TunerConfig
 from ..contract.capabilities import Companion
 from ..contract.site import Site
 from ..core.anatomy.patterns import means
@@ -33,18 +33,13 @@ class BiasAlong(Companion, BitFit):
     examples = ()
 
     @classmethod
-    def accompany(cls, config: Any, model: nn.Module) -> tuple[list[Place], BiasSites]:
+    def accompany(cls, config: TunerConfig, model: nn.Module) -> tuple[list[Place], BiasSites]:
         targeted = find(model, config)
-        saved = list(getattr(config, "modules_to_save", None) or [])
+        saved = list(config.modules_to_save or [])
         places = targeted
         if config.bias == "all":
             places = [p for p in walk(model) if not any(means(s, q) for s in saved for q in _above(p.path))]
-        # a composite's own raw parameters have other names on disk than `bias`, and are left alone as elsewhere
-        places = [
-            p
-            for p in places
-            if "bias" in own_biases(p.module) or (_virtual_bias(p) and p.disk_path != p.owner.disk_path)
-        ]
+        places = [p for p in places if "bias" in own_biases(p.module) or _virtual_bias(p)]
         return places, BiasSites({p.path for p in targeted})
 
     @classmethod
@@ -60,7 +55,11 @@ class BiasAlong(Companion, BitFit):
 
 
 def _virtual_bias(place: Place) -> bool:
-    return place.owner is not None and getattr(place.module, "bias", None) is not None
+    """Whether a part has a bias that the composite holds for it. A composite's own raw parameters have other names on
+    disk than `bias`, and are left alone as elsewhere."""
+    if place.owner is None or place.disk_path == place.owner.disk_path:
+        return False
+    return getattr(place.module, "bias", None) is not None
 
 
 def _above(path: str) -> list[str]:

@@ -8,17 +8,20 @@ share one copy of it.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
 
+from ..config import PromptLearningConfig, TunerConfig
 from ..contract.capabilities import Companion
 from ..contract.site import Site
 from ..core.anatomy.targets import find_whole
 from ..core.anatomy.ties import end_of, followers, shared_by_ends
 from ..core.anatomy.walk import Place, walk
 from ..core.forms.copies import Copies, outermost
+
+Savers: TypeAlias = TunerConfig | PromptLearningConfig  # what has the field
 
 
 class ModulesToSave(Companion, Copies):
@@ -31,23 +34,23 @@ class ModulesToSave(Companion, Copies):
     repeats = ("modules_to_save.", "original_module.")  # upstream's files with bias="all" and a head
 
     @classmethod
-    def accompany(cls, config: Any, model: nn.Module) -> tuple[list[Place], Any]:
+    def accompany(cls, config: Savers, model: nn.Module) -> tuple[list[Place], Savers]:
         """Modules whose path ends with a name: unlike targets, a name may be the end of a longer one (upstream's rule)."""
-        wanted = config.modules_to_save
-        wanted = [wanted] if isinstance(wanted, str) else list(wanted)
+        asked = config.modules_to_save or ()
+        wanted = [asked] if isinstance(asked, str) else list(asked)
         places = [p for p in walk(model) if p.owner is None and p.path.endswith(tuple(wanted))]
         unmatched = [w for w in wanted if not any(p.path.endswith(w) for p in places)]
         places += find_whole(model, unmatched, "modules_to_save")
         return outermost(places + followers(config, model, places)), config
 
     @classmethod
-    def shared_tensors(cls, config: Any, sites: list[Site], rng: torch.Generator) -> dict[str, nn.Parameter]:
+    def shared_tensors(cls, config: Savers, sites: list[Site], rng: torch.Generator) -> dict[str, nn.Parameter]:
         """The copies of weights that several of the modules hold."""
         return shared_by_ends(config, sites, lambda s: {"weight": s.empty(*s.parameters()["weight"].shape)})
 
-    def room(self, name: str, P: Tensor, config: Any, site: Site) -> nn.Parameter:
+    def room(self, name: str, P: Tensor, site: Site) -> nn.Parameter:
         copy = end_of(site).parts.get(name)
-        return super().room(name, P, config, site) if copy is None else copy
+        return super().room(name, P, site) if copy is None else copy
 
     def key(self, name: str) -> str:
         return name

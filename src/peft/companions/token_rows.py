@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from torch import nn
 
+from ..config import TunerConfig
 from ..contract.capabilities import Companion
 from ..contract.tensors import Stored
 from ..core.anatomy.embeddings import embedding_name
 from ..core.anatomy.patterns import means
 from ..core.anatomy.targets import find_whole
 from ..core.anatomy.walk import Place
-from ..methods.trainable_tokens import TrainableTokens, check_indices
+from ..core.forms.row_sparse import check_rows
+from ..methods.trainable_tokens import TrainableTokens
 
 
 @dataclass
@@ -35,26 +36,25 @@ class TokensAlong(Companion, TrainableTokens):
     examples = ()
 
     @classmethod
-    def tokens_needed(cls, config: Any) -> int:
-        asked = config.trainable_token_indices
-        return (
-            max((i for some in (asked.values() if isinstance(asked, dict) else [asked]) for i in some), default=-1) + 1
-        )
+    def tokens_needed(cls, config: TunerConfig) -> int:
+        asked = config.trainable_token_indices or []
+        lists = asked.values() if isinstance(asked, dict) else [asked]
+        return max((i for some in lists for i in some), default=-1) + 1
 
     @classmethod
-    def accompany(cls, config: Any, model: nn.Module) -> tuple[list[Place], TokenRows]:
-        asked = config.trainable_token_indices
+    def accompany(cls, config: TunerConfig, model: nn.Module) -> tuple[list[Place], TokenRows]:
+        asked = config.trainable_token_indices or []
         by_name = asked if isinstance(asked, dict) else {embedding_name(model): asked}
         for name, indices in by_name.items():
-            check_indices(indices, f"trainable_token_indices[{name!r}]")
-            if any(means(name, m) or means(m, name) for m in getattr(config, "modules_to_save", None) or ()):
+            check_rows(indices, f"trainable_token_indices[{name!r}]", "token indices")
+            if any(means(name, m) or means(m, name) for m in config.modules_to_save or ()):
                 raise ValueError(
                     f"{name} is in both modules_to_save, which trains it whole, and trainable_token_indices: choose one."
                 )
         places = find_whole(model, list(by_name), "trainable_token_indices")
         places += cls.followers(config, model, places)
         along = TokenRows(by_name)
-        if getattr(config, "ensure_weight_tying", False):
+        if config.ensure_weight_tying:
             for weight in {id(p.module._parameters.get("weight")) for p in places}:
                 ends = [p.path for p in places if id(p.module._parameters.get("weight")) == weight]
                 if len({tuple(along.indices_at(path)) for path in ends}) > 1:

@@ -23,3 +23,13 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 def affine(h: Tensor, W: Tensor, b: Tensor) -> Tensor:
     """W h + b over the last axis of h[..., n], for W[m, n] and b[m], computed in h's precision."""
     return F.linear(h, W.to(h.dtype), b.to(h.dtype))
+
+
+def fold_affine(W: Tensor, b: Tensor | None, M: Tensor, shift: Tensor, *, table: bool) -> tuple[Tensor, Tensor | None]:
+    """The (W', b') of M (W x + b) + shift for W[out, in], b[out], M[out, out] and shift[out].
+
+    table: x picks one column of W, so that the columns take the shift and b stays as it is.
+    """
+    if table:
+        return M @ W + shift[:, None], b
+    return M @ W, shift if b is None else M @ b.to(M.dtype) + shift

@@ -134,9 +134,9 @@ def reflect_orthonormalised(x: Tensor, u: Tensor) -> Tensor:
 def orthonormal_rows(V: Tensor) -> Tensor:
     """R[..., r, n] with R Rᵀ = I and V = L R, L lower triangular with a positive diagonal, for V[..., r, n], r <= n.
 
-    The thin QR of Vᵀ. The signs make R unique and continuous where V has full rank, and R = V where V has orthonormal
-    rows already.
+    The thin QR of Vᵀ, in fp32 or fp64. The signs make R unique and continuous where V has full rank, and R = V where V
+    has orthonormal rows already.
     """
-    Q, upper = torch.linalg.qr(V.mT)
+    Q, upper = torch.linalg.qr((V if V.dtype == torch.float64 else V.float()).mT)
     signs = torch.where(torch.diagonal(upper, dim1=-2, dim2=-1) < 0, -1.0, 1.0).to(Q.dtype)
     return (Q * signs[..., None, :]).mT

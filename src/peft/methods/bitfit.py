@@ -8,7 +8,7 @@ base's biases never change: copies are trained, and saved under the names of the
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from torch import nn
 
@@ -42,7 +42,7 @@ class BitFit(Copies):
     prefix = "bitfit_"
     holder = "bitfit_layers"
     keep_state = False
-    examples: ClassVar[tuple[dict[str, Any], ...]] = ({},)
+    examples: ClassVar[tuple[dict[str, object], ...]] = ({},)
 
     @classmethod
     def chosen(cls, names: list[str]) -> list[str]:
@@ -66,6 +66,6 @@ class BitFit(Copies):
         )
 
     @classmethod
-    def check(cls, config: Any, site: Site) -> None:
+    def check(cls, config: object, site: Site) -> None:
         if not any(is_bias(n) for n in site.parameters()):
             raise Refusal(cls.peft_type, f"{site.path} ({site.layer})", "this module has no bias that could be trained")

@@ -11,26 +11,23 @@ the identity. f is not linear, so nothing merges.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..config import TunerConfig
-from ..config_fields import one_of, require
-from ..contract.method import Method
-from ..contract.refusals import refusal, require_channels
+from ..config_fields import among, ranged
 from ..contract.site import Site
 from ..contract.tensors import Stored
-from ..errors import Refusal
+from ..core.forms.branch import Branch, BranchConfig
 from ..maths.networks import ACTIVATIONS, affine
 
 __all__ = ["BottleneckConfig"]
 
 
 @dataclass
-class BottleneckConfig(TunerConfig):
+class BottleneckConfig(BranchConfig):
     """Bottleneck adapters (arXiv 1902.00751, 2005.00247, 2110.04366).
 
     variant: "pfeiffer", "houlsby" or "parallel": the input of the adapter, and where it goes if `target_modules` is not
@@ -40,38 +37,25 @@ class BottleneckConfig(TunerConfig):
     "lora"). The parallel paper uses scaling=4, reduction_factor=2, init_weights="mam".
     """
 
-    own_type = "BOTTLENECK"
-    variant: str = "pfeiffer"
-    bottleneck_size: int | None = None
-    reduction_factor: float = 16.0
-    non_linearity: str = "relu"
-    scaling: float | str = 1.0
-    layer_norm: bool = False
-    dropout: float = 0.0
-    init_weights: str = "bert"
-
     # variant -> role of the default targets
-    roles: ClassVar[dict[str, str]] = {
-        "pfeiffer": "mlps",
-        "houlsby": "attention_and_mlps",
-        "parallel": "mlp_blocks",
-    }
+    roles: ClassVar[dict[str, str]] = {"pfeiffer": "mlps", "houlsby": "attention_and_mlps", "parallel": "mlp_blocks"}
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        one_of(self, "variant", self.roles)
-        one_of(self, "non_linearity", ACTIVATIONS)
-        one_of(self, "init_weights", ("bert", "mam", "lora"))
-        if isinstance(self.scaling, str):
-            one_of(self, "scaling", ("learned", "gated"))
-        if self.bottleneck_size is not None:
-            require(self, "bottleneck_size")
-        require(self, "reduction_factor", 1e-6)
-        require(self, "dropout", 0, 1)
+    own_type = "BOTTLENECK"
+    variant: str = among("pfeiffer", roles)
+    bottleneck_size: int | None = ranged(None)
+    reduction_factor: float = ranged(16.0, 1e-6)
+    non_linearity: str = among("relu", ACTIVATIONS)
+    layer_norm: bool = False
+    dropout: float = ranged(0.0, 0, 1)
+    init_weights: str = among("bert", ("bert", "mam", "lora"))
 
     @property
     def role(self) -> str:
         return self.roles[self.variant]
+
+    @property
+    def parallel(self) -> bool:
+        return self.variant == "parallel"
 
     def size(self, width: int) -> int:
         """b for inputs of `width` channels."""
@@ -87,97 +71,62 @@ BESIDE_THE_MATRICES = {
     "adapter_norm": Stored("adapter_norm.weight", "channels", when="config.layer_norm"),
     "adapter_norm_bias": Stored("adapter_norm.bias", "channels", when="config.layer_norm"),
 }
+START_AT_ONE = ("adapter_scaling", "adapter_norm")  # the others at 0
 
 
-class Bottleneck(Method):
+class Bottleneck(Branch):
     peft_type = "BOTTLENECK"
     config_class = BottleneckConfig
     summary = "Adds a small two-layer network with a residual after (or beside) attention and FFN."
     formula = "y ← y + s·W_up f(W_down h), h = y, or x in parallel"
     paper = "arXiv 1902.00751, 2005.00247, 2110.04366"
     prefix = "adapter_"
-    tensors: ClassVar[dict[str, Stored]] = {
+    tensors = {
         "adapter_down": Stored("adapter_down.weight", "size channels"),
         "adapter_up": Stored("adapter_up.weight", "out size"),
         **BESIDE_THE_MATRICES,
     }
-    examples: ClassVar[tuple[dict[str, Any], ...]] = (
+    examples: ClassVar[tuple[dict[str, object], ...]] = (
         {"bottleneck_size": 4, "scaling": 2.0},
         {"bottleneck_size": 4, "non_linearity": "gelu", "layer_norm": True, "scaling": "learned", "dropout": 0.1},
         {"bottleneck_size": 4, "variant": "parallel", "scaling": "gated", "init_weights": "mam"},
     )
 
-    adapter_down: Tensor
-    adapter_up: Tensor
-    adapter_down_bias: Tensor
-    adapter_up_bias: Tensor
-    adapter_scaling: Tensor | None
-    adapter_gate: Tensor | None
-    adapter_gate_bias: Tensor | None
-    adapter_norm: Tensor | None
-    adapter_norm_bias: Tensor | None
+    learned_name, gate_names = "adapter_scaling", ("adapter_gate", "adapter_gate_bias")
 
     def __init__(self, config: BottleneckConfig, site: Site) -> None:
         super().__init__(config, site)
-        g = site.geometry
-        self.parallel = config.variant == "parallel"
-        self.channels = g.inputs if self.parallel else g.out
         self.size = config.size(self.channels)
-        self.make(site)
-        self.gated, self.learned = config.scaling == "gated", config.scaling == "learned"
-        self.create(site)
-
-    # -- the two matrices: what the PHM adapters state in another way -------------------------------------------------
-    def make(self, site: Site) -> None:
-        """Tensors that the table does not make."""
-
-    def start(self, rng: torch.Generator) -> None:
-        if self.config.init_weights == "bert":
-            nn.init.normal_(self.adapter_down, std=0.02, generator=rng)
-        else:
-            nn.init.kaiming_uniform_(self.adapter_down, a=5**0.5, generator=rng)
-        nn.init.zeros_(self.adapter_up)
-
-    def matrices(self) -> tuple[Tensor, Tensor]:
-        """(W_down[b, width], W_up[out, b])."""
-        return self.adapter_down, self.adapter_up
-
-    # -- the method -----------------------------------------------------------------------------------------------------
-    @classmethod
-    def check(cls, config: Any, site: Site) -> None:
-        super().check(config, site)
-        require_channels(cls, site)
-        if config.variant == "parallel" and site.geometry.indexed:
-            raise refusal(cls, site, "its input holds indices, and W_down needs vectors to project")
-        if config.variant == "parallel" and site.geometry.kernel > 1:
-            reason = "its kernel gathers several positions, so no position of the input is an output's"
-            raise refusal(cls, site, reason)
+        self.create(site, site.shared)
 
     @torch.no_grad()
     def reset(self, rng: torch.Generator, site: Site) -> None:
         self.start(rng)
-        biases = (self.adapter_down_bias, self.adapter_up_bias, self.adapter_gate_bias, self.adapter_norm_bias)
-        for value, tensors in ((0, (*biases, self.adapter_gate)), (1, (self.adapter_norm, self.adapter_scaling))):
-            for p in tensors:
-                if p is not None:
-                    p.fill_(value)
+        for name in BESIDE_THE_MATRICES:
+            if name in self._parameters:
+                self.tensor(name).fill_(name in START_AT_ONE)
 
-    def after(self, y: Tensor, x: Any) -> Tensor:
-        h = x.to(y.dtype) if self.parallel else y
-        if self.parallel and h.shape[:-1] != y.shape[:-1]:
-            reason = f"{tuple(h.shape)} does not go to {tuple(y.shape)} row by row"
-            raise Refusal(self.peft_type, "a parallel branch", reason)
-        if self.adapter_norm is not None and self.adapter_norm_bias is not None:
-            h = F.layer_norm(h, (self.channels,), self.adapter_norm.to(h.dtype), self.adapter_norm_bias.to(h.dtype))
+    def start(self, rng: torch.Generator) -> None:
+        """Draw the two matrices."""
         down, up = self.matrices()
-        z = ACTIVATIONS[self.config.non_linearity](affine(h, down, self.adapter_down_bias))
-        z = affine(F.dropout(z, self.config.dropout, self.training), up, self.adapter_up_bias)
-        return y + self.multiplier * self.scaled(z, h)
+        if self.config.init_weights == "bert":
+            nn.init.normal_(down, std=0.02, generator=rng)
+        else:
+            nn.init.kaiming_uniform_(down, a=5**0.5, generator=rng)
+        nn.init.zeros_(up)
 
-    def scaled(self, z: Tensor, h: Tensor) -> Tensor:
-        """s z."""
-        if self.adapter_scaling is not None:
-            return z * self.adapter_scaling.to(z.dtype)
-        if self.adapter_gate is not None and self.adapter_gate_bias is not None:
-            return z * torch.sigmoid(affine(h, self.adapter_gate, self.adapter_gate_bias))
-        return z * self.config.scaling
+    def matrices(self) -> tuple[Tensor, Tensor]:
+        """(W_down[b, width], W_up[out, b]); the PHM adapters have others, and their own `start`."""
+        return self.tensor("adapter_down"), self.tensor("adapter_up")
+
+    def normalised(self, h: Tensor) -> Tensor:
+        if not self.config.layer_norm:
+            return h
+        W, b = (self.tensor(n).to(h.dtype) for n in ("adapter_norm", "adapter_norm_bias"))
+        return F.layer_norm(h, (self.channels,), W, b)
+
+    def branch(self, h: Tensor) -> Tensor:
+        down, up = self.matrices()
+        z = ACTIVATIONS[self.config.non_linearity](affine(h, down, self.tensor("adapter_down_bias")))
+        z = F.dropout(z, self.config.dropout, self.training)
+        return affine(z, up, self.tensor("adapter_up_bias"))

@@ -13,7 +13,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..config_fields import require
+from ..config_fields import among, ranged
 from ..contract.site import Site
 from ..contract.tensors import Stored
 from ..maths.kron import kronecker_sum
@@ -30,15 +30,11 @@ class CompacterConfig(PhmConfig):
     The rest as in `BottleneckConfig`.
     """
 
-    own_type = "COMPACTER"
-    variant: str = "compacter"
-    phm_rank: int = 1
-
     roles: ClassVar[dict[str, str]] = {"compacter": "attention_and_mlps", "compacter++": "mlps"}
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require(self, "phm_rank")
+    own_type = "COMPACTER"
+    variant: str = among("compacter", roles)
+    phm_rank: int = ranged(1)
 
 
 class Compacter(Phm):
@@ -49,8 +45,11 @@ class Compacter(Phm):
     paper = "arXiv 2106.04647"
     tensors = {
         **BESIDE_THE_MATRICES,
-        **{f"adapter_{part}_{m}": Stored(f"adapter_{part}.phm_{m}") for part in ("down", "up") for m in "st"},
-        "adapter_phm_rule": Stored(shared=True),
+        "adapter_down_s": Stored("adapter_down.phm_s", "n size_n config.phm_rank"),
+        "adapter_down_t": Stored("adapter_down.phm_t", "n config.phm_rank channels_n"),
+        "adapter_up_s": Stored("adapter_up.phm_s", "n out_n config.phm_rank"),
+        "adapter_up_t": Stored("adapter_up.phm_t", "n config.phm_rank size_n"),
+        "adapter_phm_rule": Stored(shape="n n n", shared=True),
     }
     examples = (
         {"bottleneck_size": 4, "phm_dim": 2},
@@ -67,23 +66,14 @@ class Compacter(Phm):
             nn.init.normal_(rule, std=n**-0.5, generator=rng)
         return {"adapter_phm_rule": rule}
 
-    def make(self, site: Site) -> None:
-        n, b, k, out = self.config.phm_dim, self.size, self.config.phm_rank, site.geometry.out
-        self.adapter_phm_rule = site.shared["adapter_phm_rule"]
-        self.adapter_down_s, self.adapter_down_t = site.empty(n, b // n, k), site.empty(n, k, self.channels // n)
-        self.adapter_up_s, self.adapter_up_t = site.empty(n, out // n, k), site.empty(n, k, b // n)
-
     def start(self, rng: torch.Generator) -> None:
         """s and t alike, so that W_down has variance 1/in."""
         rank = self.config.phm_rank
-        for p, inputs in (
-            (self.adapter_down_s, self.channels),
-            (self.adapter_down_t, self.channels),
-            (self.adapter_up_s, self.size),
-        ):
-            nn.init.normal_(p, std=(inputs * rank) ** -0.25, generator=rng)
-        nn.init.zeros_(self.adapter_up_t)
+        for name, inputs in (("down_s", self.channels), ("down_t", self.channels), ("up_s", self.size)):
+            nn.init.normal_(self.tensor(f"adapter_{name}"), std=(inputs * rank) ** -0.25, generator=rng)
+        nn.init.zeros_(self.tensor("adapter_up_t"))
 
     def matrices(self) -> tuple[Tensor, Tensor]:
-        down = kronecker_sum(self.adapter_phm_rule, self.adapter_down_s @ self.adapter_down_t)
-        return down, kronecker_sum(self.adapter_phm_rule, self.adapter_up_s @ self.adapter_up_t)
+        A = self.tensor("adapter_phm_rule")
+        down, up = ([self.tensor(f"adapter_{part}_{m}") for m in "st"] for part in ("down", "up"))
+        return kronecker_sum(A, down[0] @ down[1]), kronecker_sum(A, up[0] @ up[1])

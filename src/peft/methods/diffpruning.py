@@ -10,26 +10,25 @@ fixed positions, which can be trained on; only then is the adapter small.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import reduce
 
 import torch
 from torch import Tensor, nn
 
-from ..config import TunerConfig
-from ..config_fields import own_field, require
+from ..config_fields import own_field, ranged
 from ..contract.capabilities import Penalised
 from ..contract.site import Site
-from ..contract.tensors import TensorTable
-from ..core.forms.copies import put, take
-from ..core.forms.sparse import SparseCopies, top_entries
+from ..core.forms.copies import take
+from ..core.forms.differences import PrunedConfig, PrunedDifference, prune
 from ..maths.hard_concrete import gates, open_probability
-from ..measure.examples import originals
 
 __all__ = ["DiffPruningConfig", "prune_diff"]
 
 
 @dataclass
-class DiffPruningConfig(TunerConfig):
+class DiffPruningConfig(PrunedConfig):
     """Diff pruning (arXiv 2012.07463).
 
     density: share of the targeted modules' parameters that `prune_diff` keeps. sparsity_penalty: λ. alpha_init: the
@@ -38,19 +37,14 @@ class DiffPruningConfig(TunerConfig):
     """
 
     own_type = "DIFFPRUNING"
-    density: float = own_field(0.005)
-    sparsity_penalty: float = own_field(1.25e-7)
+    sparsity_penalty: float = ranged(1.25e-7, 0, own=True)
     alpha_init: float = own_field(5.0)
     concrete_lower: float = own_field(-1.5)
     concrete_upper: float = own_field(1.5)
     structured: bool = own_field(True)
-    pruned: bool = own_field(False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self, "sparsity_penalty", 0)
-        if not 0 < self.density <= 1:
-            raise ValueError(f"`density` is the share of parameters to keep, in (0, 1]; got {self.density}.")
         if not (self.concrete_lower < 0 and self.concrete_upper > 1):
             raise ValueError(
                 "The mask can be exactly 0 and 1 only if concrete_lower < 0 and concrete_upper > 1; got "
@@ -58,7 +52,7 @@ class DiffPruningConfig(TunerConfig):
             )
 
 
-class DiffPruning(Penalised, SparseCopies):
+class DiffPruning(Penalised, PrunedDifference):
     peft_type = "DIFFPRUNING"
     config_class = DiffPruningConfig
     summary = "Learns a sparse difference to the frozen weights under an L0 penalty, then prunes it."
@@ -68,27 +62,15 @@ class DiffPruning(Penalised, SparseCopies):
     holder = "diff_kept"
     examples = ({}, {"structured": False}, {"pruned": True, "density": 0.25})
 
-    def __init__(self, config: DiffPruningConfig, site: Site) -> None:
-        super().__init__(config, site)
-        if config.pruned:
-            self.make_room(config.density, site.device, site.dtype)
-            return
-        trees = ("diff_delta", "diff_alpha", *(("diff_group",) if config.structured else ()))
-        for tree in trees:
-            self.add_module(tree, nn.Module())
-            for name, shape in self.shapes.items():
-                put(getattr(self, tree), name, site.empty(*(() if tree == "diff_group" else shape)))
-        keys = {k: k for k in (f"{tree}.{n}" for tree in trees for n in self.shapes)}
-        self.set(table=TensorTable(keys=keys, own=keys))
+    diff_delta: nn.Module  # trees of δ, of the log-odds of its mask, and of those of the tensors' masks
+    diff_alpha: nn.Module
+    diff_group: nn.Module
 
-    @property
-    def pruned(self) -> bool:
-        return self.holder in self._modules
+    def learned(self, site: Site) -> Mapping[str, Mapping[str, nn.Parameter]]:
+        trees = {t: {n: site.empty(*s) for n, s in self.shapes.items()} for t in ("diff_delta", "diff_alpha")}
+        return trees | ({"diff_group": {n: site.empty() for n in self.shapes}} if self.config.structured else {})
 
-    @torch.no_grad()
-    def reset(self, rng: torch.Generator, site: Site) -> None:
-        if self.pruned:
-            return super().reset(rng, site)
+    def start(self, rng: torch.Generator) -> None:
         for key in self.table.keys:
             take(self, key).fill_(0 if key.startswith("diff_delta.") else self.config.alpha_init)
 
@@ -101,63 +83,30 @@ class DiffPruning(Penalised, SparseCopies):
         """z for log-odds α: a draw in training, its noiseless value in evaluation."""
         return gates(alpha, *self.stretch, noisy=self.training)
 
+    def log_odds(self, name: str) -> list[Tensor]:
+        """α of the masks that multiply a tensor's δ."""
+        trees = [self.diff_alpha, self.diff_group] if self.config.structured else [self.diff_alpha]
+        return [take(tree, name) for tree in trees]
+
     def difference(self, name: str) -> Tensor:
         """z ⊙ δ of one tensor."""
-        change = self.mask(take(self.diff_alpha, name)) * take(self.diff_delta, name)
-        return change * self.mask(take(self.diff_group, name)) if self.config.structured else change
-
-    def replace(self, name: str, P: Tensor) -> Tensor:
-        return super().replace(name, P) if self.pruned else P + self.difference(name).to(P.dtype)
+        change = take(self.diff_delta, name)
+        for alpha in self.log_odds(name):
+            change = self.mask(alpha) * change
+        return change
 
     def penalty(self) -> Tensor | None:
         """λ times the expected number of nonzero entries of z."""
         if self.pruned:
             return None
-        expected = []
-        for name in self.shapes:
-            nonzero = open_probability(take(self.diff_alpha, name), *self.stretch)
-            if self.config.structured:
-                nonzero = nonzero * open_probability(take(self.diff_group, name), *self.stretch)
-            expected.append(nonzero.sum())
-        return self.config.sparsity_penalty * torch.stack(expected).sum()
-
-    def resize(self, state: dict[str, Tensor]) -> None:
-        if self.pruned:
-            super().resize(state)
+        nonzero = ([open_probability(alpha, *self.stretch) for alpha in self.log_odds(n)] for n in self.shapes)
+        return self.config.sparsity_penalty * torch.stack([reduce(torch.mul, p).sum() for p in nonzero]).sum()
 
 
-@torch.no_grad()
 def prune_diff(model: nn.Module, density: float | None = None, adapter_name: str = "default") -> dict[str, int]:
     """Keep the largest entries of the learned difference, a share `density` of all, and drop the masks.
 
     density: the config's by default. The adapter's parameters are new ones: make a new optimiser to train them further.
     Returns the number of kept entries by module.
     """
-    roster = model.roster
-    roster.known([adapter_name])
-    adapter = roster.adapters[adapter_name]
-    methods = {disk_path: m for disk_path, m in adapter.methods if isinstance(m, DiffPruning)}
-    if not methods or any(m.pruned for m in methods.values()):
-        raise ValueError(f"Adapter {adapter_name!r} holds no learned difference to prune, or is pruned already.")
-    share = adapter.config.density if density is None else density
-    training = {disk_path: m.training for disk_path, m in methods.items()}
-    for m in methods.values():
-        m.eval()
-    changes = {(disk_path, n): m.difference(n) for disk_path, m in methods.items() for n in m.shapes}
-    chosen = top_entries({key: c.abs() for key, c in changes.items()}, share)
-    base = originals(model)
-    found = dict.fromkeys(methods, 0)
-    for disk_path, m in methods.items():
-        some = next(m.parameters())
-        m.make_room(share, some.device, some.dtype)
-        for n, P in base[m]().items():
-            if n in m.shapes:
-                at = chosen[disk_path, n]
-                m.choose(n, at, P.to(some.dtype) + changes[disk_path, n])
-                found[disk_path] += len(at)
-        for tree in ("diff_delta", "diff_alpha", "diff_group"):
-            m._modules.pop(tree, None)
-        m.train(training[disk_path])
-    adapter.config.density, adapter.config.pruned = share, True
-    roster.set_trainable(adapter_name, adapter_name in roster.training)
-    return found
+    return prune(model, adapter_name, DiffPruning, density)

@@ -12,18 +12,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from itertools import islice
-from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ..config import TunerConfig
-from ..config_fields import own_field, require
+from ..config_fields import ranged
 from ..contract.site import Site
 from ..core.acting.mix import Mix
-from ..core.forms.sparse import SparseCopies, top_entries
-from ..measure.examples import examples_of, originals
+from ..core.acting.on_model import methods_of, originals
+from ..core.forms.sparse import SparseCopies, choose, require_share, top_entries
+from ..measure.gradients import Batch, probing, squared_gradients
 
 __all__ = ["FishMaskConfig", "compute_fish_mask"]
 
@@ -36,13 +34,11 @@ class FishMaskConfig(TunerConfig):
     """
 
     own_type = "FISHMASK"
-    keep_ratio: float = own_field(0.005)
+    keep_ratio: float = ranged(0.005, 0, own=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self, "keep_ratio", 0)
-        if not 0 < self.keep_ratio <= 1:
-            raise ValueError(f"`keep_ratio` is the share of parameters to train, in (0, 1]; got {self.keep_ratio}.")
+        require_share(self, "keep_ratio", "train")
 
 
 class FishMask(SparseCopies):
@@ -58,7 +54,7 @@ class FishMask(SparseCopies):
     def __init__(self, config: FishMaskConfig, site: Site) -> None:
         super().__init__(config, site)
         self.make_room(config.keep_ratio, site.device, site.dtype)
-        self.probes: dict[str, Tensor] = {}  # zeros added to whole parameters while their gradients are measured
+        self.probes: dict[str, Tensor] = {}  # added to whole parameters while their gradients are measured
 
     def replace(self, name: str, P: Tensor) -> Tensor:
         if name in self.probes:
@@ -68,8 +64,8 @@ class FishMask(SparseCopies):
 
 def compute_fish_mask(
     model: nn.Module,
-    batches: Iterable[Any],
-    loss: Callable[[nn.Module, Any], Tensor] | None = None,
+    batches: Iterable[Batch],
+    loss: Callable[[nn.Module, Batch], Tensor] | None = None,
     *,
     adapter_name: str = "default",
     num_samples: int = 1024,
@@ -81,38 +77,11 @@ def compute_fish_mask(
     start from the base's. Make the optimiser afterwards: the adapter's parameters are new ones. Returns the number of
     chosen entries by module.
     """
-    roster = model.roster  # type: ignore[union-attr]
-    roster.known([adapter_name])
-    methods = {disk_path: m for disk_path, m in roster.adapters[adapter_name].methods if isinstance(m, FishMask)}
-    if not methods:
-        raise ValueError(
-            f"Adapter {adapter_name!r} has no mask to compute: its method is {roster.configs[adapter_name].peft_type}."
-        )
-    loss = loss or (lambda m, example: m(**example).loss)
-    for m in methods.values():
-        device = next(m.parameters()).device
-        m.probes = {n: torch.zeros(shape, device=device, requires_grad=True) for n, shape in m.shapes.items()}
-    probes = {(disk_path, n): p for disk_path, m in methods.items() for n, p in m.probes.items()}
-    fisher = {key: torch.zeros_like(p, requires_grad=False) for key, p in probes.items()}
-    count, was_training = 0, model.training
-    try:
-        with roster.using(Mix((adapter_name,))):
-            model.eval()
-            for example in islice((e for batch in batches for e in examples_of(batch)), num_samples):
-                grads = torch.autograd.grad(loss(model, example), list(probes.values()), allow_unused=True)
-                for f, g in zip(fisher.values(), grads, strict=True):
-                    if g is not None:
-                        f += g**2
-                count += 1
-    finally:
-        for m in methods.values():
-            m.probes = {}
-        model.train(was_training)
-    if not count:
-        raise ValueError("compute_fish_mask was given no examples.")
+    roster, methods = methods_of(model, adapter_name, FishMask)
+    config = roster.configs[adapter_name]
+    if not isinstance(config, FishMaskConfig):
+        raise ValueError(f"Adapter {adapter_name!r} has no mask to compute: its method is {config.peft_type}.")
+    with probing(methods) as probes, roster.using(Mix((adapter_name,))):
+        fisher = squared_gradients(model, probes, batches, loss, num_samples)
     base = originals(model)
-    found = dict.fromkeys(methods, 0)
-    for (disk_path, n), at in top_entries(fisher, roster.configs[adapter_name].keep_ratio).items():
-        methods[disk_path].choose(n, at, base[methods[disk_path]]()[n])
-        found[disk_path] += len(at)
-    return found
+    return choose(methods, top_entries(fisher, config.keep_ratio), lambda path: base[methods[path]]())

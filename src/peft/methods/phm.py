@@ -7,17 +7,18 @@ B of W_up starts at 0, so a fresh adapter is the identity.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from ..config_fields import require
+from ..config_fields import among, ranged
 from ..contract.refusals import refusal
 from ..contract.site import Site
 from ..contract.tensors import Stored
 from ..maths.kron import kronecker_sum
+from ..maths.networks import ACTIVATIONS
 from .bottleneck import BESIDE_THE_MATRICES, Bottleneck, BottleneckConfig
 
 __all__ = ["PhmConfig"]
@@ -32,18 +33,15 @@ class PhmConfig(BottleneckConfig):
     """
 
     own_type = "PHM"
-    reduction_factor: float = 32.0
-    non_linearity: str = "gelu"
-    phm_dim: int = 4
+    reduction_factor: float = ranged(32.0, 1e-6)
+    non_linearity: str = among("gelu", ACTIVATIONS)
+    phm_dim: int = ranged(4)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self, "phm_dim")
-        if self.bottleneck_size is not None and self.bottleneck_size % self.phm_dim:
-            raise ValueError(
-                f"`bottleneck_size` should be a multiple of phm_dim={self.phm_dim} but the value passed is "
-                f"{self.bottleneck_size}"
-            )
+        n, b = self.phm_dim, self.bottleneck_size
+        if b is not None and b % n:
+            raise ValueError(f"`bottleneck_size` should be a multiple of phm_dim={n} but the value passed is {b}")
 
     def size(self, width: int) -> int:
         return -(-super().size(width) // self.phm_dim) * self.phm_dim
@@ -57,35 +55,36 @@ class Phm(Bottleneck):
     paper = "arXiv 2106.04647"
     tensors = {
         **BESIDE_THE_MATRICES,
-        **{f"adapter_{part}_{m}": Stored(f"adapter_{part}.phm_{m}") for part in ("down", "up") for m in "AB"},
+        "adapter_down_A": Stored("adapter_down.phm_A", "n n n"),
+        "adapter_down_B": Stored("adapter_down.phm_B", "n size_n channels_n"),
+        "adapter_up_A": Stored("adapter_up.phm_A", "n n n"),
+        "adapter_up_B": Stored("adapter_up.phm_B", "n out_n size_n"),
     }
-    examples: ClassVar[tuple[dict[str, Any], ...]] = (
+    examples = (
         {"bottleneck_size": 4, "phm_dim": 2},
         {"bottleneck_size": 4, "phm_dim": 4, "variant": "parallel", "non_linearity": "relu", "scaling": 4.0},
     )
 
-    def make(self, site: Site) -> None:
-        n, b, out = self.config.phm_dim, self.size, site.geometry.out
-        self.adapter_down_A, self.adapter_down_B = site.empty(n, n, n), site.empty(n, b // n, self.channels // n)
-        self.adapter_up_A, self.adapter_up_B = site.empty(n, n, n), site.empty(n, out // n, b // n)
+    def create(self, site: Site, given: Mapping[str, nn.Parameter] | None = None) -> None:
+        n = self.config.phm_dim
+        self.set(n=n, size_n=self.size // n, channels_n=self.channels // n, out_n=site.geometry.out // n)
+        super().create(site, given)
 
     def start(self, rng: torch.Generator) -> None:
-        for A in (self.adapter_down_A, self.adapter_up_A):
-            nn.init.normal_(A, std=self.config.phm_dim**-0.5, generator=rng)
-        nn.init.normal_(self.adapter_down_B, std=self.channels**-0.5, generator=rng)
-        nn.init.zeros_(self.adapter_up_B)
+        for part in ("down", "up"):
+            nn.init.normal_(self.tensor(f"adapter_{part}_A"), std=self.config.phm_dim**-0.5, generator=rng)
+        nn.init.normal_(self.tensor("adapter_down_B"), std=self.channels**-0.5, generator=rng)
+        nn.init.zeros_(self.tensor("adapter_up_B"))
 
     def matrices(self) -> tuple[Tensor, Tensor]:
-        down = kronecker_sum(self.adapter_down_A, self.adapter_down_B)
-        return down, kronecker_sum(self.adapter_up_A, self.adapter_up_B)
+        down, up = ([self.tensor(f"adapter_{part}_{m}") for m in "AB"] for part in ("down", "up"))
+        return kronecker_sum(*down), kronecker_sum(*up)
 
     @classmethod
-    def check(cls, config: Any, site: Site) -> None:
+    def check(cls, config: PhmConfig, site: Site) -> None:
         super().check(config, site)
         n, g = config.phm_dim, site.geometry
-        for what, size in (("outputs", g.out), ("inputs", g.inputs if config.variant == "parallel" else g.out)):
+        for what, size in (("outputs", g.out), ("inputs", g.inputs if config.parallel else g.out)):
             if size % n:
-                reason = (
-                    f"a sum of A_i ⊗ B_i with {n}×{n} matrices A_i needs a multiple of {n} {what}, there are {size}"
-                )
-                raise refusal(cls, site, reason)
+                needed = f"a multiple of {n} {what}, there are {size}"
+                raise refusal(cls, site, f"a sum of A_i ⊗ B_i with {n}×{n} matrices A_i needs {needed}")

@@ -3,12 +3,19 @@ and forgotten with the last of them."""
 
 from __future__ import annotations
 
-from torch import nn
+import functools
+from collections.abc import Callable
+from typing import TypeVar
 
+from torch import Tensor, nn
+
+from ...contract.method import Method
 from ...contract.tree import tree
 from .adapted_layer import AdaptedLayer, has_adapted_layers
 from .roster import Roster
 from .watch import unwatch
+
+M = TypeVar("M", bound=Method)
 
 _ENABLE = "_set_gradient_checkpointing"  # transformers' method that switches checkpointing on
 
@@ -26,6 +33,30 @@ def roster_of(model: nn.Module) -> Roster | None:
         )
         roster = next((h for h in held if h is not None), None)
     return roster
+
+
+def methods_of(model: nn.Module, adapter_name: str, cls: type[M]) -> tuple[Roster, dict[str, M]]:
+    """The roster of a model that holds this adapter, and the adapter's methods of one class by their disk paths."""
+    roster = roster_of(model)
+    if roster is None:
+        raise ValueError(f"This {type(model).__name__} has no adapters: put one in first, with get_peft_model.")
+    roster.known([adapter_name])
+    return roster, {path: m for path, m in roster.adapters[adapter_name].methods if isinstance(m, cls)}
+
+
+def originals(model: nn.Module) -> dict[Method, Callable[[], dict[str, Tensor]]]:
+    """For every method in a model: its module's own parameters, as the base has them."""
+    return {
+        m: functools.partial(_parameters, layer)
+        for layer in tree(model, wrappers=True)
+        if isinstance(layer, AdaptedLayer)
+        for methods in layer.methods.values()
+        for m in methods
+    }
+
+
+def _parameters(layer: AdaptedLayer) -> dict[str, Tensor]:
+    return layer.kind.parameters(layer.base_layer)
 
 
 def _rebind_later(model: nn.Module, roster: Roster) -> None:

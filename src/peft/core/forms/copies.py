@@ -6,9 +6,9 @@ a view of the tree looks like the module that it copies.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from operator import attrgetter
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -23,13 +23,29 @@ def put(tree: nn.Module, name: str, tensor: Tensor | None) -> None:
     """Hang a tensor at a dotted name: parameters as parameters, all else as buffers of the state."""
     *path, leaf = name.split(".")
     for step in path:
-        if step not in tree._modules:
-            tree.add_module(step, nn.Module())
-        tree = tree._modules[step]  # type: ignore[assignment]
+        below = tree._modules.get(step)
+        if below is None:
+            below = nn.Module()
+            tree.add_module(step, below)
+        tree = below
     if isinstance(tensor, nn.Parameter):
         tree.register_parameter(leaf, tensor)
     else:
         tree.register_buffer(leaf, tensor)
+
+
+def hang(method: nn.Module, holder: str, tensors: Mapping[str, Tensor]) -> None:
+    """Give a method the attribute `holder`, a tree of these tensors."""
+    tree = nn.Module()
+    for name, tensor in tensors.items():
+        put(tree, name, tensor)
+    method.add_module(holder, tree)
+
+
+def as_they_are(paths: Iterable[str]) -> TensorTable:
+    """The table of tensors whose keys are their attribute paths."""
+    keys = {p: p for p in paths}
+    return TensorTable(keys=keys, own=keys)
 
 
 def take(tree: nn.Module, name: str) -> Tensor:
@@ -50,18 +66,14 @@ class Copies(Method):
     repeats: ClassVar[tuple[str, ...]] = ()  # starts of keys under which a file may hold the copies once more
     keep_state: ClassVar[bool] = True  # copy the buffers that belong to the state, too
 
-    def __init__(self, config: Any, site: Site) -> None:
+    def __init__(self, config: object, site: Site) -> None:
         super().__init__(config, site)
-        tree = nn.Module()
         originals = {n: p for n, p in site.parameters().items() if p.is_floating_point()}
-        shapes = {n: originals[n] for n in self.chosen(list(originals))}
-        for name, p in shapes.items():
-            put(tree, name, self.room(name, p, config, site))
-        state = site.buffers() if self.keep_state else {}
-        for name, b in state.items():
-            put(tree, name, b.detach().clone().to(site.device))
-        self.add_module(self.holder, tree)
-        self.replaced_names = (*shapes, *state)
+        copies: dict[str, Tensor] = {n: self.room(n, originals[n], site) for n in self.chosen(list(originals))}
+        if self.keep_state:
+            copies |= {n: b.detach().clone().to(site.device) for n, b in site.buffers().items()}
+        hang(self, self.holder, copies)
+        self.replaced_names = tuple(copies)
         keys = {f"{self.holder}.{n}": self.key(n) for n in self.replaced_names}
         self.set(table=TensorTable(keys=keys, own=keys, repeats=self.repeats))
 
@@ -70,7 +82,7 @@ class Copies(Method):
         """Which of the module's parameters to train."""
         return names
 
-    def room(self, name: str, P: Tensor, config: Any, site: Site) -> nn.Parameter:
+    def room(self, name: str, P: Tensor, site: Site) -> nn.Parameter:
         """The parameter that will hold the copy of P."""
         return site.empty(*P.shape)
 

@@ -39,7 +39,7 @@ class LycorisConfig(DeltaConfig):
     rank_dropout: float = ranged(0.0, 0, 1)
     module_dropout: float = ranged(0.0, 0, 1)
     use_effective_conv2d: bool = False
-    init_weights: bool | str = True
+    init_weights: bool | str | None = True
     bias: str = own_field("none")
 
     def __post_init__(self) -> None:
@@ -82,7 +82,7 @@ class Lycoris(Method):
     def reset(self, rng: torch.Generator, site: Site) -> None:
         """Uniform in ±1/√fan_in, but for what is zero at the start."""
         for p in self.parameters():
-            nn.init.kaiming_uniform_(p, a=math.sqrt(5), generator=rng)
+            kaiming(p, rng)
         if (zero := self.zero_at_start()) is not None:
             nn.init.zeros_(zero)
 
@@ -112,3 +112,8 @@ class Lycoris(Method):
         if self.rank_dropout and self.rescaled:
             kept = kept / kept.mean().clamp(min=1 / out)
         return kept * (torch.rand(1, device=like.device) > self.module_dropout)
+
+
+def kaiming(tensor: Tensor, rng: torch.Generator) -> None:
+    """Uniform in ±1/√fan_in."""
+    nn.init.kaiming_uniform_(tensor, a=math.sqrt(5), generator=rng)

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from collections.abc import Callable, Mapping
+from typing import ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from ...config import TunerConfig
 from ...contract.method import Method
 from ...contract.site import Site
-from ...contract.tensors import TensorTable
-from .copies import put, take
+from .copies import as_they_are, hang, put, take
+
+K = TypeVar("K")
+Entries = tuple[str, str]  # disk path of a method, name of a parameter there
+TABLES = ("values", "indices")
 
 
 class SparseCopies(Method):
@@ -19,34 +24,33 @@ class SparseCopies(Method):
     form = "replace"
     holder: ClassVar[str] = ""  # the attribute that holds the tree: <name>.values and <name>.indices
 
-    def __init__(self, config: Any, site: Site) -> None:
+    def __init__(self, config: object, site: Site) -> None:
         super().__init__(config, site)
         self.shapes = {n: p.shape for n, p in site.parameters().items() if p.is_floating_point()}
         self.replaced_names = tuple(self.shapes)
 
     @classmethod
-    def prepare(cls, config: Any, model: nn.Module) -> None:
+    def prepare(cls, config: TunerConfig, model: nn.Module) -> None:
         """All linear layers by default."""
         if config.target_modules is None and not config.target_parameters:
             config.target_modules = "all-linear"
 
     def make_room(self, share: float, device: torch.device, dtype: torch.dtype) -> None:
         """Entries for this share of each tensor, at least one."""
-        self.add_module(self.holder, nn.Module())
+        hang(self, self.holder, {})
         for name, shape in self.shapes.items():
             count = max(1, round(share * shape.numel()))
             values = nn.Parameter(torch.empty(count, device=device, dtype=dtype))
             self.put_entries(name, values, torch.zeros(count, dtype=torch.int64, device=device))
-        keys = {k: k for n in self.shapes for k in (f"{self.holder}.{n}.{t}" for t in TABLES)}
-        self.set(table=TensorTable(keys=keys, own=keys))
+        self.set(table=as_they_are(f"{self.holder}.{n}.{t}" for n in self.shapes for t in TABLES))
 
     def put_entries(self, name: str, values: nn.Parameter, indices: Tensor) -> None:
         put(getattr(self, self.holder), f"{name}.values", values)
         put(getattr(self, self.holder), f"{name}.indices", indices)
 
-    def entries(self, name: str) -> tuple[nn.Parameter, Tensor]:
+    def entries(self, name: str) -> tuple[Tensor, Tensor]:
         tree = getattr(self, self.holder)
-        return take(tree, f"{name}.values"), take(tree, f"{name}.indices")  # type: ignore[return-value]
+        return take(tree, f"{name}.values"), take(tree, f"{name}.indices")
 
     def choose(self, name: str, indices: Tensor, P: Tensor) -> None:
         """Take other entries: these positions, starting from P's values there."""
@@ -72,17 +76,16 @@ class SparseCopies(Method):
         """A file may hold more or fewer entries of a tensor: the share is taken of all tensors together."""
         for name in self.shapes:
             stored = state.get(f"{self.holder}.{name}.values")
+            if stored is None:
+                continue
             values, indices = self.entries(name)
-            if stored is not None and stored.shape != values.shape:
+            if stored.shape != values.shape:
                 new = nn.Parameter(values.new_empty(stored.shape), requires_grad=values.requires_grad)
                 self.put_entries(name, new, indices.new_zeros(stored.shape))
 
     def stored(self, attr: str, tensor: Tensor) -> Tensor:
         small = attr.endswith(".indices") and all(s.numel() < 2**31 for s in self.shapes.values())
         return tensor.to(torch.int32) if small else tensor
-
-
-TABLES = ("values", "indices")
 
 
 def distinct(n: int, count: int, rng: torch.Generator) -> Tensor:
@@ -95,7 +98,7 @@ def distinct(n: int, count: int, rng: torch.Generator) -> Tensor:
     return drawn[torch.randperm(len(drawn), generator=rng)[:count]].sort().values
 
 
-def top_entries(scores: dict[Any, Tensor], share: float) -> dict[Any, Tensor]:
+def top_entries(scores: Mapping[K, Tensor], share: float) -> dict[K, Tensor]:
     """The positions of the largest `share` of all entries together, by tensor; each tensor keeps its largest one.
 
     Ties are broken by position, so that exactly the share is taken (and the forced ones).
@@ -112,3 +115,29 @@ def top_entries(scores: dict[Any, Tensor], share: float) -> dict[Any, Tensor]:
         out[key] = mine.nonzero().flatten()
         at += s.numel()
     return out
+
+
+def choose(
+    methods: Mapping[str, SparseCopies],
+    entries: Mapping[Entries, Tensor],
+    start: Callable[[str], Mapping[str, Tensor]],
+) -> dict[str, int]:
+    """Let methods (by disk path) train these entries of their parameters, and tell how many those are, by path.
+
+    start: the values, by parameter, from which the entries of the method at a path start.
+    """
+    found = dict.fromkeys(methods, 0)
+    for path, method in methods.items():
+        values = start(path)
+        for name in method.shapes:
+            at = entries[path, name]
+            method.choose(name, at, values[name])
+            found[path] += len(at)
+    return found
+
+
+def require_share(config: object, name: str, purpose: str) -> None:
+    """Raise a clear error unless the field is a share of parameters: above 0, and at most 1."""
+    value = getattr(config, name)
+    if not 0 < value <= 1:
+        raise ValueError(f"`{name}` is the share of parameters to {purpose}, in (0, 1]; got {value}.")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -24,7 +24,7 @@ class Around(Derives, Method):
     wraps: ClassVar[str] = ""  # the config field
     inner: Method
 
-    def __init__(self, config: Any, site: Site, inner: Method) -> None:
+    def __init__(self, config: object, site: Site, inner: Method) -> None:
         super().__init__(config, site)
         self.inner = inner
         self.set(peft_type=inner.peft_type, prefix=inner.prefix)
@@ -52,7 +52,7 @@ class Around(Derives, Method):
             self.inner.derive(rng, site)
 
     @property
-    def multiplier(self) -> float:  # type: ignore[override]
+    def multiplier(self) -> float:
         """A factor on the wrapped method's effect, as set_scale means it."""
         return self.inner.multiplier
 
@@ -62,8 +62,12 @@ class Around(Derives, Method):
             self.inner.multiplier = value
 
     @property
-    def dropout(self) -> float:  # type: ignore[override]
+    def dropout(self) -> float:
         return self.inner.dropout
+
+    @dropout.setter
+    def dropout(self, value: float) -> None:
+        self.inner.dropout = value
 
     def nested(self) -> tuple[Method, ...]:
         return (self, *self.inner.nested())
