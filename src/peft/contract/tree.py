@@ -96,7 +96,7 @@ class Composite(Wrapper):
             return getattr(self.base_layer, name)
 
 
-def _bare(module: nn.Module) -> nn.Module:
+def bare(module: nn.Module) -> nn.Module:
     """What a wrapper of this library stands for."""
     while isinstance(module, Wrapper):
         module = module.base_layer

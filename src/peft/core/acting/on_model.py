@@ -24,7 +24,7 @@ def roster_of(model: nn.Module) -> Roster | None:
     """The adapters of a model (the base model, or anything that wraps it)."""
     roster = model.__dict__.get("_peft_roster")
     if roster is not None and roster.placed and not has_adapted_layers(model):
-        _clear(model)  # a library took the wrappers out by itself: the base layers stand bare
+        forget_adapters(model)  # a library took the wrappers out by itself: the base layers stand bare
         roster = None
     if roster is None:
         held = (
@@ -59,7 +59,7 @@ def _parameters(layer: AdaptedLayer) -> dict[str, Tensor]:
     return layer.kind.parameters(layer.base_layer)
 
 
-def _rebind_later(model: nn.Module, roster: Roster) -> None:
+def rebind_later(model: nn.Module, roster: Roster) -> None:
     """Checkpointing that is switched on later must remember the adapters, too."""
     if getattr(model, _ENABLE, None) is None or _ENABLE in model.__dict__:
         return
@@ -80,7 +80,7 @@ class _Rebind:
         return result
 
 
-def _clear(model: nn.Module) -> None:
+def forget_adapters(model: nn.Module) -> None:
     """Forget the adapters where the model keeps them."""
     for module in (model, getattr(model, "model", None)):
         if isinstance(module, nn.Module):

@@ -47,7 +47,7 @@ class Stack:
         return (f"{path}.{e}.{which}" for path in dict.fromkeys((self.path, self.was)) for e in range(self.experts))
 
 
-def _changes(model: nn.Module) -> tuple[list[WeightRenaming], list[WeightConverter]]:
+def renamings_and_conversions(model: nn.Module) -> tuple[list[WeightRenaming], list[WeightConverter]]:
     """transformers' renamings of keys for this model, and its conversions of tensors."""
     if model_type(model) is None:
         return [], []
@@ -69,7 +69,7 @@ def stacked_experts(model: nn.Module, places: list[Place]) -> list[Stack]:
     three = [(path, n, t.shape[0]) for path, n, t in held if t is not None and t.dim() == 3]
     if not three:
         return []
-    renamings, converters = _changes(model)
+    renamings, converters = renamings_and_conversions(model)
     out = []
     for path, name, experts in three:
         for c in converters:

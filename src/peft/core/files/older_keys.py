@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..acting.roster import Adapter
-from ..anatomy.older_layouts import _changes, stacked_experts
+from ..anatomy.older_layouts import renamings_and_conversions, stacked_experts
 from ..anatomy.walk import walk
 from .keys import root_of
 
@@ -18,7 +18,7 @@ def translate(model: nn.Module, adapter: Adapter, tensors: dict[str, Tensor]) ->
     root = root_of(adapter.config)
     places = list(walk(model))
     found = stacked_experts(model, places)
-    renamings, _ = _changes(model)
+    renamings, _ = renamings_and_conversions(model)
     methods = dict(adapter.methods)
     paths = {p.path for p in places if p.owner is None}
     known = {disk_path if disk_path in paths else disk_path.rpartition(".")[0] for disk_path in methods}

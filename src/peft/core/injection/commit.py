@@ -12,7 +12,7 @@ from ...contract.capabilities import TakesSpan
 from ...contract.cheap_modules import uninterrupted
 from ...contract.tree import Composite, tree
 from ...registry import kinds
-from ..acting.on_model import _rebind_later
+from ..acting.on_model import rebind_later
 from ..acting.roster import Roster
 from ..acting.watch import watch
 from ..adapted.layer import Adapted, adapted_layers
@@ -70,7 +70,7 @@ def commit(model: nn.Module, plan: Plan) -> Roster:
     for kind in kinds().values():
         kind.installed(modules)
     roster.bind_checkpointing(modules)
-    _rebind_later(model, roster)
+    rebind_later(model, roster)
     return roster
 
 

@@ -6,7 +6,7 @@ from torch import nn
 
 from ...contract.tree import Composite, tree
 from ...registry import kinds
-from ..acting.on_model import _clear, roster_of
+from ..acting.on_model import forget_adapters, roster_of
 from ..adapted.calls import move_recorders
 from ..adapted.layer import Adapted, adapted_layers
 from ..prompts.attach import detach
@@ -42,5 +42,5 @@ def unload(model: nn.Module) -> nn.Module:
     if roster is not None and any(a.whole_model for a in roster.adapters.values()):
         for name in list(roster.adapters):
             detach(model, roster, name)
-    _clear(model)
+    forget_adapters(model)
     return model

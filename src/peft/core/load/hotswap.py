@@ -26,7 +26,7 @@ from ..acting.roster import Adapter, Roster
 from ..adapted.layer import adapted_layers
 from ..files.header import Loaded, check_base
 from ..files.keys import assign, check_fit, modules_in_file
-from ..files.sharded import _unwrapped
+from ..files.sharded import unwrapped
 from ..injection.commit import commit
 from ..injection.plan import Plan, plan
 from ..injection.remove import delete
@@ -124,7 +124,7 @@ def swap(model: nn.Module, loaded: Loaded, name: str, only: set[str] | None = No
 
 
 def _parts(model: nn.Module) -> tuple[nn.Module, Roster]:
-    base = _unwrapped(model)
+    base = unwrapped(model)
     roster = roster_of(base)
     if roster is None:
         raise ValueError("This model has no adapters to swap.")

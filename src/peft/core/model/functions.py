@@ -11,7 +11,7 @@ from ...config import PeftConfig
 from ..acting.on_model import roster_of
 from ..files import sharded
 from ..files.keys import ROOT, assign, check_fit, modules_in_file, state_dict_of
-from ..files.sharded import _unwrapped
+from ..files.sharded import unwrapped
 from ..files.tensors import alone
 from ..injection.commit import inject
 from ..load.load import LoadResult, embedding_tensors, fit_any_layout, read_adapter
@@ -88,7 +88,7 @@ def get_peft_model_state_dict(
     save_embedding_layers: str | bool = "auto",
 ) -> dict[str, Tensor]:
     """An adapter's tensors under the keys of its file. state_dict: gathered values to take instead of the live ones."""
-    base = _unwrapped(model)
+    base = unwrapped(model)
     roster = roster_of(base)
     if roster is None:
         raise ValueError("This model has no adapters.")
@@ -110,7 +110,7 @@ def set_peft_model_state_dict(
     low_cpu_mem_usage: bool = False,
 ) -> LoadResult:
     """Fill an adapter from tensors; returns what was missing and what was not used, with a warning, as upstream does."""
-    base = _unwrapped(model)
+    base = unwrapped(model)
     roster = roster_of(base)
     if roster is None or adapter_name not in roster.adapters:
         raise ValueError(f"Adapter {adapter_name!r} is not in this model.")
