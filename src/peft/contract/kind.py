@@ -18,7 +18,7 @@ from . import offload
 from .geometry import Geometry
 from .method import Method
 from .offload import on_device
-from .tree import Composite, bare, named
+from .tree import Composite, base_layer_of, named
 
 M = TypeVar("M", bound=nn.Module)  # the class of the modules that a kind describes
 
@@ -233,5 +233,5 @@ def _owner(module: nn.Module, name: str) -> tuple[nn.Module, str]:
     """The module that holds a tensor of `module`, and its name there; through the wrappers of other adapters."""
     *path, leaf = name.split(".")
     for step in path:
-        module = bare(getattr(bare(module), step))
-    return bare(module), leaf
+        module = base_layer_of(getattr(base_layer_of(module), step))
+    return base_layer_of(module), leaf

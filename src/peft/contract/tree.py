@@ -96,7 +96,7 @@ class Composite(Wrapper):
             return getattr(self.base_layer, name)
 
 
-def bare(module: nn.Module) -> nn.Module:
+def base_layer_of(module: nn.Module) -> nn.Module:
     """What a wrapper of this library stands for."""
     while isinstance(module, Wrapper):
         module = module.base_layer
