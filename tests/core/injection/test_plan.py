@@ -62,3 +62,9 @@ def test_a_dry_run_sees_past_the_wrapper_and_other_adapters():
     assert rows == [(r.path, r.shape) for r in dry_run(get_peft_model(llama(), lora()), lora())]
     with pytest.raises(NoMatchingPeftModuleError):
         dry_run(llama(), lora(target_modules=["no_such"]))
+
+
+@pytest.mark.parametrize("name", ["__base__", "a" * 256, "é" * 128])
+def test_names_that_mean_something_else_or_are_too_long_for_a_folder_are_refused(name):
+    with pytest.raises(ValueError, match="Adapter name"):
+        check_name(None, name)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from peft import CheckpointError, get_peft_model
+from peft import CheckpointError, LoraConfig, PeftModel, get_peft_model
 from peft.core.acting.on_model import roster_of
 from peft.core.adapted.layer import Adapted
 from peft.core.load.load import LoadResult, base_tensors, embedding_tensors, load_into, read_adapter
@@ -61,3 +61,47 @@ def test_whole_embeddings_are_base_weights_that_are_put_back(capsys):
 def test_a_result_unpacks_as_missing_and_unexpected():
     missing, unexpected = LoadResult(["a"], ["b"], ["c"])
     assert (missing, unexpected) == (["a"], ["b"])
+
+
+def without(folder, ending):
+    """The adapter's file without the keys of this ending."""
+    from safetensors.torch import load_file, save_file
+
+    path = folder / "adapter_model.safetensors"
+    tensors = load_file(path)
+    gone = [k for k in tensors if k.endswith(ending)]
+    save_file({k: t for k, t in tensors.items() if k not in gone}, path)
+    assert gone
+    return gone
+
+
+@pytest.mark.parametrize("ending", ["lora_A.weight", "lora_B.weight"])
+def test_what_a_file_lacks_starts_fresh_and_is_named_when_not_strict(tmp_path, ending):
+    """Memory that nobody wrote is never used: a fresh factor B is zero, a fresh factor A small and finite."""
+    model = get_peft_model(llama(), LoraConfig(target_modules=["q_proj"], r=4))
+    for p in model.adapter_parameters("default"):
+        p.data += 1
+    model.save_pretrained(tmp_path)
+    gone = without(tmp_path, ending)
+    base = llama()
+    with pytest.warns(UserWarning, match=gone[0].replace(".", r"\.")):
+        found = load_into(base, read_adapter(tmp_path, None, None, False, {}), "default", strict=False)
+    assert sorted(found.missing_keys) == sorted(gone)
+    for _, m in roster_of(base).adapters["default"].methods:
+        filled, kept = (m.lora_A, m.lora_B) if ending == "lora_A.weight" else (m.lora_B, m.lora_A)
+        bound = m.lora_A.shape[1] ** -0.5 if ending == "lora_A.weight" else 0.0
+        assert filled.abs().max() <= bound and (filled.any() or not bound)
+        assert (kept > 0.5).all()  # what the file has is there
+
+
+def test_an_adapter_that_is_not_to_be_trained_leaves_the_model_in_evaluation(tmp_path):
+    """As upstream does: a base's own dropout would otherwise stay on."""
+    saved(tmp_path)
+    assert not PeftModel.from_pretrained(llama().train(), tmp_path).training
+    assert not any(m.training for m in PeftModel.from_pretrained(llama().train(), tmp_path).modules())
+    trained = PeftModel.from_pretrained(llama().train(), tmp_path, is_trainable=True)
+    assert trained.training
+    trained.load_adapter(tmp_path, "other", is_trainable=True)
+    assert trained.training
+    trained.load_adapter(tmp_path, "third")
+    assert not any(m.training for m in trained.modules())

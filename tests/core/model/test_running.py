@@ -172,3 +172,9 @@ def test_rows_stay_chosen_after_a_pause_within_them():
         with disabled(tuner):
             assert tuner.roster.mix.rows is None
         assert tuner.roster.mix is inside
+
+
+def test_one_string_is_no_list_of_names():
+    """Its letters would be taken for the rows' adapters."""
+    with pytest.raises(TypeError, match="list of names, one per row"):
+        check_rows("ab", (torch.zeros(2, 3),), {})

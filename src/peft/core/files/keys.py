@@ -179,8 +179,8 @@ def check_fit(
         hint = "".join(near(m, extra, 1) for m in missing[:1]) or "".join(near(e, missing, 1) for e in extra[:1])
         raise CheckpointError(
             f"{source or 'The state dict'} does not fit this model.{hint}"
-            f"\n  {len(missing)} tensors of the adapter are not in the file: {_few(missing)}"
-            f"\n  {len(extra)} keys of the file have no place in the model: {_few(extra)}"
+            f"\n  {len(missing)} tensors of the adapter are not in the file: {few(missing)}"
+            f"\n  {len(extra)} keys of the file have no place in the model: {few(extra)}"
             f"\n  {len(pairs)} of {len(file_keys)} keys fit. Check the base model and the adapter's target_modules."
         )
     wrong = [
@@ -190,11 +190,12 @@ def check_fit(
     ]
     if wrong:
         raise CheckpointError(
-            f"{source or 'The state dict'}: size mismatch, is this the right base model? {_few(wrong)}"
+            f"{source or 'The state dict'}: size mismatch, is this the right base model? {few(wrong)}"
         )
 
 
-def _few(items: list[str], n: int = 6) -> str:
+def few(items: list[str], n: int = 6) -> str:
+    """The first of some names, and how many there are."""
     return ", ".join(items[:n]) + (f", … ({len(items)} in all)" if len(items) > n else "") if items else "none"
 
 

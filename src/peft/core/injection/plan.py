@@ -25,6 +25,7 @@ from ...contract.site import Site
 from ...contract.tree import Composite
 from ...errors import NoMatchingPeftModuleError, Refusal
 from ...registry import companions, method, wrappers
+from ..acting.mix import BASE
 from ..acting.on_model import roster_of
 from ..acting.roster import Adapter, Roster
 from ..anatomy.bare_parameters import find_parameters
@@ -36,6 +37,8 @@ from ..anatomy.targets import ALL_LINEAR, exactly, find, short_names
 from ..anatomy.ties import other_ends
 from ..anatomy.ties import wanted as tying_wanted
 from ..anatomy.walk import Place
+
+LONGEST_NAME = 255  # bytes
 
 
 @dataclass
@@ -88,6 +91,14 @@ class Plan:
 def check_name(roster: Roster | None, name: str) -> None:
     if not isinstance(name, str) or not name or name in (".", "..") or "/" in name or "\\" in name or "\0" in name:
         raise ValueError(f"Adapter name {name!r}: expected a name that a folder may have.")
+    if name == BASE:
+        raise ValueError(
+            f"Adapter name {name!r}: in `adapter_names` this stands for rows without an adapter; use another."
+        )
+    if len(name.encode()) > LONGEST_NAME:
+        raise ValueError(
+            f"Adapter name {name[:20]!r}… is longer than the {LONGEST_NAME} bytes that a folder's name may have."
+        )
     if roster is not None and name in roster.adapters:
         raise ValueError(
             f"Adapter with name {name} already exists. Loaded: {sorted(roster.adapters)}. Use another name, or delete it first."

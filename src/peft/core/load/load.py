@@ -21,7 +21,7 @@ from ..anatomy.heads import prepare_head
 from ..anatomy.walk import walk
 from ..files.adapter_files import read
 from ..files.header import Loaded, check_base
-from ..files.keys import ROOT, FileTensor, assign, check_fit, fit, root_of
+from ..files.keys import ROOT, FileTensor, assign, check_fit, few, fit, root_of
 from ..files.older_keys import translate
 from ..files.tensors import alone
 from ..injection.commit import commit
@@ -75,7 +75,8 @@ def load_into(
 
 def _load_into(model: nn.Module, loaded: Loaded, name: str, strict: bool, autocast_adapter_dtype: bool) -> LoadResult:
     prepare_head(model, loaded.config, loading=True)
-    planned = plan(model, loaded.config, name, init=False, autocast_adapter_dtype=autocast_adapter_dtype)
+    # what a file may lack starts as a fresh adapter would: memory that nobody wrote is never used
+    planned = plan(model, loaded.config, name, init=not strict, autocast_adapter_dtype=autocast_adapter_dtype)
     adapter = planned.adapter()
     scratch = Roster()
     scratch.composites = planned.composites()
@@ -85,7 +86,11 @@ def _load_into(model: nn.Module, loaded: Loaded, name: str, strict: bool, autoca
         check_base(model, loaded, adapter)
         check_fit(adapter, pairs, missing, extra, loaded.source)
     elif missing or extra:
-        warnings.warn(f"{loaded.source}: {len(missing)} tensors missing, {len(extra)} keys not used.", stacklevel=3)
+        warnings.warn(
+            f"{loaded.source}: {len(missing)} tensors missing, {len(extra)} keys not used. Missing, so they start fresh: "
+            f"{few(missing)}. Not used: {few(extra)}.",
+            stacklevel=3,
+        )
     assign(pairs, adapter, adopt=loaded.owned)
     for p, value in base:
         p.data = alone(value.to(p.device, p.dtype))

@@ -287,7 +287,8 @@ class PeftModel(nn.Module):
         strict: bool = True,
         **kwargs: object,
     ) -> PeftModel:
-        """A base model with a saved adapter. Raises, with the model as it was, unless every key of the file lands."""
+        """A base model with a saved adapter, in evaluation mode unless it is to be trained. Raises, with the model as it
+        was, unless every key of the file lands."""
         loaded = read_adapter(model_id, config, key_mapping, strict, kwargs)
         loaded.config.inference_mode = not is_trainable
         target = class_for(loaded.config) if cls is PeftModel else cls
@@ -296,7 +297,7 @@ class PeftModel(nn.Module):
         self = target.__new__(target)
         nn.Module.__init__(self)
         self._wrap(model)
-        return self
+        return self if is_trainable else self.eval()
 
     def load_adapter(
         self,
@@ -311,14 +312,18 @@ class PeftModel(nn.Module):
         strict: bool = True,
         **kwargs: object,
     ) -> LoadResult:
-        """Read a saved adapter under a new name; an adapter of that name has its weights replaced, as upstream does."""
+        """Read a saved adapter under a new name; an adapter of that name has its weights replaced, as upstream does.
+        The model is in evaluation mode afterwards, unless the adapter is to be trained."""
         loaded = read_adapter(model_id, None, key_mapping, strict, kwargs)
         loaded.config.inference_mode = not is_trainable
-        base = self.get_base_model()
+        base, found = self.get_base_model(), LoadResult([], [])
         if adapter_name in self.roster.adapters:
             reload(base, loaded, adapter_name)
-            return LoadResult([], [])
-        return load_into(base, loaded, adapter_name, strict=strict, autocast_adapter_dtype=autocast_adapter_dtype)
+        else:
+            found = load_into(base, loaded, adapter_name, strict=strict, autocast_adapter_dtype=autocast_adapter_dtype)
+        if not is_trainable:
+            self.eval()
+        return found
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         return False

@@ -26,8 +26,15 @@ def by_name(
     return args[:2], {**{k: v for k, v in more.items() if v is not None}, **kwargs}
 
 
+def refuse_string(names: Sequence[str]) -> None:
+    """Its letters would be taken for names."""
+    if isinstance(names, str):
+        raise TypeError(f"adapter_names={names!r}: expected a list of names, one per row of the batch.")
+
+
 def check_rows(names: Sequence[str], args: Sequence[object], kwargs: Mapping[str, object]) -> list[Tensor]:
     """The tensors among the inputs, whose first axis must be as long as `names`."""
+    refuse_string(names)
     tensors = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor) and t.dim()]
     if tensors and len(names) != tensors[0].shape[0]:
         raise ValueError(
@@ -54,6 +61,7 @@ def rows(
         yield
         return
     roster = tuner.roster
+    refuse_string(names)
     roster.known(names)
     tensors = check_rows(names, args, kwargs)
     if any(layer.merged for layer in adapted_layers(tuner)):
