@@ -161,7 +161,6 @@ def wrappers() -> dict[str, type[Method]]:
 
 
 def method(peft_type: str | None) -> type[Method]:
-
     name = getattr(peft_type, "value", peft_type)
     known = methods()
     if name not in known:

@@ -184,8 +184,8 @@ def test_convolution_factors_load(config, tmp_path):
 
 @pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "gpt_oss", "llama4"])
 def test_upstreams_files_for_stacked_experts_give_upstreams_logits(name):
-    from test_experts import IDS as ids
-    from test_experts import base
+    from tests.helpers.experts import IDS as ids
+    from tests.helpers.experts import base
 
     expected = load_file(GOLDEN / name / "logits.safetensors")["logits"]
     model = base(name)

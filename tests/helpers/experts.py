@@ -39,6 +39,9 @@ MODELS = {
 }
 
 
+IDS = torch.arange(24).reshape(2, 12) * 5 % 64
+
+
 def base(name: str, implementation: str = "eager") -> nn.Module:
     family, more = MODELS[name]
     config = getattr(transformers, f"{family}{'Text' if name == 'llama4' else ''}Config")(**SIZES, **more)

@@ -16,11 +16,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from peft import LoraConfig, PeftModel
 from peft.layers.experts import Experts, ExpertStack
-from tests.helpers.experts import BOTH, MODELS, adapted, base
+from tests.helpers.experts import BOTH, IDS, MODELS, adapted, base
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "experts"
 
-IDS = torch.arange(24).reshape(2, 12) * 5 % 64
 
 CASES = [(name, how) for name in MODELS for how in ("eager", "batched_mm", "grouped_mm")]
 

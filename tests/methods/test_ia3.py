@@ -56,3 +56,9 @@ def test_input_and_output_transforms_on_one_convolution_act_once_each():
         scale = next(model.adapter_parameters("scale"))
         model.set_adapter(["turn", "scale"])
         torch.testing.assert_close(model(x), turned * scale)
+
+
+def test_a_model_of_unknown_type_asks_for_targets_before_their_kinds():
+    base = nn.Sequential(nn.Linear(4, 4))
+    with pytest.raises(ValueError, match="Please specify `target_modules`"):
+        get_peft_model(base, IA3Config())

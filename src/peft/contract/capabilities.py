@@ -9,6 +9,12 @@ import torch
 from torch import Tensor, nn
 
 
+def can(method: Any, capability: type) -> bool:
+    """Whether a method at a layer has this capability: also one that something has put a stand-in around (FSDP 1's units),
+    which forwards attributes and calls but is no instance of the method's class."""
+    return isinstance(method.nested()[0], capability)
+
+
 class TwoFactors:
     """ΔW is any product of two thin matrices, so that such adapters combine, swap into padded twins and convert."""
 

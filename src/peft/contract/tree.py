@@ -78,9 +78,9 @@ class Composite(Wrapper):
         raise NotImplementedError(f"{type(self).__name__}.parts")
 
     def to_disk(self, state: dict[str, Tensor], methods: dict[str, Method]) -> dict[str, Tensor]:
-        """The parts' tensors (keys below the composite's disk_path) in upstream's layout; and back.
+        """The parts' tensors (keys below the composite's disk path) in upstream's layout; and back.
 
-        methods: the adapter's method at each part, by the part's disk_path.
+        methods: the adapter's method at each part, by the part's disk path.
         """
         return state
 

@@ -34,7 +34,7 @@ from torch import Tensor
 from .triton_launch import blocks, cdiv, drop_arguments, launch, padded_rank, precision, processors, triton_type
 
 
-# -- N adapters --------------------------------------------------------------------------------------------------------
+# -- rows of several adapters --------------------------------------------------------------------------------------------------------
 class Segments:
     """How the rows of a batch fall to N adapters: made once a batch, used in every layer.
 

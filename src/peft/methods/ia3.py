@@ -80,6 +80,8 @@ class IA3(Blends, ScalesChannels, Method):
 
     @classmethod
     def prepare(cls, config: IA3Config, model: nn.Module) -> None:
+        if config.target_modules is None and not config.target_parameters:
+            config.target_modules = default_targets(cls.role, model_type(model), cls.peft_type)
         if config.feedforward_modules is None:
             asked = "`feedforward_modules` in `peft_config` ([] for none)"
             config.feedforward_modules = default_targets("ffn", model_type(model), cls.peft_type, asked)

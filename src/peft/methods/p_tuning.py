@@ -78,7 +78,6 @@ class PTuning(Encoded):
         for i, o in zip(widths, widths[1:], strict=False):
             layers += [linear(site, i, o), nn.ReLU()]
         self.mlp_head: nn.Sequential | None = nn.Sequential(*layers[:-1])
-        self.choose_table()
 
     def encode(self, table: Tensor, part: slice | None = None) -> Tensor:
         if self.lstm_head is not None:

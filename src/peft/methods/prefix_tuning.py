@@ -73,7 +73,6 @@ class PrefixTuning(Encoded):
         if config.prefix_projection:
             hidden = config.encoder_hidden_size or kv
             self.transform = nn.Sequential(linear(site, kv, hidden), nn.Tanh(), linear(site, hidden, out))
-        self.choose_table()
 
     @torch.no_grad()
     def reset(self, rng: torch.Generator, site: Site) -> None:

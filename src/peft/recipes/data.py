@@ -51,7 +51,7 @@ def load(data: Data, seed: int) -> tuple[Rows, Rows | None]:
     if isinstance(data.eval, str):
         held_out = rows(data.eval, data.subset, "test") if data.eval else None
     elif data.eval is not None and data.eval is not False:
-        if isinstance(data.eval, bool) or not 0 < data.eval < 1:
+        if isinstance(data.eval, bool) or not isinstance(data.eval, (int, float)) or not 0 < data.eval < 1:
             raise UserError(f"data.eval is {data.eval}: expected a file, a data set, or a fraction between 0 and 1.")
         parts = train.train_test_split(test_size=float(data.eval), seed=seed)
         train, held_out = parts["train"], parts["test"]

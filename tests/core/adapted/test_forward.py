@@ -6,8 +6,12 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+import peft
 from peft import BitFitConfig, LoraConfig, OFTConfig, get_peft_model
+from peft.contract.tree import AdapterContainer
 from peft.core.adapted.forward import Forward
+from peft.core.adapted.layer import adapted_layers
+from tests.helpers.tiny_llama import llama
 
 
 def layer_with(*configs, base: nn.Module | None = None) -> tuple[nn.Module, Forward]:
@@ -63,3 +67,54 @@ def test_trained_copies_of_one_parameter_add_their_changes():
     assert torch.allclose(layer.replaced((first, second))["bias"], expected)
     x = torch.randn(3, 8)
     assert torch.allclose(model(x), F.linear(x, layer.base_layer.weight, expected), atol=1e-5)
+
+
+class Unit(torch.nn.Module):
+    """What FSDP 1 puts in the place of a module that it wraps: calls it, forwards attributes, is no instance of its class."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.held = module
+
+    def forward(self, *args):
+        return self.held(*args)
+
+    def __getattr__(self, name):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.held, name)
+
+
+def in_units(model):
+    """Every method of a model inside a stand-in, as a wrap policy leaves them."""
+    for layer in adapted_layers(model):
+        for container in (layer.adapters, *(m for m in layer.adapters.children() if isinstance(m, AdapterContainer))):
+            for name, method in list(container._modules.items()):
+                if not isinstance(method, AdapterContainer):
+                    setattr(container, name, Unit(method))
+    return model
+
+
+def test_stand_ins_around_methods_leave_them_what_they_can(tmp_path):
+    """Positions with padding on the left, and token rows of a table whose weight is read raw."""
+    ids = torch.tensor([[0, 0, 5, 6, 7], [1, 2, 3, 4, 5]])
+    mask = (ids != 0).long()
+    for config in (
+        peft.LoReftConfig(
+            target_modules=r".*layers\.\d", prefix_positions=1, suffix_positions=1, init_weights="random"
+        ),
+        peft.LoraConfig(target_modules=["q_proj"], trainable_token_indices=[1, 5]),
+    ):
+        model = get_peft_model(llama(), config).eval()
+        for p in model.adapter_parameters("default"):
+            p.data += 0.3 * torch.randn_like(p)
+        rows = model.get_base_model().get_input_embeddings()
+        with torch.no_grad():
+            before = model(input_ids=ids, attention_mask=mask).logits, rows.weight.clone()
+            in_units(model)
+            assert any(
+                isinstance(m, Unit) for layer in adapted_layers(model) for ms in layer.methods.values() for m in ms
+            )
+            after = model(input_ids=ids, attention_mask=mask).logits, rows.weight.clone()
+        assert torch.equal(before[0][mask.bool()], after[0][mask.bool()]) and torch.equal(before[1], after[1])

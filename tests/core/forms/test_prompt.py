@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+import peft
 from peft import PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig, Refusal, get_peft_model
 from peft.core.forms.prompt import Encoded, PromptMethod
 from tests.golden.prompt import make
@@ -57,3 +58,11 @@ def test_a_result_without_its_network_becomes_a_table():
     method.resize({"prompt_embeddings": result})
     assert method.lacks_network and torch.equal(method.embedding.weight, result)
     assert torch.equal(method.prompt_embeddings, result) and set(method.table.keys) == {"embedding.weight"}
+
+
+def test_whether_a_network_is_saved_is_asked_when_it_is_saved():
+    config = peft.PromptEncoderConfig(num_virtual_tokens=2, encoder_hidden_size=8, task_type="CAUSAL_LM")
+    model = peft.get_peft_model(llama(), config)
+    assert len(peft.get_peft_model_state_dict(model)) > 1
+    model.peft_config["default"].save_encoder = False
+    assert list(peft.get_peft_model_state_dict(model)) == ["prompt_embeddings"]

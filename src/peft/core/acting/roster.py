@@ -43,7 +43,7 @@ class Adapter:
     """What one adapter name stands for: its config and the methods it put into the model, by path."""
 
     config: PeftConfig
-    methods: list[tuple[str, Method]] = field(default_factory=list)  # (key disk_path below the base model, method)
+    methods: list[tuple[str, Method]] = field(default_factory=list)  # (disk path below the base model, method)
     # "" for the config's own method, else the field that brought it
     brought_by: list[str] = field(default_factory=list)
     shared: dict[str, nn.Parameter] = field(default_factory=dict)
@@ -131,7 +131,7 @@ class Roster(Recompute):
         self.training: set[str] = set()  # the names of those that train
         self.forgotten: set[str] = set()  # names that are free, though layers may still hold something under them
         self.configs: dict[str, PeftConfig] = Configs(self)  # the same configs, as `peft_config` shows them
-        self.composites: dict[str, Composite] = {}  # disk_path -> stand-in that translates its parts' keys
+        self.composites: dict[str, Composite] = {}  # disk path -> stand-in that translates its parts' keys
         self.exact = False  # adapters compute in their parameters' dtype, not in the layer's
         self.untied = False  # a merge had to untie the word embeddings
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...contract.capabilities import ScalesChannels, TakesSpan
+from ...contract.capabilities import ScalesChannels, TakesSpan, can
 from ...contract.composition import by_form
 from ...contract.method import Method
 from ...contract.offload import on_device
@@ -146,7 +146,7 @@ class Forward(AdaptedLayer):
         if torch.is_tensor(x) and x.is_floating_point():
             x = self.kind.channels_last(x).contiguous()
         y = self.kind.channels_last(y).contiguous()
-        if not isinstance(m, TakesSpan):
+        if not can(m, TakesSpan):
             return self.kind.channels_back(m("after", y, x))
         span = self.roster.mix.span
         if span is not None and index is not None:
@@ -158,7 +158,7 @@ class Forward(AdaptedLayer):
             return any(m.mergeable for m in methods)
         if self.geometry.pointwise or self.geometry.indexed:
             return False
-        return any(not isinstance(m, ScalesChannels) for m in by_form(methods).before)
+        return any(not can(m, ScalesChannels) for m in by_form(methods).before)
 
     def _mixed(self, rows: Rows, row: Tensor | None, args: Args, kwargs: Kwargs) -> Output:
         """Per-row adapters: the base call once where no adapter changes what goes into it."""

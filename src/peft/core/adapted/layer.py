@@ -71,11 +71,11 @@ class Adapted(Switch, UpstreamLayer):
             training=base_layer.training,
         )
 
-    def attach(self, adapter: str, part: str, method: Method) -> None:
-        """Hang a method at `adapters.<adapter>`, a companion at `adapters.%<part>.<adapter>`."""
-        if part and f"%{part}" not in self.adapters._modules:
-            self.adapters.put(f"%{part}", Companions(self))
-        self._container(part).put(escape(adapter), method)
+    def attach(self, adapter: str, field: str, method: Method) -> None:
+        """Hang a method at `adapters.<adapter>`, a companion at `adapters.%<field>.<adapter>` for the config field that brought it."""
+        if field and f"%{field}" not in self.adapters._modules:
+            self.adapters.put(f"%{field}", Companions(self))
+        self._container(field).put(escape(adapter), method)
         self.set(_last=(None, ()))
         held = self.methods
         held[adapter] = (*held.get(adapter, ()), method)
@@ -84,20 +84,20 @@ class Adapted(Switch, UpstreamLayer):
         self._last = (None, ())
         for m in (inner for outer in self.methods.pop(adapter, ()) for inner in outer.nested()):
             self.former.update((*m.table.layer_names(), *m.shown.names))
-        for part in ("", *self.brought_by):
-            container = self._container(part)
+        for field in ("", *self.brought_by):
+            container = self._container(field)
             if escape(adapter) in container._modules:
                 container.drop(escape(adapter))
-            if part and not container._modules:
-                self.adapters.drop(f"%{part}")
+            if field and not container._modules:
+                self.adapters.drop(f"%{field}")
 
     def held(self) -> Iterator[tuple[str, Method]]:
         own = {id(m): m for methods in self.methods.values() for m in methods}
         return ((f"adapters.{n}", own[id(m)]) for n, m in self.adapters.named_modules() if id(m) in own)
 
-    def _container(self, part: str) -> AdapterContainer:
+    def _container(self, field: str) -> AdapterContainer:
         container = self._modules["adapters"]
-        return container._modules[f"%{part}"] if part else container  # type: ignore[union-attr,return-value]
+        return container._modules[f"%{field}"] if field else container  # type: ignore[union-attr,return-value]
 
     @property
     def brought_by(self) -> list[str]:

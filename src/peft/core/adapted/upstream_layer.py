@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ...contract.capabilities import Companion
+from ...contract.capabilities import Companion, can
 from ...contract.composition import by_form
 from ...errors import Refusal
 from . import views
@@ -98,7 +98,7 @@ class UpstreamLayer(Merging):
             # code that reads a parameter instead of calling the module sees what the module computes with
             methods = () if self.merged_adapters else self.active_methods(self.roster.mix.active)
             replacing = by_form(methods).replaced
-            brought = [m for m in methods if isinstance(m, Companion)]
+            brought = [m for m in methods if can(m, Companion)]
             if name == "weight" and any(m.mergeable for m in brought if m not in replacing):
                 W, _ = self.compose(brought, self.kind.dtype(self.base_layer))
                 return self.kind.native(W, self.base_layer)

@@ -122,7 +122,7 @@ def first_position(stack: nn.Module) -> int:
     """RoBERTa and its like number positions from behind the padding index."""
     for m in stack.modules():
         if hasattr(m, "create_position_ids_from_inputs_embeds"):
-            return int(vars(m)["padding_idx"]) + 1
+            return int(getattr(m, "padding_idx")) + 1  # noqa: B009
     return 0
 
 

@@ -142,7 +142,7 @@ def modules_in_file(tensors: Iterable[str], config: PeftConfig) -> set[str] | No
 def fit(
     roster: Roster, adapter: Adapter, tensors: dict[str, Tensor]
 ) -> tuple[dict[str, tuple[FileTensor, Tensor]], list[str], list[str]]:
-    """Match a file's tensors to an adapter's slots: (pairs, keys missing in the file, keys nobody takes)."""
+    """Match a file's tensors to an adapter's tensors: (pairs, keys missing in the file, keys nobody takes)."""
     root = root_of(adapter.config)
     tensors = {_with_root(k, root): v for k, v in tensors.items()}
     tensors = _translate(roster, tensors, adapter, "from_disk")
@@ -203,13 +203,13 @@ def assign(pairs: dict[str, tuple[FileTensor, Tensor]], adapter: Adapter, adopt:
     taken: set[int] = set()
     copies: tuple[list[Tensor], list[Tensor]] = [], []
     with torch.no_grad():
-        for slot, tensor in pairs.values():
-            if not adopt and type(old := slot.tensor) is nn.Parameter and _alike(old, tensor):
+        for held, tensor in pairs.values():
+            if not adopt and type(old := held.tensor) is nn.Parameter and _alike(old, tensor):
                 copies[0].append(old.data)
                 copies[1].append(tensor)
                 continue
             at = tensor.data_ptr()
-            slot.assign(tensor, adopt and tensor.is_contiguous() and at not in taken)
+            held.assign(tensor, adopt and tensor.is_contiguous() and at not in taken)
             taken.add(at)
         if copies[0]:
             torch._foreach_copy_(*copies)
@@ -239,9 +239,9 @@ def load_map(adapter: Adapter, held: Iterator[tuple[str, nn.Module]]) -> dict[st
     others = {s.tensor.dtype: s for _, s in reversed(known) if s is not first and not s.tensor.is_floating_point()}
     keys = {d: "|".join(re.escape(k) for k, s in known if s.tensor.dtype == d) for d in others}
     out = {}
-    for dtype, slot in others.items():
-        if id(slot.method) in names:
-            out[rf"(?!)|^(?:.*\.)?(?:{keys[dtype]})$"] = f"{names[id(slot.method)]}.{slot.attr}"
+    for dtype, known_as in others.items():
+        if id(known_as.method) in names:
+            out[rf"(?!)|^(?:.*\.)?(?:{keys[dtype]})$"] = f"{names[id(known_as.method)]}.{known_as.attr}"
     if id(first.method) in names:
         apart = "".join(rf"(?!(?:.*\.)?(?:{keys[d]}|{re.escape(s.attr)})$)" for d, s in others.items())
         out[f"(?!)|^{apart}.*$"] = f"{names[id(first.method)]}.{first.attr}"

@@ -138,6 +138,19 @@ class PromptMethod(Method):
         return None
 
 
+class _AsItIsSaved:
+    """The table of a prompt with a network: that of its class, or of a method what a file would hold now."""
+
+    def __get__(self, method: Encoded | None, cls: type[Encoded]) -> TensorTable:
+        plain = PromptMethod.table
+        if method is None or method.lacks_network:
+            return plain
+        keys = {"prompt_embeddings": "prompt_embeddings"}
+        if method.config.save_encoder:
+            keys |= {n: f"base_model.prompt_encoder.{n}" for n, _ in method.named_parameters()}
+        return TensorTable(keys=keys, own=plain.own)
+
+
 class Encoded(PromptMethod):
     """A prompt that is trained through a small network and saved as the network's result, `prompt_embeddings`.
 
@@ -146,6 +159,7 @@ class Encoded(PromptMethod):
     """
 
     networks: ClassVar[tuple[str, ...]] = ()  # attributes with the network's modules
+    table = _AsItIsSaved()  # type: ignore[assignment]
 
     def encode(self, table: Tensor, part: slice | None = None) -> Tensor:
         """The network on the table; `part` asks for some columns of the result only."""
@@ -165,16 +179,6 @@ class Encoded(PromptMethod):
     def prompt_embeddings(self) -> Tensor:
         return self.result()
 
-    def choose_table(self) -> None:
-        """What the file holds: the plain table, or the network's result, and the network where the config asks for it."""
-        if self.lacks_network:
-            self.__dict__.pop("table", None)
-            return
-        keys = {"prompt_embeddings": "prompt_embeddings"}
-        if self.config.save_encoder:
-            keys |= {n: f"base_model.prompt_encoder.{n}" for n, _ in self.named_parameters()}
-        self.set(table=TensorTable(keys=keys, own=type(self).table.own))
-
     def resize(self, state: dict[str, Tensor]) -> None:
         held = [n for n, _ in self.named_parameters()]
         if self.lacks_network or "prompt_embeddings" not in state or all(n in state for n in held):
@@ -185,7 +189,6 @@ class Encoded(PromptMethod):
         self.embedding = Table(nn.Parameter(weight.clone(), requires_grad=old.requires_grad))
         for name in self.networks:
             setattr(self, name, None)
-        self.choose_table()
 
     @torch.no_grad()
     def reset(self, rng: torch.Generator, site: Site) -> None:

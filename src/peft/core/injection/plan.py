@@ -136,14 +136,14 @@ def plan(
     model_config = getattr(model, "config", None)
     holders: dict[tuple[type[Method], int], str] = {}  # weight -> the path of the first site that has it
 
-    def add(place: Place | None, part: str, cls: type[Method], cfg: object) -> None:
+    def add(place: Place | None, brought_by: str, cls: type[Method], cfg: object) -> None:
         kind = place.kind if place else None
         site = _site(model, place, kind, model_config, autocast_adapter_dtype)
         weight = place.module._parameters.get("weight") if place else None
         if weight is not None and place is not None:
             first = holders.setdefault((cls, id(weight)), place.path)
             site.tied = first if first != place.path else ""
-        items.append(Item(place, part, cls, kind, cfg, site))
+        items.append(Item(place, brought_by, cls, kind, cfg, site))
 
     if cls.form == "prompt":
         add(None, "", cls, config)

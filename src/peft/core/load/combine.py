@@ -72,7 +72,7 @@ def add_weighted_adapter(
             "the sum of deltas of different methods is an adapter of neither; activate them together instead",
         )
     sources = [(roster.adapters[n], float(w)) for n, w in zip(adapters, weights)]
-    sites = _by_stem(sources)
+    sites = _by_disk_path(sources)
     config = copy.deepcopy(roster.configs[adapters[0]])
     paths = {p.disk_path: p.path for p in walk(model)}
     mix = _merger(kind, density, majority_sign_method)
@@ -146,7 +146,7 @@ def _kind(combination_type: str | None, density: float | None, sign: str) -> tup
     return kind, name.endswith("svd")
 
 
-def _by_stem(sources: list[tuple[Adapter, float]]) -> dict[str, list[tuple[Method, float]]]:
+def _by_disk_path(sources: list[tuple[Adapter, float]]) -> dict[str, list[tuple[Method, float]]]:
     """The adapters' own methods at each place, in the order of the first that is there."""
     sites: dict[str, list[tuple[Method, float]]] = {}
     for adapter, w in sources:
@@ -283,7 +283,7 @@ def _companions(roster: Roster, names: Sequence[str]) -> dict[tuple[str, type[Me
     return found
 
 
-def _carry(m: Method, disk_path: str, part: str, which: list[int], sources: list[tuple[Adapter, float]]) -> None:
+def _carry(m: Method, disk_path: str, brought_by: str, which: list[int], sources: list[tuple[Adapter, float]]) -> None:
     """A companion's weights, from the one adapter that has it; several are mixed where their effect is linear."""
     found = [
         (x, sources[i][1]) for i in which for s, x in sources[i][0].methods if s == disk_path and type(x) is type(m)
@@ -292,7 +292,7 @@ def _carry(m: Method, disk_path: str, part: str, which: list[int], sources: list
     if state is None:
         if len(found) != 1:
             raise Refusal(
-                part,
+                brought_by,
                 f"{disk_path} (a combination)",
                 f"{len(found)} of the adapters bring it, and copies trained whole have no sum",
             )

@@ -321,7 +321,7 @@ class PeftModel(nn.Module):
             reload(base, loaded, adapter_name)
         else:
             found = load_into(base, loaded, adapter_name, strict=strict, autocast_adapter_dtype=autocast_adapter_dtype)
-        if not is_trainable:
+        if not is_trainable and (self.training or base.training):
             self.eval()
         return found
 

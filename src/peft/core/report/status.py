@@ -60,10 +60,10 @@ def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
 
 def _layer(name: str, layer: Adapted) -> TunerLayerStatus:
     parameters = {a: [p for m in methods for p in m.parameters()] for a, methods in layer.methods.items()}
-    stem = next((m.prefix for methods in layer.methods.values() for m in methods if m.prefix), "").rstrip("_")
+    prefix = next((m.prefix for methods in layer.methods.values() for m in methods if m.prefix), "").rstrip("_")
     return TunerLayerStatus(
         name=name,
-        module_type=f"{stem or 'adapted'}.{type(layer.base_layer).__name__}",
+        module_type=f"{prefix or 'adapted'}.{type(layer.base_layer).__name__}",
         enabled=not layer.disable_adapters,
         active_adapters=layer.active_adapters,
         merged_adapters=list(layer.merged_adapters),
