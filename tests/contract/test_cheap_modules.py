@@ -6,8 +6,9 @@ import gc
 import weakref
 
 import pytest
+from torch import nn
 
-from peft.contract.cheap_modules import uninterrupted
+from peft.contract.cheap_modules import CheapModule, uninterrupted
 
 
 def test_no_collection_while_many_objects_are_made_and_none_put_off_for_good():
@@ -46,3 +47,15 @@ def test_collections_stay_off_where_they_were_off_and_come_back_after_an_error()
     with pytest.raises(KeyError), uninterrupted(), uninterrupted():
         raise KeyError
     assert gc.isenabled()
+
+
+def test_train_and_eval_reach_all_that_hangs_below_as_any_modules_do():
+    outer, inner = CheapModule(), CheapModule()
+    inner.plain = nn.Sequential(nn.Dropout(0.5))
+    outer.inner, outer.nothing = inner, None
+    outer._modules["empty"] = None
+    holder = nn.Sequential(outer)
+    assert holder.eval() is holder and not any(m.training for m in holder.modules())
+    assert outer.train() is outer and all(m.training for m in outer.modules()) and not holder.training
+    with pytest.raises(ValueError, match="expected to be boolean"):
+        outer.train("yes")

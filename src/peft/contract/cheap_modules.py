@@ -5,9 +5,11 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
+
+Self = TypeVar("Self", bound="CheapModule")
 
 
 class _Later:
@@ -48,6 +50,16 @@ class CheapModule(nn.Module):
     def set(self, **values: object) -> None:
         """Attributes that are neither parameters, buffers nor modules, all at once."""
         self.__dict__.update(values)
+
+    def train(self: Self, mode: bool = True) -> Self:
+        """As nn.Module's, which takes five times as long over a hundred thousand of them."""
+        if not isinstance(mode, bool):
+            raise ValueError("training mode is expected to be boolean")
+        self.__dict__["training"] = mode
+        for child in self._modules.values():
+            if child is not None:
+                child.train(mode)
+        return self
 
     def __setattr__(self, name: str, value: Any) -> None:
         fields = self.__dict__

@@ -297,7 +297,7 @@ class PeftModel(nn.Module):
         self = target.__new__(target)
         nn.Module.__init__(self)
         self._wrap(model)
-        return self if is_trainable else self.eval()
+        return self if is_trainable or not model.training else self.eval()
 
     def load_adapter(
         self,
