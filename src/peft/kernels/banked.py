@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .node import Context, again, cast, column_sums, matrix
+from .node import Context, again, as_output, cast, column_sums, matrix
 from .terms import Banks
 
 
@@ -26,7 +26,7 @@ class _Banked(torch.autograd.Function):
         u = (h * d) @ B.T  # [T, n]
         y.view(u.shape).addcmul_(u, e)
         ctx.save_for_backward(x, W, A, B, d, e, h, u)
-        return y
+        return as_output(y)
 
     @staticmethod
     def backward(ctx: Context, *grads: Tensor) -> tuple[Tensor | None, ...]:

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from . import dropout, triton_launch, triton_lowrank
-from .node import Context, Where, again, cast, matrix
+from .node import Context, Where, again, as_output, cast, matrix
 from .terms import Thin
 
 MANY = 16  # rows from which on the Triton kernels are worth their launches
@@ -141,7 +141,7 @@ class _OnDevice(torch.autograd.Function):
             triton_lowrank.expand_(y2, hidden[-1], flat[2 * i + 1], s)
         ctx.save_for_backward(x, W, *flat, *hidden)
         ctx.spec, ctx.seeds = spec, seeds
-        return y
+        return as_output(y)
 
     @staticmethod
     def backward(ctx: Held, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -183,7 +183,7 @@ class _LowRank(torch.autograd.Function):
             seeds.append(seed)
         ctx.save_for_backward(x, W, *flat, *hidden, *masks)
         ctx.spec, ctx.seeds = spec, seeds
-        return y
+        return as_output(y)
 
     @staticmethod
     def backward(ctx: Held, *grads: Tensor) -> tuple[Tensor | None, ...]:

@@ -34,6 +34,14 @@ def column_sums(t: Tensor) -> Tensor:
     return t.new_ones(len(t)) @ t
 
 
+def as_output(y: Tensor) -> Tensor:
+    """The same memory, but no view: what follows a layer may write into its output in place, as into a plain layer's.
+
+    Only for what no node has saved: the alias has a version of its own, so that such a write would not be seen.
+    """
+    return torch.ops.aten._unsafe_view.default(y, y.shape) if y._is_view() else y  # type: ignore[no-any-return]
+
+
 def again(
     formula: Callable[..., Tensor], inputs: Sequence[Tensor], needs: Sequence[bool], dy: Tensor
 ) -> tuple[Tensor | None, ...]:

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from . import triton_launch
 from .lowrank import MANY
-from .node import Context, Where, again
+from .node import Context, Where, again, as_output
 from .terms import Thin
 from .triton_rows import grouped_linear, runs_of
 
@@ -142,7 +142,7 @@ class _Rows(torch.autograd.Function):
         y, h = _forward(x, W, b, s, share, scratch, *flat)
         ctx.s, ctx.share, ctx.scratch = s, share, scratch
         ctx.save_for_backward(x, W, h, *flat)
-        return y
+        return as_output(y)
 
     @staticmethod
     def backward(ctx: Held, *grads: Tensor) -> tuple[Tensor | None, ...]:

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from . import dropout
 from .lowrank import add_term
-from .node import Context, again, column_sums, matrix
+from .node import Context, again, as_output, column_sums, matrix
 from .terms import Thin
 
 
@@ -48,7 +48,7 @@ class _Scaled(torch.autograd.Function):
             y = (z2 * c if b is None else torch.addcmul(b, z2, c)).view(*x.shape[:-1], len(W))
         ctx.save_for_backward(x, W, A, B, c, h, z2, bits)
         ctx.s, ctx.p, ctx.seed = s, p, seed
-        return y
+        return as_output(y)
 
     @staticmethod
     def backward(ctx: Held, *grads: Tensor) -> tuple[Tensor | None, ...]:

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from . import triton_launch, triton_lowrank
 from .lowrank import Spec, again_on_device
-from .node import Context, Where, matrix
+from .node import Context, Where, as_output, matrix
 from .terms import Thin
 from .triton_lowrank import Segments
 
@@ -115,7 +115,7 @@ class _Grouped(torch.autograd.Function):
         triton_lowrank.grouped_expand_(y.view(-1, len(W)), h, t.B, t.ranks, t.scales, runs, weights)
         ctx.save_for_backward(x, W, h, *flat)
         ctx.runs, ctx.scales, ctx.p, ctx.seed = runs, scales, p, seed
-        return y
+        return as_output(y)
 
     @staticmethod
     def backward(ctx: Held, *grads: Tensor) -> tuple[Tensor | None, ...]:
