@@ -218,6 +218,11 @@ class TunerConfig(PeftConfig):
     ensure_weight_tying: bool = own_field(False)
     seed: int | None = own_field(None)
 
+    @property
+    def names_no_target(self) -> bool:
+        """Whether the method's own defaults say what it targets."""
+        return self.target_modules is None and not self.target_parameters
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if isinstance(self.target_modules, (list, tuple, set)):

@@ -53,7 +53,7 @@ class BitFit(Copies):
     @classmethod
     def prepare(cls, config: BitFitConfig, model: nn.Module) -> None:
         """The names of all modules with a bias: short where every module of that name has one."""
-        if config.target_modules is not None or config.target_parameters:
+        if not config.names_no_target:
             return
         places = [p for p in walk(model) if p.owner is None]
         having = [p.path for p in places if own_biases(p.module)]

@@ -21,7 +21,7 @@ from ..contract.refusals import refusal
 from ..contract.site import Site
 from ..contract.tensors import Stored
 from ..core.anatomy.language import model_type
-from ..core.anatomy.roles import default_targets
+from ..core.anatomy.roles import default_targets, fill_targets
 
 __all__ = ["IA3Config"]
 
@@ -80,8 +80,7 @@ class IA3(Blends, ScalesChannels, Method):
 
     @classmethod
     def prepare(cls, config: IA3Config, model: nn.Module) -> None:
-        if config.target_modules is None and not config.target_parameters:
-            config.target_modules = default_targets(cls.role, model_type(model), cls.peft_type)
+        fill_targets(config, cls.role, model_type(model), cls.peft_type)
         if config.feedforward_modules is None:
             asked = "`feedforward_modules` in `peft_config` ([] for none)"
             config.feedforward_modules = default_targets("ffn", model_type(model), cls.peft_type, asked)

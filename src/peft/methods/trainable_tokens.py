@@ -89,7 +89,7 @@ class TrainableTokens(Derives, Follows, NeedsTokens, Method):
     @classmethod
     def prepare(cls, config: TrainableTokensConfig, model: nn.Module) -> None:
         check_rows(config.token_indices, "token_indices", "token indices")
-        if config.target_modules is None and not config.target_parameters:
+        if config.names_no_target:
             config.target_modules = [embedding_name(model)]
 
     @classmethod

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ...config import TunerConfig
 from ...errors import NoMatchingPeftModuleError, near
 
 _LLAMAS = ("llama", "mistral", "mixtral", "gemma", "gemma2", "gemma3_text", "llama4", "qwen2", "qwen3", "phi")
@@ -154,3 +155,9 @@ def default_targets(
         f"Please specify {asked}: {method} has no default for model type {model_type!r}."
         f"{near(str(model_type), known)} Known model types: {', '.join(known)}."
     )
+
+
+def fill_targets(config: TunerConfig, role: str, model_type: str | None, method: str) -> None:
+    """What a role targets in a model of this type, into a config that names nothing."""
+    if config.names_no_target:
+        config.target_modules = default_targets(role, model_type, method)

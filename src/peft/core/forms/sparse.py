@@ -32,7 +32,7 @@ class SparseCopies(Method):
     @classmethod
     def prepare(cls, config: TunerConfig, model: nn.Module) -> None:
         """All linear layers by default."""
-        if config.target_modules is None and not config.target_parameters:
+        if config.names_no_target:
             config.target_modules = "all-linear"
 
     def make_room(self, share: float, device: torch.device, dtype: torch.dtype) -> None:

@@ -32,7 +32,7 @@ from ..anatomy.bare_parameters import find_parameters
 from ..anatomy.embeddings import embed, vocab_size
 from ..anatomy.language import model_type, where
 from ..anatomy.older_layouts import retarget
-from ..anatomy.roles import default_targets
+from ..anatomy.roles import fill_targets
 from ..anatomy.targets import ALL_LINEAR, exactly, find, short_names
 from ..anatomy.ties import other_ends
 from ..anatomy.ties import wanted as tying_wanted
@@ -131,7 +131,9 @@ def plan(
     check_name(roster, name)
     cls = method(config.peft_type)
     cls.prepare(config, model)
-    _default_targets(cls, config, model)
+    if cls.form != "prompt":
+        role = getattr(config, "role", cls.role)
+        fill_targets(cast(TunerConfig, config), role, model_type(model), cls.peft_type)
     items: list[Item] = []
     model_config = getattr(model, "config", None)
     holders: dict[tuple[type[Method], int], str] = {}  # weight -> the path of the first site that has it
@@ -174,17 +176,6 @@ def plan(
         if item.kind is not None and item.place is not None and item.method is not None:
             item.kind.admit(item.place.module, item.method, item.path)
     return plan_
-
-
-def _default_targets(cls: type[Method], config: PeftConfig, model: nn.Module) -> None:
-    """What the method's role targets in a model of this type, where the config names nothing."""
-    if (
-        cls.form != "prompt"
-        and getattr(config, "target_modules", None) is None
-        and not getattr(config, "target_parameters", None)
-    ):
-        role = getattr(config, "role", cls.role)
-        cast(TunerConfig, config).target_modules = default_targets(role, model_type(model), cls.peft_type)
 
 
 def _followers(cls: type[Method], config: TunerConfig, model: nn.Module, places: list[Place]) -> list[Place]:
