@@ -44,7 +44,7 @@ def test_where_layers_differ_the_status_says_so():
     first = next(s for s in get_layer_status(model))
     assert first.module_type == "lora.Linear" and first.requires_grad == {"default": True}
     layer = model.get_base_model().model.layers[0].self_attn.q_proj
-    layer.methods["default"][0].lora_A.requires_grad_(False)
+    layer.methods["default"][0].lora_A_weight.requires_grad_(False)
     assert get_layer_status(model)[0].requires_grad == {"default": "irregular"}
     assert get_model_status(model).requires_grad == {"default": "irregular"}
     layer.merge()

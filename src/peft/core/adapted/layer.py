@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 from torch import nn
 
@@ -18,33 +18,12 @@ from .switch import Switch, escape
 from .upstream_layer import UpstreamLayer
 
 
-class Companions(AdapterContainer, Switch):
-    """The companions of one sort at a layer: what libraries switch where only companions hang. The layer does the work."""
-
-    layer: Adapted
+class Companions(AdapterContainer):
+    """The companions of one sort at a layer."""
 
     def __init__(self, layer: Adapted) -> None:
         super().__init__()
-        self.roster, self.merged_adapters = layer.roster, []
         self.__dict__["layer"] = layer  # no child of this
-
-    def merge(self, safe_merge: bool = False, adapter_names: Sequence[str] | None = None) -> None:
-        self.layer.merge(safe_merge, adapter_names)
-
-    def unmerge(self) -> None:
-        self.layer.unmerge()
-
-    def delete_adapter(self, adapter_name: str) -> None:
-        self.layer.delete_adapter(adapter_name)
-
-    def set_scale(self, adapter: str, scale: float) -> None:
-        """Strengths are the targeted layers' alone."""
-
-    def scale_layer(self, scale: float) -> None:
-        """See `set_scale`."""
-
-    def unscale_layer(self, scale: float | None = None) -> None:
-        """See `set_scale`."""
 
 
 class Adapted(Switch, UpstreamLayer):
