@@ -16,7 +16,7 @@ import warnings
 import torch
 from torch import Tensor, nn
 
-from ...config import CONFIG_NAME, PeftConfig
+from ...config import CONFIG_NAME, PeftConfig, require_method
 from ...contract.cheap_modules import uninterrupted
 from ...errors import CheckpointError
 from ...remote import find_file
@@ -121,6 +121,7 @@ def read(
                     stacklevel=3,
                 )
             values = {**values, **{k: v for k, v in stored.items() if k not in free or k not in values}}
+        require_method(values, str(at or path))
         config = PeftConfig.from_dict(values, source=str(at or path))
     for key, t in tensors.items():
         if sharded.hollow(t):
