@@ -10,7 +10,7 @@ import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias, TypeVar
 
-from .config_fields import checks_of, default_of, jsonable, own_field, ranged, reading
+from .config_fields import Names, checks_of, default_of, jsonable, own_field, ranged, reading
 from .config_values import AtLeast0, shown
 from .errors import ConfigError, near
 from .registry import PeftType, TaskType, method
@@ -236,6 +236,8 @@ class TunerConfig(PeftConfig):
     each site draws from it under its own name.
     """
 
+    sets: ClassVar[tuple[str, ...]] = ("target_modules", "exclude_modules")  # lists that are held as sets
+
     target_modules: list[str] | str | None = None
     exclude_modules: list[str] | str | None = None
     modules_to_save: list[str] | None = None
@@ -252,13 +254,13 @@ class TunerConfig(PeftConfig):
         """Whether the method's own defaults say what it targets."""
         return self.target_modules is None and not self.target_parameters
 
+    def __setattr__(self, name: str, value: object) -> None:
+        super().__setattr__(name, value)
+        if name in self.sets and isinstance(held := self.__dict__[name], (list, tuple, set)):
+            self.__dict__[name] = Names(held)
+
     def __post_init__(self) -> None:
         super().__post_init__()
-        if isinstance(self.target_modules, (list, tuple, set)):
-            self.target_modules = (
-                sorted(set(self.target_modules)) if isinstance(self.target_modules, set) else list(self.target_modules)
-            )
-        self.exclude_modules = as_names(self.exclude_modules)
         if isinstance(self.target_modules, str):
             for name in ("layers_to_transform", "layers_pattern"):
                 if getattr(self, name) is not None and self.target_modules != "all-linear":
@@ -275,11 +277,6 @@ def require_method(values: Fields, source: str) -> None:
             if values.get("peft_type") is None
             else f"{source}: `peft_type` should be a method's name but the value is {shown(values['peft_type'])}."
         )
-
-
-def as_names(value: list[str] | str | None) -> list[str] | str | None:
-    """Names as JSON has them: sets and tuples become sorted lists."""
-    return sorted(value) if isinstance(value, (tuple, set)) else value
 
 
 @dataclass

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..config import LayoutConfig, as_bias, as_names
+from ..config import LayoutConfig, as_bias
 from ..config_fields import own_field, reading
 from ..config_values import AtLeast0
 from ..contract.capabilities import Blends, ScalesChannels
@@ -36,6 +36,7 @@ class IA3Config(LayoutConfig):
     """
 
     own_type = "IA3"
+    sets = (*LayoutConfig.sets, "feedforward_modules")
     feedforward_modules: list[str] | str | None = None
     init_ia3_weights: bool = True
     bias: str = reading(as_bias, "none", own=True)
@@ -44,9 +45,9 @@ class IA3Config(LayoutConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        names = self.feedforward_modules = as_names(self.feedforward_modules)
-        if isinstance(names, list) and isinstance(self.target_modules, list):
-            if strange := sorted(set(names) - set(self.target_modules)):
+        names, targets = self.feedforward_modules, self.target_modules
+        if names and targets and not isinstance(names, str) and not isinstance(targets, str):
+            if strange := sorted(set(names) - set(targets)):
                 raise ValueError(f"`feedforward_modules` should be a subset of `target_modules`; {strange} are not.")
 
     def scales_input(self, path: str) -> bool:

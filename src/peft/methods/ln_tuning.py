@@ -20,6 +20,7 @@ class LNTuningConfig(TunerConfig):
     """LayerNorm tuning (arXiv 2312.11420). Its only settings are which modules to train."""
 
     own_type = "LN_TUNING"
+    sets = ("exclude_modules",)
     bias: str = reading(as_bias, "none", own=True)
     layers_to_transform: list[AtLeast0] | AtLeast0 | None = own_field(None)
     layers_pattern: list[str] | str | None = own_field(None)

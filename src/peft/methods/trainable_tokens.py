@@ -39,6 +39,7 @@ class TrainableTokensConfig(TunerConfig):
     """
 
     own_type = "TRAINABLE_TOKENS"
+    sets = ("exclude_modules",)
     token_indices: list[int] = field(default_factory=list)
     init_weights: bool = True
     bias: str = reading(as_bias, "none", own=True)
