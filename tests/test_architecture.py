@@ -94,7 +94,7 @@ def outside(*folders: str) -> dict[str, ast.Module]:
 # From low to high. A file imports from rooms on lines above its own, and from its own line as long as no files import
 # each other in a circle. Imports inside functions and under TYPE_CHECKING count like any other.
 ROOMS = [
-    "errors version local_files remote signatures",
+    "errors version local_files remote signatures config_values",
     "maths",
     "kernels",
     "contract",

@@ -8,10 +8,11 @@ import json
 import os
 import warnings
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias, TypeVar
 
-from .config_fields import check_field, default_of, jsonable, own_field
-from .errors import about_a_file, near, printable
+from .config_fields import checks_of, default_of, jsonable, own_field, ranged, reading
+from .config_values import AtLeast0, shown
+from .errors import ConfigError, about_a_file, near, printable
 from .local_files import read_json, replace_files
 from .registry import PeftType, TaskType, method
 from .remote import CODE_KWARGS, HUB_KWARGS, find_file, push_folder
@@ -34,6 +35,33 @@ class _Signature:
         return found.replace(parameters=list(found.parameters.values())[1:])
 
 
+def _task_type(cls: type[PeftConfig], value: str | TaskType | None) -> TaskType | None:
+    if value is None or isinstance(value, TaskType):
+        return value
+    if value not in TaskType.__members__:
+        known = ", ".join(TaskType.__members__)
+        raise ConfigError(
+            f"Invalid task type: {shown(value)}. Expected one of: {known}.{near(value[:80], TaskType.__members__)}"
+        )
+    return TaskType(value)
+
+
+def _peft_type(cls: type[PeftConfig], value: str | PeftType | None) -> PeftType | None:
+    if value is None:
+        return None
+    if not cls.own_type:
+        return PeftType(method(value).peft_type)
+    if value != cls.own_type:
+        raise ConfigError(f"{cls.__name__} is for method {cls.own_type}, not {shown(value)[1:-1]}.")
+    return PeftType(value)
+
+
+def as_bias(cls: type[PeftConfig], value: str) -> str:
+    if value not in ("none", "all") and not value.endswith("_only"):
+        raise ConfigError(f"bias={shown(value)}: expected 'none', 'all' or '<method>_only'.")
+    return value
+
+
 @dataclass
 class PeftConfig:
     """What every config has.
@@ -42,8 +70,8 @@ class PeftConfig:
     not trained. base_model_name_or_path, revision: where the base came from.
     """
 
-    task_type: str | TaskType | None = None
-    peft_type: str | PeftType | None = None
+    task_type: str | TaskType | None = reading(_task_type)
+    peft_type: str | PeftType | None = reading(_peft_type)
     auto_mapping: dict[str, object] | None = None
     peft_version: str | None = None
     base_model_name_or_path: str | None = None
@@ -61,26 +89,21 @@ class PeftConfig:
             )
         return super().__new__(cls)
 
+    def __setattr__(self, name: str, value: object) -> None:
+        """Every value is checked when it is set: its type, that it is finite, in its range, and can be stored."""
+        check = checks_of(type(self)).get(name)
+        object.__setattr__(self, name, value if check is None else check(value))
+
     def __post_init__(self) -> None:
         if self.own_type:
-            given = getattr(self.peft_type, "value", self.peft_type)
-            if given is not None and given != self.own_type:
-                raise ValueError(f"{type(self).__name__} is for method {self.own_type}, not {given}.")
             self.peft_type = PeftType(self.own_type)
-        elif self.peft_type is not None:
-            self.peft_type = PeftType(method(self.peft_type).peft_type)
-        if self.task_type is not None:
-            name = getattr(self.task_type, "value", self.task_type)
-            if name not in TaskType.__members__:
-                known = ", ".join(TaskType.__members__)
-                raise ValueError(
-                    f"Invalid task type: {name!r}. Expected one of: {known}.{near(str(name), TaskType.__members__)}"
-                )
-            self.task_type = TaskType(name)
         if self.peft_version is None:
             self.peft_version = self._get_peft_version()
-        for f in dataclasses.fields(self):
-            check_field(self, f)
+
+    def check(self) -> None:
+        """Check the values again: lists and dictionaries may have been changed in place since they were set."""
+        for name in checks_of(type(self)):
+            setattr(self, name, getattr(self, name))
 
     # -- what kind of method --------------------------------------------------------------------------------------------
     @property
@@ -133,8 +156,8 @@ class PeftConfig:
         """
         values = dict(values)
         kind = values.get("peft_type")
-        if not isinstance(kind, (str, type(None))):
-            raise ValueError(f"{source}: peft_type={str(kind)[:100]!r}, expected the name of a method.")
+        if kind is not None:
+            require_method(values, source)
         target = method(kind).config_class if kind is not None else cls
         known = {f.name for f in dataclasses.fields(target) if f.init}
         unknown = [k for k in values if k not in known]
@@ -145,8 +168,11 @@ class PeftConfig:
             if strict:
                 raise ValueError(text + " Remove them, or load with strict=False to drop them.")
             warnings.warn(text + " They are ignored.", stacklevel=3)
-        with about_a_file(source):
-            return target(**{k: v for k, v in values.items() if k in known})
+        try:
+            with about_a_file(source):
+                return target(**{k: v for k, v in values.items() if k in known})
+        except ConfigError as e:
+            raise ConfigError(f"{source}: {e}") from e
 
     @classmethod
     def from_json_file(cls, path_json_file: str | os.PathLike[str], **kwargs: object) -> Fields:
@@ -166,7 +192,8 @@ class PeftConfig:
         path = find_file(str(pretrained_model_name_or_path), CONFIG_NAME, subfolder, remote)
         if path is None:
             raise ValueError(f"Can't find '{CONFIG_NAME}' at '{pretrained_model_name_or_path}'")
-        values = _checked(cls.from_json_file(path), path) if cls is PeftConfig else cls.from_json_file(path)
+        values = cls.from_json_file(path)
+        require_method(values, path)
         return cls.from_dict({**values, **kwargs}, strict=strict, source=str(path))
 
     @classmethod
@@ -183,7 +210,9 @@ class PeftConfig:
         path = find_file(model_id, CONFIG_NAME, subfolder, remote)
         if path is None:
             raise ValueError(f"Can't find '{CONFIG_NAME}' at '{model_id}'")
-        return str(_checked(cls.from_json_file(path), path)["peft_type"])
+        values = cls.from_json_file(path)
+        require_method(values, path)
+        return str(values["peft_type"])
 
     @staticmethod
     def _get_peft_version() -> str:
@@ -197,13 +226,6 @@ class PeftConfig:
 def _write(values: Fields, path: str) -> None:
     with open(path, "w", encoding="utf-8") as f:
         f.write(json.dumps(values, indent=2, sort_keys=True))
-
-
-def _checked(values: Fields, path: str) -> Fields:
-    """The values of a config file, which names a method."""
-    if values.get("peft_type") is None:
-        raise ValueError(f"{path} names no method: the field 'peft_type' is missing, so it is no adapter.")
-    return values
 
 
 @dataclass
@@ -220,9 +242,9 @@ class TunerConfig(PeftConfig):
     target_modules: list[str] | str | None = None
     exclude_modules: list[str] | str | None = None
     modules_to_save: list[str] | None = None
-    layers_to_transform: list[int] | int | None = None
+    layers_to_transform: list[AtLeast0] | AtLeast0 | None = None
     layers_pattern: list[str] | str | None = None
-    bias: str = "none"
+    bias: str = reading(as_bias, "none")
     target_parameters: list[str] | None = own_field(None)
     trainable_token_indices: list[int] | dict[str, list[int]] | None = own_field(None)
     ensure_weight_tying: bool = own_field(False)
@@ -246,8 +268,16 @@ class TunerConfig(PeftConfig):
                     raise ValueError(f"`{name}` cannot be used when `target_modules` is a str.")
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError("When `layers_pattern` is specified, `layers_to_transform` must also be specified. ")
-        if self.bias not in ("none", "all") and not self.bias.endswith("_only"):
-            raise ValueError(f"bias={self.bias!r}: expected 'none', 'all' or '<method>_only'.")
+
+
+def require_method(values: Fields, source: str) -> None:
+    """Raise unless the values of a file say of which method they are: any other JSON is no adapter's config."""
+    if not isinstance(values.get("peft_type"), str):
+        raise ConfigError(
+            f"{source} names no method: the field 'peft_type' is missing, so it is no adapter's config."
+            if values.get("peft_type") is None
+            else f"{source}: `peft_type` should be a method's name but the value is {shown(values['peft_type'])}."
+        )
 
 
 def as_names(value: list[str] | str | None) -> list[str] | str | None:
@@ -273,24 +303,10 @@ class DeltaConfig(TunerConfig):
 class PromptLearningConfig(PeftConfig):
     """Fields of the methods whose site is the whole model; sizes left at None are read from the base model."""
 
-    num_virtual_tokens: int = None  # type: ignore[assignment]
-    token_dim: int = None  # type: ignore[assignment]
-    num_transformer_submodules: int | None = None
-    num_attention_heads: int | None = None
-    num_layers: int | None = None
+    num_virtual_tokens: int = ranged(None)  # type: ignore[assignment]
+    token_dim: int = ranged(None)  # type: ignore[assignment]
+    num_transformer_submodules: int | None = ranged(None)
+    num_attention_heads: int | None = ranged(None)
+    num_layers: int | None = ranged(None)
     modules_to_save: list[str] | None = None
     seed: int | None = own_field(None)
-
-
-class HasRanks(Protocol):
-    """A config that gives modules ranks of their own, by pattern."""
-
-    @property
-    def rank_pattern(self) -> dict[str, int] | None: ...
-
-
-def require_ranks(config: HasRanks) -> None:
-    """Raise a clear error unless every rank of `rank_pattern` is at least 1."""
-    for pattern, rank in (config.rank_pattern or {}).items():
-        if not isinstance(rank, int) or rank < 1:
-            raise ValueError(f"rank_pattern[{pattern!r}] should be at least 1 but the value passed is {rank}")

@@ -66,6 +66,10 @@ class NoMatchingPeftModuleError(PeftError, ValueError):
     """A target pattern that matches no module or parameter of the model."""
 
 
+class ConfigError(PeftError, ValueError, TypeError):
+    """A config's value that its field does not allow: of the wrong type, not finite, out of range, or not storable."""
+
+
 class CheckpointError(PeftError, RuntimeError):
     """An adapter file that does not fit the model it is loaded into, or that cannot be read."""
 

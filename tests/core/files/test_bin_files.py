@@ -6,6 +6,7 @@ import os
 import pickle
 import zipfile
 from collections import OrderedDict
+from pathlib import Path
 
 import pytest
 import torch
@@ -97,8 +98,8 @@ def test_an_archive_that_lies_about_sizes_is_refused(tmp_path):
         "another size": lambda: repacked(good, bad, lambda n, d: d[:-4] if "/data/" in n else d),
         "missing": lambda: repacked(good, bad, lambda n, d: pickle.dumps(3) if n.endswith("data.pkl") else d),
         "the other byte order": lambda: repacked(good, bad, lambda n, d: b"big" if n.endswith("byteorder") else d),
-        "cut short": lambda: open(bad, "wb").write(open(good, "rb").read()[:-1000]),
-        "empty": lambda: open(bad, "wb").close(),
+        "cut short": lambda: Path(bad).write_bytes(Path(good).read_bytes()[:-1000]),
+        "empty": lambda: Path(bad).write_bytes(b""),
     }
     repacked(good, bad)
     assert torch.equal(read_weights(bad).tensors["x"], torch.zeros(2**20))

@@ -18,7 +18,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ...config import CONFIG_NAME, PeftConfig
+from ...config import CONFIG_NAME, PeftConfig, require_method
 from ...contract.cheap_modules import uninterrupted
 from ...errors import CheckpointError, about_a_file, printable
 from ...local_files import replace_files
@@ -118,8 +118,7 @@ def _read(
                     "were written together with the weights."
                 )
             values = {**stored, **{k: values[k] for k in FREE if k in values}}
-        if values.get("peft_type") is None:
-            raise ValueError(f"{at or path} names no method: the field 'peft_type' is missing, so it is no adapter.")
+        require_method(values, str(at or path))
         config = PeftConfig.from_dict(values, source=str(at or path))
     tensors = weights.tensors
     for key, t in tensors.items():
