@@ -161,8 +161,8 @@ def test_shared_banks_stay_shared_and_train(tmp_path):
     banks = [p for n, p in model.named_parameters(remove_duplicate=False) if "vera_A" in n]
     assert len(banks) == 4 and len({id(p) for p in banks}) == 1 and not banks[0].requires_grad
     assert {n.rsplit(".", 1)[-1] for n, p in model.named_parameters() if p.requires_grad} == {
-        "vera_lambda_b",
-        "vera_lambda_d",
+        "vera_lambda_b_weight",
+        "vera_lambda_d_weight",
     }
 
 
@@ -200,7 +200,7 @@ def test_keys_of_integers_lead_to_integers():
     model = peft.inject_adapter_in_model(config, llama(), "a")
     state, patterns = model.state_dict(), {}
     for name, module in model.named_modules():
-        if isinstance(module, peft.utils.AuxiliaryTrainingWrapper):
+        if isinstance(module, AdaptedLayer):
             found = module.adapter_state_dict_load_map("a")
             patterns.update({f"{name}.{k}": f"{name}.{v}" for k, v in found.items()})
     from transformers.core_model_loading import WeightRenaming

@@ -62,7 +62,7 @@ class Shown:
     """What upstream's layers show of a method, by adapter, besides its tensors.
 
     settings: upstream's names. paths: the attribute path of those that are called otherwise here. assignable: those that
-    are read in every forward. dropout: upstream's name of the module that is `Method.dropout` here. empty: names of
+    are read in every forward. layer: upstream's name of the layer in reports, with the base's class as {}. dropout: upstream's name of the module that is `Method.dropout` here. empty: names of
     further tensors that upstream's layer has, empty where none is held.
     """
 
@@ -71,6 +71,7 @@ class Shown:
     assignable: tuple[str, ...] = ()
     dropout: str = ""
     empty: tuple[str, ...] = ()
+    layer: str = ""
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -79,6 +79,7 @@ class AdaLora(Penalised, Scheduled, Pruned):
         paths={"r": "own_r", "lora_alpha": "own_alpha", "scaling": "strength", "ranknum": "count"},
         assignable=("lora_alpha",),
         dropout="lora_dropout",
+        layer="adalora.SVD{}",
         empty=("lora_embedding_A", "lora_embedding_B"),
     )
     role = "every_linear"

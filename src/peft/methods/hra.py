@@ -19,7 +19,7 @@ from ..config_fields import ranged
 from ..contract.method import Method
 from ..contract.refusals import refusal
 from ..contract.site import Site
-from ..contract.tensors import Stored
+from ..contract.tensors import Shown, Stored
 from ..maths.rotations import reflect, reflect_orthonormalised
 
 __all__ = ["HRAConfig"]
@@ -47,6 +47,7 @@ class HRA(Method):
     formula = "W' = W ∏(I − 2 u_i u_iᵀ)"
     paper = "arXiv 2405.17484"
     prefix = "hra_"
+    shown = Shown(layer="hra.HRA{}")
     tensors = {"hra_u_weight": Stored("hra_u", shape="width config.r")}
     examples = ({"r": 4}, {"r": 4, "apply_GS": True})
 

@@ -20,7 +20,7 @@ from ..contract.capabilities import Blends, ScalesChannels
 from ..contract.method import Method
 from ..contract.refusals import refusal
 from ..contract.site import Site
-from ..contract.tensors import Stored
+from ..contract.tensors import Shown, Stored
 from ..core.anatomy.language import model_type
 from ..core.anatomy.roles import default_targets, fill_targets
 
@@ -63,6 +63,7 @@ class IA3(Blends, ScalesChannels, Method):
     formula = "y' = l ⊙ y (feed-forward: y = W (l ⊙ x))"
     paper = "arXiv 2205.05638"
     prefix = "ia3_"
+    shown = Shown(layer="{}")
     tensors = {"ia3_l_weight": Stored("ia3_l")}
     role = "keys_values_ffn"
     examples = ({"feedforward_modules": []}, {"feedforward_modules": ".*"})

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from ..config import TunerConfig, as_bias
 from ..config_fields import own_field, reading
 from ..config_values import AtLeast0
+from ..contract.tensors import Shown
 from ..core.forms.copies import Copies
 
 __all__ = ["LNTuningConfig"]
@@ -34,5 +35,6 @@ class LNTuning(Copies):
     paper = "arXiv 2312.11420"
     prefix = "ln_tuning_"
     role = "norms"
+    shown = Shown(layer="ln_tuning.LNTuningLayer")
     holder = "ln_tuning_layers"
     examples = ({},)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..config import TunerConfig, as_bias
 from ..config_fields import own_field, reading
 from ..config_values import AtLeast0
-from ..contract.capabilities import Derives, Follows, NeedsTokens
+from ..contract.capabilities import Derives, Exclusive, Follows, NeedsTokens
 from ..contract.method import Method
 from ..contract.site import Op, Site
 from ..contract.tensors import Shown, Stored
@@ -52,7 +52,7 @@ class TrainableTokensConfig(TunerConfig):
         return self.token_indices
 
 
-class TrainableTokens(Derives, Follows, NeedsTokens, Method):
+class TrainableTokens(Derives, Exclusive, Follows, NeedsTokens, Method):
     peft_type = "TRAINABLE_TOKENS"
     config_class = TrainableTokensConfig
     summary = "Trains the embeddings of chosen tokens only."
@@ -60,6 +60,7 @@ class TrainableTokens(Derives, Follows, NeedsTokens, Method):
     prefix = "trainable_tokens_"
     tensors = {"trainable_tokens_delta_weight": Stored("trainable_tokens_delta")}
     shown = Shown(
+        layer="TrainableTokensLayer",
         settings=("token_indices", "trainable_tokens_original"),
         paths={"token_indices": "indices", "trainable_tokens_original": "original"},
     )
@@ -136,6 +137,9 @@ class TrainableTokens(Derives, Follows, NeedsTokens, Method):
             self.original = self.rows(op.read())
         change = self.trainable_tokens_delta_weight - self.original
         return add_rows(x, y, op, self.known, change[self.order])
+
+    def held_alone(self) -> frozenset[object]:
+        return frozenset(self.indices)
 
     def rank(self) -> int:
         return min(len(self.indices), self.geometry.out, self.geometry.fan_in)

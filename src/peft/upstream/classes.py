@@ -66,7 +66,9 @@ class TunerLayerView(type):
     def __instancecheck__(cls, obj: object) -> bool:
         if cls is not BaseTunerLayer:  # a class that someone derived from the view
             return super().__instancecheck__(obj)
-        return isinstance(obj, Adapted) and (obj.targeted or TOKENS in obj.brought_by)
+        if not isinstance(obj, Adapted):
+            return isinstance(obj, Switch)  # where a method of the whole model hangs
+        return obj.targeted or TOKENS in obj.brought_by
 
 
 class AuxiliaryView(type):
@@ -77,7 +79,7 @@ class AuxiliaryView(type):
         if cls is not AuxiliaryTrainingWrapper:
             return super().__instancecheck__(obj)
         if not isinstance(obj, Adapted):
-            return False
+            return isinstance(obj, Switch) and bool(loading)
         return bool({"modules_to_save", TOKENS} & set(obj.brought_by) or loading & set(obj.methods))
 
 

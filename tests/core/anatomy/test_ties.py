@@ -68,7 +68,7 @@ def test_the_shared_pair_trains_from_both_ends():
     apart = get_peft_model(llama(), LoraConfig(**fields))
     A, B = (
         dict(tied.roster.adapters["default"].methods)["model.embed_tokens"].get_parameter(n)
-        for n in ("lora_A", "lora_B")
+        for n in ("lora_A_weight", "lora_B_weight")
     )
     table, head = (dict(apart.roster.adapters["default"].methods)[n] for n in ("model.embed_tokens", "lm_head"))
     table.lora_A_weight.data, table.lora_B_weight.data = A.detach().clone(), B.detach().clone()

@@ -9,9 +9,17 @@ from typing import Any, TypeVar
 V = TypeVar("V")
 
 
+WRAPPERS = re.compile(r"(?:(?<=\.)|^)(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+
+
 def means(pattern: str, path: str) -> bool:
     """Whether a target name means this path: the whole path or its last components."""
     return path == pattern or path.endswith("." + pattern)
+
+
+def without_wrappers(path: str) -> str:
+    """A path or key without the steps that torch.compile, FSDP and checkpoint wrappers put into it."""
+    return WRAPPERS.sub("", path)
 
 
 def matcher(patterns: Collection[str] | str | None) -> Callable[[str], bool]:

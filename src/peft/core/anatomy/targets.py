@@ -15,7 +15,7 @@ from ...config import TunerConfig
 from ...contract.tree import Composite
 from ...errors import NoMatchingPeftModuleError, near
 from .heads import output_heads
-from .patterns import matcher, means
+from .patterns import matcher, means, without_wrappers
 from .walk import Place, splitter_of, walk
 
 ALL_LINEAR = "all-linear"
@@ -39,7 +39,7 @@ def exactly(model: nn.Module, paths: Collection[str]) -> list[Place]:
     """The places of just these paths, in model order; paths that this model does not have are passed over."""
 
     def meant(p: Place | None) -> bool:
-        return p is not None and (p.path in paths or p.disk_path in paths)
+        return p is not None and any(without_wrappers(path) in paths for path in (p.path, p.disk_path))
 
     places = list(walk(model))
     found = [p for p in places if not _composed(p) and (meant(p) or meant(p.owner))]

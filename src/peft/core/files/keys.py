@@ -15,6 +15,7 @@ from ...contract.method import Method
 from ...errors import CheckpointError, near
 from ...registry import method as method_of
 from ..acting.roster import Adapter, Roster
+from ..anatomy.patterns import without_wrappers
 from . import sharded
 from .tensors import alone
 
@@ -98,8 +99,13 @@ def _held(method: Method, attr: str) -> Tensor | None:
         return None
 
 
-def state_dict_of(roster: Roster, name: str, gathered: sharded.Gathered | None = None) -> dict[str, Tensor]:
-    """The adapter's tensors under their keys in the file. gathered: values of tensors that are not whole here."""
+def state_dict_of(
+    roster: Roster, name: str, gathered: sharded.Gathered | None = None, meta: bool = False
+) -> dict[str, Tensor]:
+    """The adapter's tensors under their keys in the file. gathered: values of tensors that are not whole here.
+
+    meta: take tensors of the meta device as they are, which have shapes and no values.
+    """
     roster.known([name])
     adapter = roster.adapters[name]
     out: dict[str, Tensor] = {}
@@ -109,7 +115,7 @@ def state_dict_of(roster: Roster, name: str, gathered: sharded.Gathered | None =
         if gathered is not None and (found := gathered(method, attr)) is not None:
             value = found
         why = sharded.unreadable(value)
-        if why:
+        if why and not (meta and value.is_meta):
             raise CheckpointError(
                 f"Adapter {name!r}: {key} holds no values ({why}). Load weights first; with ZeRO-3 or FSDP save through "
                 "the trainer, which gathers them, or pass state_dict=accelerator.get_state_dict(model)."
@@ -134,7 +140,7 @@ def modules_in_file(tensors: Iterable[str], config: PeftConfig) -> set[str] | No
     """The paths of the modules that a file's tensors belong to; None where it holds raw parameters' adapters, too."""
     if getattr(config, "target_parameters", None):
         return None
-    bodies = (k.removeprefix(ROOT) for k in tensors)
+    bodies = (without_wrappers(k.removeprefix(ROOT)) for k in tensors)
     mark = f".{method_of(config.peft_type).prefix}"
     return {b.rpartition(mark)[0] for b in bodies if mark in b}
 

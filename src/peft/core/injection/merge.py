@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterator, Sequence
 
 from torch import nn
 
@@ -10,7 +11,7 @@ from ...errors import Refusal
 from ..acting.on_model import roster_of
 from ..acting.roster import Roster
 from ..adapted.layer import Adapted, adapted_layers
-from ..adapted.merge import Record
+from ..adapted.merge import Record, tell_of_merged
 from ..anatomy.ties import shared_parameters, shared_storages, state_tied, state_untied
 from ..files.tensors import finite
 
@@ -22,6 +23,11 @@ def merge(model: nn.Module, names: list[str] | None = None, safe: bool = False, 
         raise ValueError("This model has no adapters to merge.")
     wanted = list(names) if names is not None else list(roster.chosen)
     roster.known(wanted)
+    merged = (
+        list(dict.fromkeys(n for x in adapted_layers(model) for n in x.merged_adapters)) if roster.merged_at else []
+    )
+    tell_of_merged(merged, wanted)
+    roster.require_apart([*merged, *wanted])
     for name in wanted:
         for disk_path, m in roster.adapters[name].methods:
             if not m.mergeable:
@@ -30,7 +36,10 @@ def merge(model: nn.Module, names: list[str] | None = None, safe: bool = False, 
                 )
             for attr, p in m.named_parameters():
                 if p.is_floating_point() and not finite(p):
-                    raise ValueError(f"Adapter {name!r}: {disk_path}.{attr} holds NaN or inf; nothing was merged.")
+                    raise ValueError(
+                        f"NaNs detected in adapter {name!r}: {disk_path}.{m.table.keys.get(attr, attr)} holds NaN or inf; "
+                        "nothing was merged."
+                    )
     layers = [x for x in adapted_layers(model) if any(n in x.methods and n not in x.merged_adapters for n in wanted)]
     for layer in layers:
         if layer.kind.merge_refusal(layer.base_layer):
@@ -65,9 +74,26 @@ def _untie_config(model: nn.Module, roster: Roster) -> None:
 
 def unmerge(model: nn.Module) -> None:
     """Restore the kept weights of every merged layer, and tied weights with them."""
+    roster = roster_of(model)
+    if roster is not None and not roster.merged_at:
+        warnings.warn("Already unmerged, nothing to do.", stacklevel=3)
     for layer in adapted_layers(model):
         layer.unmerge()
-    roster = roster_of(model)
     if roster is not None and roster.untied:
         state_tied(model)
         roster.untied = False
+
+
+def set_active(model: nn.Module, names: str | Sequence[str], inference_mode: bool = False) -> None:
+    """Let one adapter act, or several together, and train exactly those. A merged model is unmerged before, with a
+    warning: its weights would go on with the adapters that are in them."""
+    roster = roster_of(model)
+    if roster is None:
+        raise ValueError("This model has no adapters.")
+    names = [names] if isinstance(names, str) else list(names)
+    roster.known(names)
+    if roster.merged_at:
+        warnings.warn("set_adapter: adapters are merged into this model. Unmerging the model first.", stacklevel=3)
+        unmerge(model)
+    roster.activate(names)
+    roster.train_only(names, inference_mode)

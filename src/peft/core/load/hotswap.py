@@ -100,7 +100,7 @@ def swap(model: nn.Module, loaded: Loaded, name: str, only: set[str] | None = No
     planned = plan(
         model,
         loaded.config,
-        _unused(roster),
+        unused_name(roster),
         init=False,
         autocast_adapter_dtype=has_fp32_masters(old),
         only=only or None,
@@ -121,7 +121,7 @@ def swap(model: nn.Module, loaded: Loaded, name: str, only: set[str] | None = No
         _copy((a for _, a in old.methods), (b for _, b in new.methods))
         roster.configs[name] = old.config = loaded.config
     else:
-        _replace(model, roster, name, planned)
+        replace(model, roster, name, planned)
 
 
 def _parts(model: nn.Module) -> tuple[nn.Module, Roster]:
@@ -137,7 +137,8 @@ def has_fp32_masters(adapter: Adapter) -> bool:
     return all(p.dtype not in (torch.float16, torch.bfloat16) for p in adapter.parameters())
 
 
-def _unused(roster: Roster) -> str:
+def unused_name(roster: Roster) -> str:
+    """One that no adapter has."""
     name = "%swap"
     while name in roster.adapters:
         name += "%"
@@ -183,7 +184,7 @@ def _copy(old: Iterable[Method], new: Iterable[Method]) -> None:
                     x.config = y.config
 
 
-def _replace(model: nn.Module, roster: Roster, name: str, planned: Plan) -> None:
+def replace(model: nn.Module, roster: Roster, name: str, planned: Plan) -> None:
     """The planned methods in the place of the adapter's present ones; activation and training as they were."""
     asked, trainable, order = roster.asked, name in roster.training, list(roster.adapters)
     delete(model, name)
@@ -242,7 +243,7 @@ def prepare_model_for_compiled_hotswap(
         planned = plan(
             model,
             held,
-            _unused(roster),
+            unused_name(roster),
             init=False,
             autocast_adapter_dtype=has_fp32_masters(adapter),
             only=None if getattr(held, "target_parameters", None) else set(adapter.targeted),
@@ -257,7 +258,11 @@ def prepare_model_for_compiled_hotswap(
         )
         plans.append((name, planned))
     for name, planned in plans:
-        _replace(model, roster, name, planned)
+        trains = {(s, a): p.requires_grad for s, m in roster.adapters[name].methods for a, p in m.named_parameters()}
+        replace(model, roster, name, planned)
+        for s, m in roster.adapters[name].methods:
+            for a, p in m.named_parameters():
+                p.requires_grad_(trains.get((s, a), p.requires_grad))
         roster.adapters[name].padded = True
 
 
