@@ -14,7 +14,7 @@ from .config_fields import checks_of, default_of, jsonable, own_field, ranged, r
 from .config_values import AtLeast0, shown
 from .errors import ConfigError, near
 from .registry import PeftType, TaskType, method
-from .remote import CODE_KWARGS, HUB_KWARGS, find_file, push_folder
+from .remote import CODE_KWARGS, HUB_KWARGS, find_file, push_folder, refuse_others
 from .version import __version__
 
 if TYPE_CHECKING:
@@ -135,12 +135,13 @@ class PeftConfig:
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: object) -> None:
         """Write `adapter_config.json`, aside and then renamed. `auto_mapping_dict` fills `auto_mapping`."""
+        refuse_others("save_pretrained()", kwargs, ("auto_mapping_dict",))
         if os.path.isfile(save_directory):
             raise AssertionError(f"Provided path ({save_directory}) should be a directory, not a file")
         os.makedirs(save_directory, exist_ok=True)
         out = self.to_json_dict()
         if kwargs.get("auto_mapping_dict") is not None:
-            out["auto_mapping"] = kwargs["auto_mapping_dict"]
+            out["auto_mapping"] = checks_of(type(self))["auto_mapping"](kwargs["auto_mapping_dict"])
         path = os.path.join(save_directory, CONFIG_NAME)
         with open(path + ".tmp", "w", encoding="utf-8") as f:
             f.write(json.dumps(out, indent=2, sort_keys=True))
@@ -172,7 +173,8 @@ class PeftConfig:
 
     @classmethod
     def from_json_file(cls, path_json_file: str | os.PathLike[str], **kwargs: object) -> Fields:
-        """The raw dictionary of a config file."""
+        """The raw dictionary of a config file. Keyword arguments are those of a download, which is over."""
+        refuse_others("from_json_file()", kwargs, (*HUB_KWARGS, *CODE_KWARGS, "subfolder"))
         try:
             with open(path_json_file, encoding="utf-8") as f:
                 values = json.load(f)
@@ -196,11 +198,14 @@ class PeftConfig:
             raise ValueError(f"Can't find '{CONFIG_NAME}' at '{pretrained_model_name_or_path}'")
         values = cls.from_json_file(path)
         require_method(values, path)
+        refuse_others("from_pretrained()", kwargs, checks_of(method(values["peft_type"]).config_class))
         return cls.from_dict({**values, **kwargs}, strict=strict, source=str(path))
 
     @classmethod
     def from_peft_type(cls, **kwargs: object) -> Any:
         """The config class of `kwargs["peft_type"]`, made from the other arguments."""
+        kind: Any = kwargs.get("peft_type")
+        refuse_others("from_peft_type()", kwargs, checks_of(cls if kind is None else method(kind).config_class))
         return cls.from_dict(kwargs, source="from_peft_type")
 
     @classmethod
@@ -209,6 +214,7 @@ class PeftConfig:
 
     @classmethod
     def _get_peft_type(cls, model_id: str, subfolder: str | None = None, **remote: object) -> str:
+        refuse_others("_get_peft_type()", remote, (*HUB_KWARGS, *CODE_KWARGS))
         path = find_file(model_id, CONFIG_NAME, subfolder, remote)
         if path is None:
             raise ValueError(f"Can't find '{CONFIG_NAME}' at '{model_id}'")
