@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias, TypeVar
 
 from .config_fields import checks_of, default_of, jsonable, own_field, ranged, reading
 from .config_values import AtLeast0, shown
-from .errors import ConfigError, near
+from .errors import ConfigError, about_a_file, near, printable
+from .local_files import read_json, replace_files
 from .registry import PeftType, TaskType, method
 from .remote import CODE_KWARGS, HUB_KWARGS, find_file, push_folder, refuse_others
 from .version import __version__
@@ -142,10 +143,11 @@ class PeftConfig:
         out = self.to_json_dict()
         if kwargs.get("auto_mapping_dict") is not None:
             out["auto_mapping"] = checks_of(type(self))["auto_mapping"](kwargs["auto_mapping_dict"])
-        path = os.path.join(save_directory, CONFIG_NAME)
-        with open(path + ".tmp", "w", encoding="utf-8") as f:
-            f.write(json.dumps(out, indent=2, sort_keys=True))
-        os.replace(path + ".tmp", path)
+        replace_files(os.fspath(save_directory), {CONFIG_NAME: lambda path: _write(out, path)})
+
+    def write_json(self, path: str) -> None:
+        """Write what goes to disk into a file."""
+        _write(self.to_json_dict(), path)
 
     @classmethod
     def from_dict(cls, values: Fields, strict: bool = False, source: str = CONFIG_NAME) -> Any:
@@ -161,13 +163,15 @@ class PeftConfig:
         known = {f.name for f in dataclasses.fields(target) if f.init}
         unknown = [k for k in values if k not in known]
         if unknown:
-            hints = "".join(near(u, known) for u in unknown)
-            text = f"{source}: {target.__name__} does not know the field(s) {', '.join(map(repr, unknown))}.{hints}"
+            hints = "".join(near(u, known) for u in unknown[:8])
+            named = ", ".join(repr(u[:100]) for u in unknown[:40]) + (" …" if len(unknown) > 40 else "")
+            text = printable(f"{source}: {target.__name__} does not know the field(s) {named}.{hints}")
             if strict:
                 raise ValueError(text + " Remove them, or load with strict=False to drop them.")
             warnings.warn(text + " They are ignored.", stacklevel=3)
         try:
-            return target(**{k: v for k, v in values.items() if k in known})
+            with about_a_file(source):
+                return target(**{k: v for k, v in values.items() if k in known})
         except ConfigError as e:
             raise ConfigError(f"{source}: {e}") from e
 
@@ -175,13 +179,7 @@ class PeftConfig:
     def from_json_file(cls, path_json_file: str | os.PathLike[str], **kwargs: object) -> Fields:
         """The raw dictionary of a config file. Keyword arguments are those of a download, which is over."""
         refuse_others("from_json_file()", kwargs, (*HUB_KWARGS, *CODE_KWARGS, "subfolder"))
-        try:
-            with open(path_json_file, encoding="utf-8") as f:
-                values = json.load(f)
-        except (ValueError, RecursionError) as e:  # also: no UTF-8, numbers of thousands of digits
-            raise ValueError(f"{path_json_file} is not valid JSON ({e}); the adapter config is damaged.") from e
-        if not isinstance(values, dict):
-            raise ValueError(f"{path_json_file} should hold a JSON object, found {type(values).__name__}.")
+        values = read_json(path_json_file, "the adapter config")
         values.pop("runtime_config", None)
         return values
 
@@ -229,6 +227,11 @@ class PeftConfig:
     def push_to_hub(self, repo_id: str, **kwargs: object) -> CommitInfo:
         """Upload `adapter_config.json`."""
         return push_folder(self.save_pretrained, repo_id, **kwargs)
+
+
+def _write(values: Fields, path: str) -> None:
+    with open(path, "w", encoding="utf-8") as f:
+        f.write(json.dumps(values, indent=2, sort_keys=True))
 
 
 @dataclass

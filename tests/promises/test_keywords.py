@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from pathlib import Path
 from types import SimpleNamespace
 
 import huggingface_hub
@@ -157,7 +158,7 @@ def test_what_a_download_is_asked_for_reaches_the_hub(folder, monkeypatch):
 def test_what_is_the_adapters_goes_to_the_adapter(folder, tmp_path):
     base = llama().half()
     base.save_pretrained(tmp_path / "base")
-    values = json.loads(open(f"{folder}/adapter_config.json").read())
+    values = json.loads(Path(folder, "adapter_config.json").read_text(encoding="utf-8"))
     values["base_model_name_or_path"] = str(tmp_path / "base")
     config = PeftConfig.from_dict(values)
     for wanted, dtype in ((True, torch.float32), (False, torch.float16)):
