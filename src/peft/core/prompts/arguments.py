@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 import torch
@@ -22,6 +23,13 @@ T = TypeVar("T")
 def before(t: Tensor, n: int, fill: float) -> Tensor:
     """`t` with n columns of `fill` before its second axis."""
     return torch.cat([t.new_full((t.shape[0], n, *t.shape[2:]), fill), t], 1)
+
+
+def taken(t: Tensor, index: Tensor) -> Tensor:
+    """t[rows, columns, …] with the columns index[rows, columns] of each row."""
+    return torch.gather(
+        t, 1, index.to(t.device).reshape(*index.shape, *(1 for _ in t.shape[2:])).expand(*index.shape, *t.shape[2:])
+    )
 
 
 def tokens_of(kwargs: Arguments) -> Tensor:
@@ -78,6 +86,20 @@ def refuse_packed(positions: Tensor | None, mask: object, past: int) -> None:
         raise ValueError(
             "position_ids start again within a row (packed texts, no attention_mask): virtual tokens stand before the "
             "row's first text only. Pass one text per row, padded, for prompt methods."
+        )
+
+
+def warn_of_window(cache: Cache | None, mask: Tensor | None, width: int) -> None:
+    """A window counts columns: with padding between them, a text sees its prefix a little less far than alone."""
+    found = [getattr(x, "sliding_window", None) for x in getattr(cache, "layers", ())]
+    windows = [w for w in found if isinstance(w, int)]
+    if not windows or mask is None or mask.shape[1] + width <= min(windows) or torch.compiler.is_compiling():
+        return
+    if bool((mask[:, 0] == 0).any()):
+        warnings.warn(
+            f"Attention has a window of {min(windows)} and the batch is padded on the left: in padded rows, the last "
+            "tokens that would just see the prefix do not. Texts of one length, or one per batch, are exact.",
+            stacklevel=2,
         )
 
 
