@@ -8,7 +8,7 @@ import re
 import yaml
 
 import peft
-from peft import get_peft_model
+from peft import LoraConfig, get_peft_model
 from peft.core.report.card import split, write_card
 from tests.helpers.tiny_llama import llama, lora
 
