@@ -34,6 +34,7 @@ from peft import (
     registry,
     set_peft_model_state_dict,
 )
+from peft.core.acting.adapted_layer import AdaptedLayer
 
 transformers = pytest.importorskip("transformers")
 try:

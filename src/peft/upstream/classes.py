@@ -21,6 +21,7 @@ from ..core.adapted.switch import Switch
 from ..core.load.transformers_loader import loading
 from ..core.model.peft_model import PeftModel
 from ..core.model.tuner import Tuner
+from ..remote import refuse_others
 
 TOKENS = "trainable_token_indices"  # upstream keeps these rows in a layer of their own
 OfBase: TypeAlias = "type | Callable[[nn.Module], bool] | None"
@@ -128,7 +129,8 @@ class ModelView(type):
 
 
 def _known(options: dict[str, bool]) -> dict[str, bool]:
-    return {k: v for k, v in options.items() if k in ("low_cpu_mem_usage", "autocast_adapter_dtype")}
+    refuse_others("This class", options, ("low_cpu_mem_usage", "autocast_adapter_dtype"))
+    return options
 
 
 def layer_view(name: str, prefix: str = "", base: OfBase = None, part: str = "", **members: object) -> LayerView:

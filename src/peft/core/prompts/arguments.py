@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import Refusal
+from ...kernels.node import recorded
 from .front import Front
 
 if TYPE_CHECKING:
@@ -69,7 +70,7 @@ def flat_mask(mask: Tensor | dict[str, Tensor] | None, length: int) -> Tensor | 
     flat = last if last.dtype == torch.bool else last == 0
     causal = torch.ones_like(mask[:, 0], dtype=torch.bool).tril(length - mask.shape[2])[..., :length]
     full = mask[:, 0, :, :length] if mask.dtype == torch.bool else mask[:, 0, :, :length] == 0
-    if not torch.compiler.is_compiling() and not torch.equal(full & flat[:, None], causal & flat[:, None]):
+    if not recorded() and not torch.equal(full & flat[:, None], causal & flat[:, None]):
         raise ValueError(
             "attention_mask has a shape of its own [rows, heads, queries, keys], in which virtual tokens have no place: "
             "pass a mask [rows, tokens]."
@@ -79,7 +80,7 @@ def flat_mask(mask: Tensor | dict[str, Tensor] | None, length: int) -> Tensor | 
 
 def refuse_packed(positions: Tensor | None, mask: object, past: int) -> None:
     """Several texts in one row would all see a prompt that stands before the first."""
-    if positions is None or mask is not None or past or torch.compiler.is_compiling():
+    if positions is None or mask is not None or past or recorded():
         return
     if bool((positions.diff(dim=-1) < 0).any()):
         raise ValueError(
