@@ -503,7 +503,7 @@ def test_the_translated_config_is_upstreams():
     """What upstream 0.21.2 makes of these targets on transformers 5."""
     config = lora(target_modules=["q_proj", "w1", "w2", "w3", "gate"], lora_alpha=8)
     model = get_peft_model(mixtral(), config)
-    assert config.target_modules == ["q_proj"]
+    assert config.target_modules == {"q_proj"}
     assert set(config.target_parameters) == {"gate_up_proj", "down_proj", "gate.weight"}
     assert config.rank_pattern == {r".*\.gate_up_proj": 8} and config.alpha_pattern == {r".*\.gate_up_proj": 16}
     shapes = {k: tuple(t.shape) for k, t in peft.get_peft_model_state_dict(model).items() if "layers.0.mlp" in k}

@@ -58,6 +58,7 @@ def test_sizes_of_the_base_layer_are_read_on_the_wrapped_one(cell):
 
 def test_lora_layers_are_no_wrappers_of_heads():
     from peft.tuners.lora import LoraLayer
+
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, TrainableTokensWrapper
 

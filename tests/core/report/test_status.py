@@ -15,7 +15,7 @@ def test_status_of_layers_and_of_the_model():
     model = get_peft_model(llama(), lora())
     model.add_adapter("b", lora(target_modules=["q_proj"]))
     layers = model.get_layer_status()
-    assert [x.name for x in layers][:2] == ["model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.v_proj"]
+    assert [x.name for x in layers][:2] == [f"model.model.layers.0.self_attn.{n}_proj" for n in "qv"]
     assert layers[0].module_type == "lora.Linear" and layers[0].available_adapters == ["b", "default"]
     assert layers[0].requires_grad == {"default": True, "b": False} and layers[1].available_adapters == ["default"]
     status = model.get_model_status()
