@@ -16,7 +16,7 @@ from ..acting.roster import Roster
 from ..adapted.layer import Adapted, adapted_layers
 from ..injection.commit import inject
 from ..injection.merge import merge, unmerge
-from ..injection.remove import delete, unload
+from ..injection.remove import check_unloadable, delete, unload
 from ..load.combine import add_weighted_adapter
 
 
@@ -134,6 +134,7 @@ class Tuner(nn.Module):
         """
         from tqdm import tqdm
 
+        check_unloadable(self.model)
         layers = [m for m in adapted_layers(self.model)]
         bar = tqdm(total=len(layers), desc="Merging", disable=not progressbar)
         for _ in merge(self.model, adapter_names, safe=safe_merge, keep=requantize):
