@@ -11,7 +11,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any, TypeGuard
+from typing import TYPE_CHECKING, Any, TypeGuard, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,11 @@ from .tree import tree
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
+_MADE = ("torch.distributed.", "torch.nn.utils.")  # where the classes are made that others put in front of a module's
 Table = dict[str, nn.Parameter | None]
+
+
+M = TypeVar("M", bound=nn.Module)
 
 
 # -- what a tensor is --------------------------------------------------------------------------------------------------
@@ -92,6 +96,20 @@ def _gathered(t: Tensor, writer: int | None) -> AbstractContextManager[None]:
     return found
 
 
+def class_of(module: nn.Module) -> type[nn.Module]:
+    """The class of a module, without those that sharding, replicating or parametrising put in front of it.
+
+    They are made on the spot, as classes of their own with the module's class as a base.
+    """
+    cls = type(module)
+    while cls.__module__.startswith(_MADE):
+        bases = [b for b in cls.__bases__ if issubclass(b, nn.Module) and b is not nn.Module]
+        if len(bases) != 1:
+            break
+        cls = bases[0]
+    return cls
+
+
 # -- reading -----------------------------------------------------------------------------------------------------------
 def present(module: nn.Module) -> AbstractContextManager[None]:
     """A context in which all tensors at and below `module` are here and whole, whoever manages them; to be read only."""
@@ -108,7 +126,7 @@ def present(module: nn.Module) -> AbstractContextManager[None]:
 
 
 @contextmanager
-def _present(module: nn.Module) -> Iterator[None]:
+def _present(module: nn.Module, kept: bool = False) -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(offload.on_device(module))
         replaced: list[tuple[Table, str, nn.Parameter]] = []
@@ -126,6 +144,24 @@ def _present(module: nn.Module) -> Iterator[None]:
         finally:
             for table, leaf, p in replaced:
                 table[leaf] = p
+        if kept:
+            for p in {id(p): p for _, _, p in replaced}.values():
+                fill(p, made[id(p)])
+
+
+@contextmanager
+def changing(module: nn.Module) -> Iterator[None]:
+    """As `present`, and what is written into the parameters meanwhile is put into the pieces."""
+    settle([module])
+    with _present(module, kept=True):
+        yield
+
+
+def inner(module: M) -> M:
+    """What FSDP 1 has put a unit around: its tensors may be read where they are whole, while a call would release them."""
+    while (held := module._modules.get("_fsdp_wrapped_module")) is not None:
+        module = held  # type: ignore[assignment]
+    return module
 
 
 @contextmanager
@@ -162,6 +198,20 @@ def settle(modules: Iterable[nn.Module]) -> None:
 def flat(module: nn.Module) -> bool:
     """Whether FSDP 1 keeps the parameters of this module."""
     return bool(module.__dict__.get("_is_fsdp_managed_module")) and not units([module])
+
+
+def held(owner: nn.Module, leaf: str) -> Tensor:
+    """The parameter or buffer of that name."""
+    found = owner._parameters.get(leaf)
+    return owner._buffers[leaf] if found is None else found  # type: ignore[return-value]
+
+
+def write(owner: nn.Module, leaf: str, value: Tensor) -> None:
+    """The values of a tensor of `owner`, in place, through whoever manages it."""
+    settle([owner])
+    with offload.on_device(owner):
+        fill(held(owner, leaf), value)
+        offload.store(owner, [leaf])
 
 
 def copy_of(t: Tensor) -> Tensor:

@@ -51,7 +51,7 @@ def test_whole_embeddings_are_base_weights_that_are_put_back(capsys):
     assert "2 whole embedding(s)" in capsys.readouterr().out
     found, rest = base_tensors(model.get_base_model(), adapter, tensors, [*tensors, "base_model.model.else.weight"])
     base = model.get_base_model()
-    assert [id(p) for p, _ in found] == [id(base.model.embed_tokens.weight), id(base.lm_head.weight)]
+    assert [id(p.module.weight) for p, _ in found] == [id(base.model.embed_tokens.weight), id(base.lm_head.weight)]
     assert rest == ["base_model.model.else.weight"]
     wrong = {"base_model.model.lm_head.weight": torch.zeros(80, 16)}
     with pytest.raises(CheckpointError, match="resize the embeddings"):

@@ -32,6 +32,7 @@ class Merging(Forward):
     def merged_values(self, methods: Sequence[Method]) -> dict[str, Tensor]:
         """The native parameter values a merge would write; raises `Refusal` or on NaN before anything changes."""
         # whole tensors lie here meanwhile, so that nothing is to be gathered for a call
+        methods = [managed.inner(m) for m in methods]
         with managed.present(self), managed.uncalled(n for m in methods for n in m.modules()):
             return self._merged_values(methods)
 
@@ -92,7 +93,7 @@ class Merging(Forward):
     ) -> bool:
         """Merge these besides those merged already, which stay as strong as they were then; as `write` returns."""
         fresh = [n for n in names if n in self.methods and n not in self.merged_adapters]
-        record = {n: [(m, m.multiplier) for m in self.methods[n]] for n in fresh}
+        record = {n: [(m, m.multiplier) for m in map(managed.inner, self.methods[n])] for n in fresh}
         return self.merge_as({**self.record, **record}, keep, tied) if fresh else False
 
     def merge_as(self, record: Record, keep: bool = True, tied: frozenset[int] | set[int] = frozenset()) -> bool:

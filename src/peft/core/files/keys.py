@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ...config import PeftConfig
+from ...contract import managed
 from ...contract.method import Method
 from ...errors import CheckpointError, near
 from ...registry import method as method_of
@@ -45,7 +46,7 @@ class FileTensor:
         device = self.method.device if old.is_meta else old.device
         if value.dtype != old.dtype or value.device != device:
             value = value.to(device, old.dtype)
-        value = sharded.like(value, old)
+        value = managed.like(value, old)
         if adopt and type(old) is nn.Parameter and not old.is_meta:
             old.data = value
         elif isinstance(old, nn.Parameter):
@@ -200,6 +201,7 @@ def few(items: list[str], n: int = 6) -> str:
 
 
 def assign(pairs: dict[str, tuple[FileTensor, Tensor]], adapter: Adapter, adopt: bool = False) -> None:
+    managed.settle(m for _, m in adapter.methods)
     taken: set[int] = set()
     copies: tuple[list[Tensor], list[Tensor]] = [], []
     with torch.no_grad():

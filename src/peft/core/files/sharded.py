@@ -7,15 +7,12 @@ DTensors; ZeRO-3 leaves placeholders. What such tensors hold is taken from, and 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, TypeGuard
 
 from torch import Tensor, nn
 
+from ...contract.managed import partitioned, split
 from ...contract.method import Method
 from ..acting.on_model import base_of
-
-if TYPE_CHECKING:
-    from torch.distributed.tensor import DTensor
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -72,7 +69,7 @@ def unreadable(t: Tensor) -> str:
     """Why a tensor holds no values that could be written here; "" where it does."""
     if t.is_meta:
         return "meta device"
-    if split(t):
+    if split(t) or partitioned(t):
         return ""
     if hollow(t):
         return "zero elements"
@@ -82,17 +79,3 @@ def unreadable(t: Tensor) -> str:
 def hollow(t: Tensor) -> bool:
     """An emptied placeholder of a sharded parameter, which is flat; a matrix of rank 0 is no such thing."""
     return t.numel() == 0 and t.dim() < 2
-
-
-def split(t: Tensor) -> TypeGuard[DTensor]:
-    """Whether each process has a piece of this tensor (a DTensor)."""
-    return type(t) is not Tensor and type(t) is not nn.Parameter and hasattr(t, "full_tensor")
-
-
-def like(value: Tensor, old: Tensor) -> Tensor:
-    """`value` split as `old` is."""
-    if not split(old) or split(value):
-        return value
-    from torch.distributed.tensor import distribute_tensor
-
-    return distribute_tensor(value, old.device_mesh, old.placements)

@@ -18,8 +18,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ...contract.cheap_modules import uninterrupted
+from ...contract.managed import split
 from ...errors import CheckpointError
-from .sharded import split
 
 SMALL = 2**26  # bytes up to which a file passes through memory as a whole
 

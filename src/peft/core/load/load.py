@@ -13,12 +13,13 @@ from torch import Tensor, nn
 
 from ...config import PeftConfig
 from ...contract.cheap_modules import uninterrupted
+from ...contract.managed import whole
 from ...errors import CheckpointError
 from ...remote import HUB_KWARGS
 from ..acting.roster import Adapter, Roster
 from ..anatomy.embeddings import output_head, token_embeddings
 from ..anatomy.heads import prepare_head
-from ..anatomy.walk import walk
+from ..anatomy.walk import Place, walk
 from ..files.adapter_files import read
 from ..files.header import Loaded, check_base
 from ..files.keys import ROOT, FileTensor, assign, check_fit, few, fit, root_of
@@ -92,8 +93,7 @@ def _load_into(model: nn.Module, loaded: Loaded, name: str, strict: bool, autoca
             stacklevel=3,
         )
     assign(pairs, adapter, adopt=loaded.owned)
-    for p, value in base:
-        p.data = alone(value.to(p.device, p.dtype))
+    put_into_base(base)
     commit(model, planned)
     return LoadResult(missing, extra)
 
@@ -111,7 +111,7 @@ def fit_any_layout(
 
 def base_tensors(
     model: nn.Module, adapter: Adapter, tensors: dict[str, Tensor], extra: list[str]
-) -> tuple[list[tuple[nn.Parameter, Tensor]], list[str]]:
+) -> tuple[list[tuple[Place, Tensor]], list[str]]:
     """Whole embeddings that were saved along with the adapter: base weights, put back where their shape fits."""
     if not extra:
         return [], []
@@ -122,8 +122,11 @@ def base_tensors(
         body = key.removeprefix(root).removesuffix(".weight").removesuffix(".base_layer")
         place = places.get(body)
         weight = getattr(place.module, "weight", None) if place is not None and key.endswith(".weight") else None
-        if isinstance(weight, nn.Parameter) and key in tensors and weight.shape == tensors[key].shape:
-            found.append((weight, tensors[key]))
+        if place is not None and place.kind.replaces:
+            rest.append(key)
+        elif isinstance(weight, nn.Parameter) and key in tensors and weight.shape == tensors[key].shape:
+            assert place is not None
+            found.append((place, tensors[key]))
         elif isinstance(weight, nn.Parameter) and key in tensors:
             raise CheckpointError(
                 f"{key} holds {tuple(tensors[key].shape)}, this model's vocabulary gives {tuple(weight.shape)}: "
@@ -132,6 +135,12 @@ def base_tensors(
         else:
             rest.append(key)
     return found, rest
+
+
+def put_into_base(found: list[tuple[Place, Tensor]]) -> None:
+    """Write weights of the base, through whoever manages them."""
+    for place, value in found:
+        place.kind.write(place.module, {"weight": alone(value).to(place.kind.device(place.module))})
 
 
 def embedding_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -143,7 +152,7 @@ def embedding_tensors(model: nn.Module) -> dict[str, Tensor]:
             leaf = ".base_layer.weight" if place.adapted is not None else ".weight"
             weight = place.module.weight
             assert isinstance(weight, Tensor)
-            out[ROOT + place.disk_path + leaf] = weight.detach()
+            out[ROOT + place.disk_path + leaf] = whole(weight)
     size = sum(t.numel() * t.element_size() for t in out.values())
     print(f"Saving {len(out)} whole embedding(s) with the adapter: {size / 2**20:.1f} MiB.")
     return out

@@ -23,7 +23,7 @@ from ..files.header import Loaded
 from ..files.keys import ROOT, assign, check_fit
 from ..injection.remove import delete
 from .hotswap import swap
-from .load import base_tensors, fit_any_layout
+from .load import base_tensors, fit_any_layout, put_into_base
 
 if TYPE_CHECKING:
     from transformers.core_model_loading import LoadStateDictInfo
@@ -114,8 +114,7 @@ def fill(
     mismatched: set[Any] = report.mismatched_keys  # stated there as pairs of one number each
     mismatched.update((_shown(k, name), pairs[k][1].shape, pairs[k][0].disk_shape) for k in wrong)
     assign({k: v for k, v in pairs.items() if k not in wrong}, adapter)
-    for p, value in base:
-        p.data = value.to(p.device, p.dtype)
+    put_into_base(base)
 
 
 def _shown(key: str, name: str) -> str:
