@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from huggingface_hub.utils import EntryNotFoundError
 
+from .errors import printable
+
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo
 
@@ -28,12 +30,14 @@ HUB_KWARGS = (
 
 def find_file(model_id: str, name: str, subfolder: str | None, remote: Mapping[str, object]) -> str | None:
     """A file of an adapter: in the local folder, or downloaded. A local folder never touches the network."""
+    if not isinstance(subfolder, (str, type(None))) or "\0" in f"{model_id}{subfolder}":
+        raise ValueError(f"subfolder {subfolder!r} of {model_id!r} is no name of a folder")
     if os.path.isdir(model_id):
         root = os.path.join(model_id, subfolder) if subfolder else model_id
         path = os.path.join(root, name)
         home, here = os.path.realpath(model_id), os.path.realpath(root)
         if os.path.commonpath([home, here]) != home:
-            raise ValueError(f"subfolder {subfolder!r} leads out of {model_id}")
+            raise ValueError(printable(f"subfolder {subfolder!r} leads out of {model_id}"))
         return path if os.path.isfile(path) else None
     if os.path.isabs(model_id) or model_id.startswith((".", "~")) or model_id.count("/") > 1:
         return None  # a path that does not exist, no repository's name
@@ -48,7 +52,9 @@ def find_file(model_id: str, name: str, subfolder: str | None, remote: Mapping[s
         return None
     except Exception as e:
         raise ValueError(
-            f"Can't find '{name}' at '{model_id}': it is no local folder, and the hub answered: {type(e).__name__}: {e}"
+            printable(
+                f"Can't find '{name}' at '{model_id}': it is no local folder, and the hub answered: {type(e).__name__}: {e}"
+            )
         ) from e
 
 

@@ -99,10 +99,15 @@ def _held(method: Method, attr: str) -> Tensor | None:
         return None
 
 
-def state_dict_of(roster: Roster, name: str, gathered: sharded.Gathered | None = None) -> dict[str, Tensor]:
-    """The adapter's tensors under their keys in the file. gathered: values of tensors that are not whole here."""
+def state_dict_of(
+    roster: Roster, name: str, gathered: sharded.Gathered | None = None, whole: bool = False
+) -> dict[str, Tensor]:
+    """The adapter's tensors under their keys in the file. gathered: values of tensors that are not whole here. whole:
+    put those together that are split over processes (collective); else their pieces are given."""
     roster.known([name])
     adapter = roster.adapters[name]
+    if gathered is None and any(managed.flat(m) for _, m in adapter.methods[:1]):
+        sharded.check_summoned(adapter.parameters(), name)
     out: dict[str, Tensor] = {}
     for key, method, attr, value in _tensors(adapter):
         if attr in method.table.unwritten:
@@ -115,6 +120,8 @@ def state_dict_of(roster: Roster, name: str, gathered: sharded.Gathered | None =
                 f"Adapter {name!r}: {key} holds no values ({why}). Load weights first; with ZeRO-3 or FSDP save through "
                 "the trainer, which gathers them, or pass state_dict=accelerator.get_state_dict(model)."
             )
+        if managed.partitioned(value) or (whole and managed.split(value)):
+            value = managed.whole(value)
         value = method.stored(attr, value.detach())
         shape = method.table.disk_shape(method, attr)
         out[key] = value if shape is None else value.reshape(shape)

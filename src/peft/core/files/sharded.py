@@ -6,12 +6,13 @@ DTensors; ZeRO-3 leaves placeholders. What such tensors hold is taken from, and 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 from torch import Tensor, nn
 
 from ...contract.managed import partitioned, split
 from ...contract.method import Method
+from ...errors import CheckpointError
 from ..acting.on_model import base_of
 
 
@@ -79,3 +80,36 @@ def unreadable(t: Tensor) -> str:
 def hollow(t: Tensor) -> bool:
     """An emptied placeholder of a sharded parameter, which is flat; a matrix of rank 0 is no such thing."""
     return t.numel() == 0 and t.dim() < 2
+
+
+def check_summoned(parameters: Iterable[Tensor], name: str) -> None:
+    """Raise where FSDP 1 has but pieces of an adapter here; whole, one of its tensors has two axes."""
+    if max((p.dim() for p in parameters), default=0) < 2:
+        raise CheckpointError(
+            f"Adapter {name!r} is kept in pieces by FSDP 1: save it on every process within "
+            "FullyShardedDataParallel.summon_full_params(model), or pass state_dict=accelerator.get_state_dict(model)."
+        )
+
+
+def together(parameters: Iterable[Tensor]) -> bool:
+    """Whether all processes have to take part in reading these."""
+    return any(split(p) or partitioned(p) for p in parameters)
+
+
+def first_of(main: bool) -> bool:
+    """Whether this is the first of the processes that say they are the main one; all have to ask."""
+    import torch.distributed as dist
+
+    if not dist.is_initialized():
+        return main
+    said = [False] * dist.get_world_size()
+    dist.all_gather_object(said, main)
+    return main and said.index(True) == dist.get_rank()
+
+
+def wait_for_all() -> None:
+    """Return when all processes have come here."""
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        dist.barrier()

@@ -127,6 +127,7 @@ def plan(
     autocast_adapter_dtype: keep fp32 master weights on half-precision bases. strict: refuse target names that match
     nothing, else warn. only: the paths to target, whatever the config says.
     """
+    config.check()
     roster = roster_of(model)
     check_name(roster, name)
     cls = method(config.peft_type)

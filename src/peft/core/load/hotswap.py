@@ -27,6 +27,7 @@ from ...registry import method
 from ..acting.on_model import roster_of
 from ..acting.roster import Adapter, Roster
 from ..adapted.layer import adapted_layers
+from ..files import header
 from ..files.header import Loaded, check_base
 from ..files.keys import assign, check_fit, modules_in_file
 from ..files.sharded import unwrapped
@@ -36,7 +37,7 @@ from ..injection.remove import delete
 from .load import fit_any_layout, read_adapter
 
 T = TypeVar("T")
-FREE = ("base_model_name_or_path", "revision", "inference_mode", "peft_version", "auto_mapping", "task_type", "seed")
+FREE = (*header.FREE, "task_type", "seed")
 
 
 def check_hotswap_configs_compatible(config0: PeftConfig, config1: PeftConfig) -> None:
