@@ -15,7 +15,7 @@ from ...config import PeftConfig
 from ...contract.cheap_modules import uninterrupted
 from ...contract.managed import whole
 from ...errors import CheckpointError
-from ...remote import HUB_KWARGS
+from ...remote import CODE_KWARGS, HUB_KWARGS, PLACING_KWARGS, refuse_others
 from ..acting.roster import Adapter, Roster
 from ..anatomy.embeddings import output_head, token_embeddings
 from ..anatomy.heads import prepare_head
@@ -28,6 +28,8 @@ from ..files.tensors import alone
 from ..injection.commit import commit
 from ..injection.plan import plan
 from .room_for_tokens import room_for_tokens
+
+NAMED = ("dtype", "ignore_mismatched_sizes", "subfolder", "torch_dtype")  # what else a caller may say of a file
 
 
 @dataclasses.dataclass
@@ -50,6 +52,12 @@ def read_adapter(
     kwargs: Mapping[str, Any],
 ) -> Loaded:
     """Both files of an adapter, the keys renamed by the first pattern of `key_mapping` that a key holds."""
+    refuse_others("Loading an adapter", kwargs, (*HUB_KWARGS, *CODE_KWARGS, *PLACING_KWARGS, *NAMED))
+    if "torch_dtype" in kwargs or "dtype" in kwargs:
+        warnings.warn(
+            "A dtype says nothing to an adapter that is loaded: autocast_adapter_dtype decides between fp32 and the base's.",
+            stacklevel=3,
+        )
     remote = {k: v for k, v in kwargs.items() if k in HUB_KWARGS}
     loaded = read(os.fspath(model_id), subfolder=kwargs.get("subfolder"), strict=strict, config=config, **remote)
     if key_mapping:
