@@ -176,7 +176,8 @@ class LayerKind(Generic[M]):
                 if leaf in owner._buffers:
                     owner._buffers[leaf] = value
                 elif (param := owner._parameters[leaf]) is None:
-                    owner._parameters[leaf] = nn.Parameter(value, requires_grad=False)
+                    like = next((p for p in owner._parameters.values() if p is not None), value)
+                    owner._parameters[leaf] = nn.Parameter(value.to(like.dtype), requires_grad=False)
                 else:
                     param.data = value.to(param.dtype)
                 offload.store(owner, [leaf])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .node import recorded
 from .terms import Thin
 
 TILE = 2**18  # entries of W that are widened at a time
@@ -67,6 +68,8 @@ def row_norms(W: Tensor, A: Tensor, B: Tensor, s: float) -> Tensor:
     """
     wide = torch.promote_types(A.dtype, torch.float32)
     A, B = A.to(wide), B.to(wide) * s
+    if recorded() and not torch.compiler.is_compiling():
+        return torch.linalg.vector_norm(W.to(wide) + B @ A, dim=1)
     own = torch.linalg.vector_norm(W, dim=1, dtype=wide).square()
     cross = (W @ A.to(W.dtype).T).to(wide)
     change = ((B @ (A @ A.T)) * B).sum(1)

@@ -138,17 +138,13 @@ class PeftModel(nn.Module):
         return get_model_status(self)
 
     # -- running --------------------------------------------------------------------------------------------------------
-    def forward(
-        self,
-        *args: object,
-        adapter_names: Sequence[str] | None = None,
-        task_ids: Tensor | None = None,
-        **kwargs: object,
-    ) -> Any:
+    def forward(self, *args: object, **kwargs: Any) -> Any:
         """The base model's forward. adapter_names: one adapter name per row of the batch (`"__base__"` for none).
 
         task_ids: one task per row, for methods that have tasks. By position, heads take the arguments in their own order.
         """
+        # no parameters of their own: ONNX's legacy export would hand on their defaults by position
+        adapter_names, task_ids = kwargs.pop("adapter_names", None), kwargs.pop("task_ids", None)
         if len(args) > 2 and self.arguments:
             args, kwargs = by_name(self.arguments, args, kwargs)
         tuner = self.base_model
