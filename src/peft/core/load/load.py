@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import os
 import re
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -16,7 +17,7 @@ from ...contract.capabilities import NeedsTokens
 from ...contract.cheap_modules import uninterrupted
 from ...errors import CheckpointError, about_a_file
 from ...registry import companions, method
-from ...remote import HUB_KWARGS
+from ...remote import CODE_KWARGS, HUB_KWARGS, PLACING_KWARGS, refuse_others
 from ..acting.on_model import roster_of
 from ..acting.roster import Adapter, Roster
 from ..anatomy.embeddings import vocab_size
@@ -31,6 +32,8 @@ from .embeddings import split_off
 from .room_for_tokens import growth, room_for_tokens
 
 MOST_ROWS = 2**16  # by which loading makes a base's embeddings grow, if they are not larger themselves
+
+NAMED = ("dtype", "ignore_mismatched_sizes", "subfolder", "torch_dtype")  # what else a caller may say of a file
 
 
 @dataclasses.dataclass
@@ -54,6 +57,12 @@ def read_adapter(
     two_steps: bool = True,
 ) -> Loaded:
     """Both files of an adapter, the keys renamed by the first pattern of `key_mapping` that a key holds."""
+    refuse_others("Loading an adapter", kwargs, (*HUB_KWARGS, *CODE_KWARGS, *PLACING_KWARGS, *NAMED))
+    if "torch_dtype" in kwargs or "dtype" in kwargs:
+        warnings.warn(
+            "A dtype says nothing to an adapter that is loaded: autocast_adapter_dtype decides between fp32 and the base's.",
+            stacklevel=3,
+        )
     remote = {k: v for k, v in kwargs.items() if k in HUB_KWARGS}
     loaded = read(
         os.fspath(model_id),
