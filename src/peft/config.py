@@ -15,7 +15,7 @@ from .config_values import AtLeast0, shown
 from .errors import ConfigError, about_a_file, near, printable
 from .local_files import read_json, replace_files
 from .registry import PeftType, TaskType, method
-from .remote import CODE_KWARGS, HUB_KWARGS, find_file, push_folder
+from .remote import CODE_KWARGS, HUB_KWARGS, find_file, push_folder, refuse_others
 from .version import __version__
 
 if TYPE_CHECKING:
@@ -77,6 +77,7 @@ class PeftConfig:
     base_model_name_or_path: str | None = None
     revision: str | None = None
     inference_mode: bool = False
+    saved_embeddings: list[str] | None = dataclasses.field(default=None, init=False, metadata={"transient": True})
 
     own_type: ClassVar[str] = ""  # the method's name, set by the config class of a method
 
@@ -136,12 +137,13 @@ class PeftConfig:
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: object) -> None:
         """Write `adapter_config.json`, aside and then renamed. `auto_mapping_dict` fills `auto_mapping`."""
+        refuse_others("save_pretrained()", kwargs, ("auto_mapping_dict",))
         if os.path.isfile(save_directory):
             raise AssertionError(f"Provided path ({save_directory}) should be a directory, not a file")
         os.makedirs(save_directory, exist_ok=True)
         out = self.to_json_dict()
         if kwargs.get("auto_mapping_dict") is not None:
-            out["auto_mapping"] = kwargs["auto_mapping_dict"]
+            out["auto_mapping"] = checks_of(type(self))["auto_mapping"](kwargs["auto_mapping_dict"])
         replace_files(os.fspath(save_directory), {CONFIG_NAME: lambda path: _write(out, path)})
 
     def write_json(self, path: str) -> None:
@@ -176,7 +178,8 @@ class PeftConfig:
 
     @classmethod
     def from_json_file(cls, path_json_file: str | os.PathLike[str], **kwargs: object) -> Fields:
-        """The raw dictionary of a config file."""
+        """The raw dictionary of a config file. Keyword arguments are those of a download, which is over."""
+        refuse_others("from_json_file()", kwargs, (*HUB_KWARGS, *CODE_KWARGS, "subfolder"))
         values = read_json(path_json_file, "the adapter config")
         values.pop("runtime_config", None)
         return values
@@ -194,11 +197,14 @@ class PeftConfig:
             raise ValueError(f"Can't find '{CONFIG_NAME}' at '{pretrained_model_name_or_path}'")
         values = cls.from_json_file(path)
         require_method(values, path)
+        refuse_others("from_pretrained()", kwargs, checks_of(method(values["peft_type"]).config_class))
         return cls.from_dict({**values, **kwargs}, strict=strict, source=str(path))
 
     @classmethod
     def from_peft_type(cls, **kwargs: object) -> Any:
         """The config class of `kwargs["peft_type"]`, made from the other arguments."""
+        kind: Any = kwargs.get("peft_type")
+        refuse_others("from_peft_type()", kwargs, checks_of(cls if kind is None else method(kind).config_class))
         return cls.from_dict(kwargs, source="from_peft_type")
 
     @classmethod
@@ -207,6 +213,7 @@ class PeftConfig:
 
     @classmethod
     def _get_peft_type(cls, model_id: str, subfolder: str | None = None, **remote: object) -> str:
+        refuse_others("_get_peft_type()", remote, (*HUB_KWARGS, *CODE_KWARGS))
         path = find_file(model_id, CONFIG_NAME, subfolder, remote)
         if path is None:
             raise ValueError(f"Can't find '{CONFIG_NAME}' at '{model_id}'")

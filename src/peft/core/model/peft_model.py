@@ -13,20 +13,19 @@ from torch import Tensor, nn
 from ...config import PeftConfig
 from ...contract.tree import tree
 from ...registry import PeftType
-from ...remote import push_folder
 from ..acting.roster import Roster
 from ..anatomy.embeddings import ask_gradients_of_embeddings, token_embeddings
 from ..anatomy.heads import prepare_head
 from ..files import sharded
 from ..injection.commit import inject
 from ..load.hotswap import reload
-from ..load.load import LoadResult, load_into, read_adapter
+from ..load.load import LoadResult, load_into, loading, read_adapter
 from ..prompts.attach import embedding_to_save, get_prompt
 from ..report.card import write_card
 from ..report.counts import trainable_and_total
 from ..report.status import TunerLayerStatus, TunerModelStatus, get_layer_status, get_model_status
 from .running import by_name, disabled, for_copies, rows, tasks
-from .saving import prompts_below, save_adapters
+from .saving import gathered_among, prompts_below, push_adapters, save_adapters
 from .tuner import Tuner
 
 if TYPE_CHECKING:
@@ -244,6 +243,7 @@ class PeftModel(nn.Module):
             raise ValueError(f"Provided path ({save_directory}) should be a directory, not a file")
         names = list(self.roster.adapters) if selected_adapters is None else list(selected_adapters)
         self.roster.known(names)
+        state_dict = gathered_among(kwargs)
         if not is_main_process:
             return
         folders = save_adapters(
@@ -253,7 +253,7 @@ class PeftModel(nn.Module):
             safe=safe_serialization,
             embeddings=save_embedding_layers is True,
             plain_pairs=path_initial_model_for_weight_conversion is not None,
-            gathered=sharded.gathered(self, kwargs.get("state_dict")),
+            gathered=sharded.gathered(self, state_dict),
         )
         for folder in folders:
             if model_card:
@@ -264,9 +264,8 @@ class PeftModel(nn.Module):
         write_card(self.active_peft_config, output_dir)
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> CommitInfo:
-        """Upload the adapters with a model card."""
-        saving = {k: kwargs.pop(k) for k in ("safe_serialization", "selected_adapters") if k in kwargs}
-        return push_folder(lambda folder: self.save_pretrained(folder, model_card=True, **saving), repo_id, **kwargs)
+        """Upload the adapters with a model card; arguments as of `save_pretrained` and `remote.push_folder`, and `tags`."""
+        return push_adapters(self.save_pretrained, self.active_peft_config, repo_id, kwargs)
 
     @classmethod
     def from_pretrained(
@@ -289,7 +288,7 @@ class PeftModel(nn.Module):
         loaded.config.inference_mode = not is_trainable
         target = class_for(loaded.config) if cls is PeftModel else cls
         model = model.get_base_model() if isinstance(model, PeftModel) else model
-        load_into(model, loaded, adapter_name, strict=strict, autocast_adapter_dtype=autocast_adapter_dtype)
+        load_into(model, loaded, adapter_name, strict=strict, **loading(autocast_adapter_dtype, kwargs))
         self = target.__new__(target)
         nn.Module.__init__(self)
         self._wrap(model)
@@ -316,7 +315,7 @@ class PeftModel(nn.Module):
         if adapter_name in self.roster.adapters:
             reload(base, loaded, adapter_name)
         else:
-            found = load_into(base, loaded, adapter_name, strict=strict, autocast_adapter_dtype=autocast_adapter_dtype)
+            found = load_into(base, loaded, adapter_name, strict=strict, **loading(autocast_adapter_dtype, kwargs))
         if not is_trainable and (self.training or base.training):
             self.eval()
         return found
