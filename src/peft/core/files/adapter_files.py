@@ -52,7 +52,7 @@ def save(
     config = dataclasses.replace(adapter.config)
     config.inference_mode = True
     fill_base(config, model)
-    found = {**state_dict_of(roster, name, gathered, whole=True), **(extra or {})}
+    found = {**(extra or {}), **state_dict_of(roster, name, gathered, whole=True)}
     if not writes:
         return
     os.makedirs(folder, exist_ok=True)

@@ -16,7 +16,7 @@ from ...errors import CheckpointError
 from ...remote import PUSH_KWARGS, push_folder, refuse_others
 from ..files.adapter_files import save
 from ..files.sharded import Gathered, first_of, together, wait_for_all
-from ..load.load import embedding_tensors
+from ..load.embeddings import embedding_tensors
 from ..report.card import write_card
 from .tuner import Tuner
 
@@ -79,11 +79,11 @@ def save_adapters(
         return
     writes = first_of(main) if all_take_part else main
     try:
-        extra = embedding_tensors(tuner.model) if embeddings else {}
         written = as_plain_pairs if plain_pairs else as_it_is
         for name in names:
             folder = os.path.join(directory, name) if name != "default" else directory
             with written(tuner, name) as saved:
+                extra = embedding_tensors(tuner.model, tuner.roster.adapters[saved]) if embeddings else {}
                 save(tuner.model, tuner.roster, saved, folder, safe=safe, extra=extra, gathered=gathered, writes=writes)
             if writes:
                 yield folder
