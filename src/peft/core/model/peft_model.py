@@ -18,7 +18,7 @@ from ..anatomy.embeddings import ask_gradients_of_embeddings, token_embeddings
 from ..anatomy.heads import prepare_head
 from ..files import sharded
 from ..injection.commit import inject
-from ..load.load import LoadResult, read_adapter
+from ..load.load import LoadResult, loading, read_adapter
 from ..prompts.attach import embedding_to_save, get_prompt
 from ..report.card import write_card
 from ..report.counts import trainable_and_total
@@ -230,16 +230,15 @@ class PeftModel(nn.Module):
         save_embedding_layers: True stores the whole embeddings too (their size is printed). model_card: also write a
         README.md. path_initial_model_for_weight_conversion: anything but None writes plain low-rank pairs for adapters that
         start from the base's weights (PiSSA, OLoRA), s(B A − B₀ A₀) as one pair of twice the rank; the folder that upstream
-        reads B₀ and A₀ from is not needed. state_dict: values gathered for the whole model, where its tensors are split
-        over processes. Nothing touches the network.
+        reads B₀ and A₀ from is not needed. state_dict: values gathered for the whole model. Without it, tensors
+        that are split over processes are put together, one by one: all processes call this, and the first of those that
+        say they are the main one writes. Nothing touches the network.
         """
         if os.path.isfile(save_directory):
             raise ValueError(f"Provided path ({save_directory}) should be a directory, not a file")
         names = list(self.roster.adapters) if selected_adapters is None else list(selected_adapters)
         self.roster.known(names)
         state_dict = gathered_among(kwargs)
-        if not is_main_process:
-            return
         folders = save_adapters(
             self.base_model,
             names,
@@ -248,6 +247,7 @@ class PeftModel(nn.Module):
             embeddings=save_embedding_layers is True,
             plain_pairs=path_initial_model_for_weight_conversion is not None,
             gathered=sharded.gathered(self, state_dict),
+            main=is_main_process,
         )
         for folder in folders:
             if model_card:
@@ -283,7 +283,7 @@ class PeftModel(nn.Module):
         target = class_for(loaded.config) if cls is PeftModel else cls
         model = model.get_base_model() if isinstance(model, PeftModel) else model
         held = holder_of_adapters(model)
-        load_under(model, loaded, adapter_name, strict, autocast_adapter_dtype)
+        load_under(model, loaded, adapter_name, strict, **loading(autocast_adapter_dtype, kwargs))
         if held is not None:
             activate(held, adapter_name, loaded.config)
         self = target.__new__(target)
@@ -309,7 +309,7 @@ class PeftModel(nn.Module):
         loaded = read_adapter(model_id, None, key_mapping, strict, kwargs)
         loaded.config.inference_mode = not is_trainable
         base = self.get_base_model()
-        found = load_under(base, loaded, adapter_name, strict, autocast_adapter_dtype)
+        found = load_under(base, loaded, adapter_name, strict, **loading(autocast_adapter_dtype, kwargs))
         if not is_trainable and (self.training or base.training):
             self.eval()
         return found

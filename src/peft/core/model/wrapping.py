@@ -13,7 +13,8 @@ from ..acting.roster import Roster
 from ..files.header import Loaded
 from ..injection.commit import inject
 from ..injection.plan import plan
-from ..load.hotswap import reload, replace, unused_name
+from ..injection.replace import replace, unused_name
+from ..load.hotswap import reload
 from ..load.load import LoadResult, load_into
 
 
@@ -57,13 +58,13 @@ def wrap(
         activate(roster, name, config)
 
 
-def load_under(model: nn.Module, loaded: Loaded, name: str, strict: bool, autocast_adapter_dtype: bool) -> LoadResult:
+def load_under(model: nn.Module, loaded: Loaded, name: str, strict: bool, **options: Any) -> LoadResult:
     """Bring in a saved adapter; one of that name has its weights replaced."""
     roster = roster_of(model)
     if roster is not None and name in roster.adapters:
         reload(model, loaded, name)
         return LoadResult([], [])
-    return load_into(model, loaded, name, strict=strict, autocast_adapter_dtype=autocast_adapter_dtype)
+    return load_into(model, loaded, name, strict=strict, **options)
 
 
 def activate(roster: Roster, name: str, config: PeftConfig) -> None:
