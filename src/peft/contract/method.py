@@ -48,9 +48,6 @@ class Method(CheapModule):
     table: TensorTable = TensorTable()  # the same by use; an instance may have one of its own
     identity: bool = True  # a fresh adapter leaves the model's output as it is
     shown: ClassVar[Shown] = Shown()  # how upstream's layer shows it: core/adapted/views.py
-    seen_as: Mapping[
-        str, str
-    ] = {}  # key -> key of the tensor whose transpose stands there, at a turned end of a tied weight
     form: str = ""  # an instance may choose its own
     plain_delta: ClassVar[bool] = False  # a delta that is added as this class does it
     replaced_names: tuple[str, ...] = ()  # for the form `replace`

@@ -19,11 +19,12 @@ def leaves(method: Method, name: str) -> dict[str, str]:
         below = leaf == name and leaf not in LEAVES  # `token_adapter.<name>`
         if (head == name and leaf in ("", *LEAVES) or below) and tensor(method, attr) is not None:
             found["weight" if attr in table.modules else "" if below else leaf] = attr
+    seen_as: dict[str, str] = getattr(method, "seen_as", {})  # key -> key of the tensor whose transpose stands there
     for key in table.lent.values():  # of the other end of a tied weight, which may hold the transposes
         head, _, leaf = key.partition(".")
         if head == name and leaf in ("", *LEAVES):
-            held = next(a for a, k in table.lent.items() if k == method.seen_as.get(key, key))
-            found[leaf] = held + TURNED if method.seen_as else held
+            held = next(a for a, k in table.lent.items() if k == seen_as.get(key, key))
+            found[leaf] = held + TURNED if seen_as else held
     return found
 
 

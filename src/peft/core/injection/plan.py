@@ -184,7 +184,7 @@ def plan(
 def _require_forward(item: Item) -> None:
     """What acts in a module's own forward needs one: a list of modules has none, and its owner goes through it."""
     module = None if item.place is None else item.place.module
-    if module is not None and type(module).forward is nn.Module.forward and item.cls.form in ("replace", "after"):
+    if module is not None and type(module).forward is nn.Module.forward and item.site.geometry.weightless:
         raise TypeError(
             f"{item.brought_by or item.cls.peft_type} cannot be applied to modules of type {type(module)}: {item.path} "
             "is only a container, so that nothing calls it. Name the modules in it."
