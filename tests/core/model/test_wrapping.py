@@ -35,7 +35,7 @@ def test_the_same_name_starts_afresh():
     plain = logits(llama())
     assert not torch.equal(logits(model), plain)
     with pytest.warns(UserWarning, match=SECOND):
-        model = get_peft_model(base, lora(r=4))
+        model = get_peft_model(base, lora(r=4, init_lora_weights=True))
     assert list(model.peft_config) == ["default"] and model.peft_config["default"].r == 4
     assert torch.allclose(logits(model.eval()), plain, atol=1e-6) and trained(model) == {"default"}
     assert model.get_base_model().model.layers[0].self_attn.q_proj.lora_A["default"].weight.shape[0] == 4
