@@ -72,7 +72,8 @@ class Merging(Forward):
 
     def merge(self, safe_merge: bool = False, adapter_names: Sequence[str] | None = None) -> None:
         """Write the adapters into the base weight. Checks for NaN and inf always; `safe_merge` is kept for callers."""
-        self.merge_also(list(adapter_names if adapter_names is not None else self.roster.chosen))
+        with self.roster.gate.change():
+            self.merge_also(list(adapter_names if adapter_names is not None else self.roster.chosen))
 
     def merge_also(
         self, names: Sequence[str], keep: bool = True, tied: frozenset[int] | set[int] = frozenset()
@@ -85,7 +86,7 @@ class Merging(Forward):
     def merge_as(self, record: Record, keep: bool = True, tied: frozenset[int] | set[int] = frozenset()) -> bool:
         """Merge just what the record says; the composition is stated on the original W, whatever was merged before."""
         before = self.record
-        self.unmerge()
+        self.restore()
         if not record:
             return False
         then = [entry for entries in record.values() for entry in entries]
@@ -118,6 +119,10 @@ class Merging(Forward):
 
     def unmerge(self) -> None:
         """Bring back the very bits of the base weight."""
+        with self.roster.gate.change():
+            self.restore()
+
+    def restore(self) -> None:
         if self._kept is not None:
             original, kept = self._kept
             self.base_layer = self.kind.restore(original, kept)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 from torch import nn
 
 from ...contract.tree import Composite, tree
 from ...registry import kinds
 from ..acting.on_model import forget_adapters, roster_of
+from ..acting.roster import Roster
 from ..adapted.calls import move_recorders
 from ..adapted.layer import Adapted, adapted_layers
 from ..prompts.attach import detach
@@ -20,16 +23,23 @@ def delete(model: nn.Module, name: str) -> None:
     for layer in adapted_layers(model):
         if name in layer.merged_adapters:
             raise ValueError(f"Adapter {name} is merged into {layer.path}: call unmerge_adapter() before deleting it.")
-    for layer in adapted_layers(model):
-        layer.detach(name)
-    if roster.adapters[name].whole_model:
-        detach(model, roster, name)
-    roster.forget(name)
+    with roster.gate.change():
+        whole = roster.adapters[name].whole_model
+        roster.forget(name)  # first: who begins a call from now on does without it
+        for layer in adapted_layers(model):
+            layer.detach(name)
+        if whole:
+            detach(model, roster, name)
 
 
 def unload(model: nn.Module) -> nn.Module:
     """Take all wrappers out; the base layers are what they hold now (merged or not)."""
     roster = roster_of(model)
+    with nullcontext() if roster is None else roster.gate.change():
+        return _unload(model, roster)
+
+
+def _unload(model: nn.Module, roster: Roster | None) -> nn.Module:
     for parent in list(model.modules()):
         for attr, child in list(parent._modules.items()):
             while isinstance(child, (Adapted, Composite)):

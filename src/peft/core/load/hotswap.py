@@ -30,6 +30,7 @@ from ..files.sharded import unwrapped
 from ..injection.commit import commit
 from ..injection.plan import Plan, plan
 from ..injection.remove import delete
+from ..injection.shared import apart, together
 from .load import fit_any_layout, read_adapter
 
 T = TypeVar("T")
@@ -74,7 +75,10 @@ def reload(model: nn.Module, loaded: Loaded, name: str) -> None:
         return
     pairs, missing, extra, _ = fit_any_layout(base, roster, adapter, loaded.tensors)
     check_fit(adapter, pairs, missing, extra, loaded.source)
-    assign(pairs, adapter)
+    with roster.gate.change():
+        apart(roster, adapter)
+        assign(pairs, adapter)
+        together(roster, adapter)
 
 
 def _without(key: str, adapter: str) -> str:
@@ -111,16 +115,19 @@ def swap(model: nn.Module, loaded: Loaded, name: str, only: set[str] | None = No
     check_base(model, loaded, new)
     check_fit(new, pairs, missing, extra, loaded.source)
     assign(pairs, new)
-    if old.padded:
-        _into_padded(old, new, name)
-        return
-    for _, m in old.methods:
-        m.multiplier = 1.0
-    if _alike(old.methods, new.methods):
-        _copy((a for _, a in old.methods), (b for _, b in new.methods))
-        roster.configs[name] = old.config = loaded.config
-    else:
-        _replace(model, roster, name, planned)
+    with roster.gate.change():
+        if old.padded:
+            _into_padded(old, new, name)
+            return
+        for _, m in old.methods:
+            m.multiplier = 1.0
+        if _alike(old.methods, new.methods):
+            apart(roster, old)
+            _copy((a for _, a in old.methods), (b for _, b in new.methods))
+            together(roster, old)
+            roster.configs[name] = old.config = loaded.config
+        else:
+            _replace(model, roster, name, planned)
 
 
 def _parts(model: nn.Module) -> tuple[nn.Module, Roster]:
@@ -255,9 +262,10 @@ def prepare_model_for_compiled_hotswap(
             (m for s, m in adapter.methods if m is not own.get(s)),
         )
         plans.append((name, planned))
-    for name, planned in plans:
-        _replace(model, roster, name, planned)
-        roster.adapters[name].padded = True
+    with roster.gate.change():
+        for name, planned in plans:
+            _replace(model, roster, name, planned)
+            roster.adapters[name].padded = True
 
 
 def _ranks(config: Any) -> list[int]:

@@ -22,6 +22,7 @@ from ..acting.on_model import roster_of
 from ..files.header import Loaded
 from ..files.keys import ROOT, assign, check_fit
 from ..injection.remove import delete
+from ..injection.shared import apart, together
 from .hotswap import swap
 from .load import base_tensors, fit_any_layout
 
@@ -113,7 +114,10 @@ def fill(
     report.unexpected_keys.update(extra)
     mismatched: set[Any] = report.mismatched_keys  # stated there as pairs of one number each
     mismatched.update((_shown(k, name), pairs[k][1].shape, pairs[k][0].disk_shape) for k in wrong)
-    assign({k: v for k, v in pairs.items() if k not in wrong}, adapter)
+    with roster.gate.change():
+        apart(roster, adapter)
+        assign({k: v for k, v in pairs.items() if k not in wrong}, adapter)
+        together(roster, adapter)
     for p, value in base:
         p.data = value.to(p.device, p.dtype)
 

@@ -14,6 +14,7 @@ from ..files.keys import ROOT, assign, check_fit, modules_in_file, state_dict_of
 from ..files.sharded import unwrapped
 from ..files.tensors import alone
 from ..injection.commit import inject
+from ..injection.shared import apart, together
 from ..load.load import LoadResult, embedding_tensors, fit_any_layout, read_adapter
 from .peft_model import PeftModel, class_for
 from .task_models import PeftMixedModel
@@ -123,7 +124,10 @@ def set_peft_model_state_dict(
     wrong = [k for k, (s, t) in pairs.items() if tuple(t.shape) not in (s.disk_shape, tuple(s.tensor.shape))]
     if wrong and not ignore_mismatched_sizes:
         check_fit(adapter, pairs, [], [], "The state dict")
-    assign({k: v for k, v in pairs.items() if k not in wrong}, adapter)
+    with roster.gate.change():
+        apart(roster, adapter)
+        assign({k: v for k, v in pairs.items() if k not in wrong}, adapter)
+        together(roster, adapter)
     if missing:
         warnings.warn(f"Missing keys when loading adapter {adapter_name!r}: {', '.join(missing[:5])}", stacklevel=2)
     return _told(model, adapter_name, peft_model_state_dict, missing, extra, wrong)

@@ -30,7 +30,7 @@ class KeysValues(PromptState):
         """Prefixes into the cache and the mask; positions, where the model would count them wrongly."""
         tokens = tokens_of(kwargs)
         length, past = tokens.shape[1], seen(kwargs.get(CACHE))
-        given: Tensor | None = self.given if front.S else kwargs.get("position_ids")
+        given: Tensor | None = self.call.given if front.S else kwargs.get("position_ids")
         made: Tensor | None = None
         if front.P:
             total = length if not past else past - front.P + length
@@ -38,7 +38,7 @@ class KeysValues(PromptState):
             mask = flat_mask(kwargs.get("attention_mask"), total)
             if not past:
                 dtype = tokens.dtype if tokens.is_floating_point() else floating(module)
-                self.lent = kwargs.get(CACHE) is None and kwargs.get("use_cache") is False
+                self.call.lent = kwargs.get(CACHE) is None and kwargs.get("use_cache") is False
                 kwargs[CACHE] = self.roomy(kwargs.get(CACHE), front)
                 refuse_gap(module, kwargs[CACHE], front)
                 self.fill(kwargs[CACHE], attentions(module), front, dtype)

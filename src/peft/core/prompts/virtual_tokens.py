@@ -24,10 +24,10 @@ class VirtualTokens(PromptState):
     def widen(self, kwargs: Arguments, front: Front) -> None:
         """Room for `front.S` tokens before the text, or, when the cache has them already, in the mask."""
         S, past = front.S, seen(kwargs.get(CACHE))
-        self.given = kwargs.pop("position_ids", None)
+        self.call.given = kwargs.pop("position_ids", None)
         tokens = tokens_of(kwargs)
         length = tokens.shape[1]
-        refuse_packed(self.given, kwargs.get("attention_mask"), past)
+        refuse_packed(self.call.given, kwargs.get("attention_mask"), past)
         mask = flat_mask(kwargs.get("attention_mask"), length if not past else past - front.width + length)
         if not past:
             for name, fill in (("input_ids", self.filler), ("inputs_embeds", 0), ("token_type_ids", 0)):
@@ -67,7 +67,7 @@ class VirtualTokens(PromptState):
 
     def soft(self, front: Front, x: Tensor, decoder: bool = False) -> Tensor:
         """[rows, S, d]: each row's virtual tokens, padded on the left."""
-        tasks = self.tasks if self.tasks is not None else self.roster.mix.tasks
+        tasks = self.call.tasks if self.call.tasks is not None else self.roster.mix.tasks
         if tasks is not None:
             tasks = torch.stack(spread(list(tasks.reshape(-1)), front.rows, "task_ids")).to(x.device)
         parts = []
