@@ -13,8 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..config import LayoutConfig, as_names
-from ..config_fields import own_field
+from ..config import LayoutConfig, as_bias, as_names
+from ..config_fields import own_field, reading
+from ..config_values import AtLeast0
 from ..contract.capabilities import Blends, ScalesChannels
 from ..contract.method import Method
 from ..contract.refusals import refusal
@@ -37,8 +38,8 @@ class IA3Config(LayoutConfig):
     own_type = "IA3"
     feedforward_modules: list[str] | str | None = None
     init_ia3_weights: bool = True
-    bias: str = own_field("none")
-    layers_to_transform: list[int] | int | None = own_field(None)
+    bias: str = reading(as_bias, "none", own=True)
+    layers_to_transform: list[AtLeast0] | AtLeast0 | None = own_field(None)
     layers_pattern: list[str] | str | None = own_field(None)
 
     def __post_init__(self) -> None:

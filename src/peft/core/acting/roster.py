@@ -189,6 +189,9 @@ class Roster(Recompute):
         del self.adapters[name]
         self.training.discard(name)
         dict.pop(self.configs, name, None)
+        if self.unmerged is not None:
+            self.unmerged = tuple(n for n in self.unmerged if n != name)
+            self.switch()
         if name in self.asked:
             self.activate_present([n for n in self.asked if n != name] or list(self.adapters)[:1])
 

@@ -5,6 +5,7 @@ Paths are the names of the *base* model: the wrappers of adapters that are alrea
 
 from __future__ import annotations
 
+import functools
 import re
 import warnings
 from collections.abc import Collection, Iterator
@@ -12,8 +13,9 @@ from collections.abc import Collection, Iterator
 from torch import nn
 
 from ...config import TunerConfig
+from ...config_values import shown
 from ...contract.tree import Composite
-from ...errors import NoMatchingPeftModuleError, near
+from ...errors import ConfigError, NoMatchingPeftModuleError, near
 from .heads import output_heads
 from .patterns import matcher, means
 from .walk import Place, splitter_of, walk
@@ -22,17 +24,33 @@ ALL_LINEAR = "all-linear"
 
 
 def in_layers(config: TunerConfig, path: str) -> bool:
-    """`layers_to_transform`: the number that follows a layer list's name in the path."""
+    """`layers_to_transform`: whether the path is in one of these layers, or is targeted as a whole, not by its ending.
+
+    The layer is the number after the first list of modules in the path, or after the components that one of the regular
+    expressions in `layers_pattern` fits.
+    """
     wanted = getattr(config, "layers_to_transform", None)
     if wanted is None or wanted == []:
         return True
+    targets = config.target_modules
+    if "." not in path if targets == ALL_LINEAR else not isinstance(targets, str) and path in (targets or ()):
+        return True
     pattern = getattr(config, "layers_pattern", None)
     lists = [pattern] if isinstance(pattern, str) else list(pattern or [])
-    if lists:
-        found = next((m for p in lists if (m := re.match(rf".*\.?{re.escape(p)}\.(\d+)\.", path + "."))), None)
+    if any(lists):
+        found = next((m for p in lists if p and (m := _after(p).match(path + "."))), None)
     else:
-        found = re.match(r".*?[^.]*\.(\d+)\.", path + ".")  # a block is in its own layer
-    return found is not None and int(found.group(1)) in ([wanted] if isinstance(wanted, int) else wanted)
+        found = re.match(r".*?[^.]*\.(?P<layer_>\d+)\.", path + ".")  # a block is in its own layer
+    return found is not None and int(found["layer_"]) in ([wanted] if isinstance(wanted, int) else wanted)
+
+
+@functools.lru_cache(maxsize=64)
+def _after(pattern: str) -> re.Pattern[str]:
+    """The number after whole path components that a regular expression fits."""
+    try:
+        return re.compile(rf"(?:.*\.)?(?:{pattern})\.(?P<layer_>\d+)\.")
+    except re.error as e:
+        raise ConfigError(f"layers_pattern={shown(pattern)} is no regular expression: {e}.") from e
 
 
 def exactly(model: nn.Module, paths: Collection[str]) -> list[Place]:

@@ -42,8 +42,8 @@ class Ranked(Protocol):
     """The config of such a method; the fields of the strength are named by the method's class."""
 
     r: int
-    rank_pattern: dict[str, int]
-    alpha_pattern: dict[str, int]
+    rank_pattern: dict[str, int] | None
+    alpha_pattern: dict[str, float] | None
 
 
 class LowRank(Derives, Follows, TwoFactors, Method):

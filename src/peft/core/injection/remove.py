@@ -6,9 +6,11 @@ from contextlib import nullcontext
 
 from torch import nn
 
+from ...contract import managed
 from ...contract.tree import Composite, tree
+from ...errors import Refusal
 from ...registry import kinds
-from ..acting.on_model import forget_adapters, roster_of
+from ..acting.on_model import base_of, forget_adapters, roster_of
 from ..acting.roster import Roster
 from ..adapted.calls import move_recorders
 from ..adapted.layer import Adapted, adapted_layers
@@ -18,12 +20,14 @@ from ..prompts.attach import detach
 def delete(model: nn.Module, name: str) -> None:
     """Remove an adapter everywhere; the base layers of places without adapters stay wrapped until `unload`."""
     roster = roster_of(model)
-    if roster is None or name not in roster.adapters:
-        raise ValueError(f"Adapter {name} does not exist. Loaded: {sorted(roster.adapters) if roster else 'none'}.")
-    for layer in adapted_layers(model):
-        if name in layer.merged_adapters:
-            raise ValueError(f"Adapter {name} is merged into {layer.path}: call unmerge_adapter() before deleting it.")
-    with roster.gate.change():
+    with nullcontext() if roster is None else roster.gate.change():
+        if roster is None or name not in roster.adapters:
+            raise ValueError(f"Adapter {name} does not exist. Loaded: {sorted(roster.adapters) if roster else 'none'}.")
+        for layer in adapted_layers(model):
+            if name in layer.merged_adapters:
+                raise ValueError(
+                    f"Adapter {name} is merged into {layer.path}: call unmerge_adapter() before deleting it."
+                )
         whole = roster.adapters[name].whole_model
         roster.forget(name)  # first: who begins a call from now on does without it
         for layer in adapted_layers(model):
@@ -32,8 +36,22 @@ def delete(model: nn.Module, name: str) -> None:
             detach(model, roster, name)
 
 
+def check_unloadable(model: nn.Module) -> None:
+    """Raise `Refusal` where the base model could not run by itself."""
+    if managed.flat(model):
+        raise Refusal(
+            "unload",
+            type(model).__name__,
+            "FSDP 1 gathers its weights for the forward of the wrapper around it; save the adapter and merge it in one process",
+        )
+
+
 def unload(model: nn.Module) -> nn.Module:
     """Take all wrappers out; the base layers are what they hold now (merged or not)."""
+    check_unloadable(model)
+    for unit in managed.units([model]):
+        if unit is not model and (base_of(unit) is model or getattr(unit, "model", None) is model):
+            managed.hand_over(unit, model)
     roster = roster_of(model)
     with nullcontext() if roster is None else roster.gate.change():
         return _unload(model, roster)

@@ -7,12 +7,14 @@ banks, and those that were read from files are equal or not: what counts is the 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ...contract.method import Method
 from ..acting.roster import Adapter, Roster, Table
+from ..files.keys import FileTensor, assign
 
 
 def together(roster: Roster, adapter: Adapter) -> None:
@@ -36,6 +38,23 @@ def apart(roster: Roster, adapter: Adapter) -> None:
     for bank in own:
         if id(bank) in others:
             _put(adapter, bank, nn.Parameter(bank.detach().clone(), requires_grad=False))
+
+
+@contextmanager
+def rewriting(roster: Roster, adapter: Adapter) -> Iterator[None]:
+    """Within, an adapter that is in the model may be written: no call is under way, and its banks are its own."""
+    with roster.gate.change():
+        apart(roster, adapter)
+        try:
+            yield
+        finally:
+            together(roster, adapter)
+
+
+def refill(roster: Roster, adapter: Adapter, pairs: dict[str, tuple[FileTensor, Tensor]]) -> None:
+    """Write a file's values into an adapter that is in the model."""
+    with rewriting(roster, adapter):
+        assign(pairs, adapter)
 
 
 def _banks(adapter: Adapter) -> list[nn.Parameter]:
