@@ -203,13 +203,12 @@ def halfway(model, change):
     layer = model.get_base_model().model.layers[1]
     hook = layer.register_forward_pre_hook(stand)
     threads = [threading.Thread(target=changed, daemon=True)]
-    threads.append(threading.Timer(1.0, on.set))
     out: list[torch.Tensor] = []
     threads.append(threading.Thread(target=lambda: out.append(logits(model)), daemon=True))
     for t in threads:
         t.start()
     standing.wait(20)
-    early = done.wait(0.5)
+    early = done.wait(0.2)
     on.set()
     for t in threads:
         t.join(30)
@@ -283,7 +282,7 @@ def test_37_an_interrupted_call_leaves_nothing_open():
         logits(model, adapter_names=["b", "__base__"])
     hook.remove()
     assert torch.equal(logits(model), out)
-    together(lambda: model.load_adapter, lambda: model.delete_adapter("b"))
+    together(lambda: model.delete_adapter("b"))  # another thread's change waits for no call
     assert list(model.peft_config) == ["a"]
 
 
