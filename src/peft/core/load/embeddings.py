@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from torch import Tensor, nn
 
 from ...contract.capabilities import Derives
+from ...contract.managed import whole
 from ...contract.method import Method
 from ...errors import CheckpointError
 from ..acting.roster import Adapter
@@ -31,7 +32,7 @@ def embedding_tensors(model: nn.Module, adapter: Adapter) -> dict[str, Tensor]:
         leaf = ".base_layer.weight" if place.path in adapter.targeted else ".weight"
         weight = place.module.weight
         assert isinstance(weight, Tensor)
-        out[root_of(adapter.config) + place.disk_path + leaf] = weight.detach()
+        out[root_of(adapter.config) + place.disk_path + leaf] = whole(weight)
     size = sum(t.numel() * t.element_size() for t in out.values())
     print(f"Saving {len(out)} whole embedding(s) with the adapter: {size / 2**20:.1f} MiB.")
     return out
@@ -100,5 +101,5 @@ def _is_of_the_weight(method: Method) -> bool:
 def _equal(value: Tensor, weight: Tensor) -> bool:
     if weight.is_meta:
         return False
-    same: bool = value.to(weight.device, weight.dtype).equal(weight.detach())
+    same: bool = value.to(weight.device, weight.dtype).equal(whole(weight))
     return same
