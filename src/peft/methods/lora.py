@@ -134,7 +134,7 @@ class Lora(LowRank):
         named = site.tied if config.ensure_weight_tying and site.tied else site.path
         self.set(
             own_r=self.rank_at(config, named),
-            own_alpha=for_path(config.alpha_pattern, named, config.lora_alpha),
+            own_alpha=for_path(config.alpha_pattern, named, config.lora_alpha, "alpha_pattern"),
             by_root=config.use_rslora,
             dropout=config.lora_dropout,
         )

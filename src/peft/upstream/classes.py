@@ -16,7 +16,7 @@ from torch import nn
 
 from ..config import PeftConfig
 from ..contract.method import Method
-from ..core.adapted.layer import Adapted
+from ..core.adapted.layer import Adapted, Companions
 from ..core.adapted.switch import Switch
 from ..core.load.transformers_loader import loading
 from ..core.model.peft_model import PeftModel
@@ -68,7 +68,9 @@ class TunerLayerView(type):
         if cls is not BaseTunerLayer:  # a class that someone derived from the view
             return super().__instancecheck__(obj)
         if not isinstance(obj, Adapted):
-            return isinstance(obj, Switch)  # where a method of the whole model hangs
+            return isinstance(obj, Switch) and not isinstance(
+                obj, Companions
+            )  # where a method of the whole model hangs
         return obj.targeted or TOKENS in obj.brought_by
 
 
@@ -80,7 +82,7 @@ class AuxiliaryView(type):
         if cls is not AuxiliaryTrainingWrapper:
             return super().__instancecheck__(obj)
         if not isinstance(obj, Adapted):
-            return isinstance(obj, Switch) and bool(loading)
+            return isinstance(obj, Switch) and not isinstance(obj, Companions) and bool(loading)
         return bool({"modules_to_save", TOKENS} & set(obj.brought_by) or loading & set(obj.methods))
 
 

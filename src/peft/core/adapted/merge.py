@@ -102,7 +102,8 @@ class Merging(Forward):
         """Write the adapters into the base weight. Checks for NaN and inf always; `safe_merge` is kept for callers."""
         names = list(adapter_names if adapter_names is not None else self.roster.chosen)
         tell_of_merged(self.merged_adapters, names)
-        self.merge_also(names)
+        with self.roster.gate.change():
+            self.merge_also(names)
 
     def merge_also(
         self, names: Sequence[str], keep: bool = True, tied: frozenset[int] | set[int] = frozenset()
@@ -118,7 +119,7 @@ class Merging(Forward):
         if record:
             managed.settle([self.kind.holder(self.base_layer)])
             self.check_writable(tied)
-        self.unmerge()
+        self.restore()
         if not record:
             return False
         then = [entry for entries in record.values() for entry in entries]
@@ -154,6 +155,10 @@ class Merging(Forward):
 
     def unmerge(self) -> None:
         """Bring back the very bits of the base weight."""
+        with self.roster.gate.change():
+            self.restore()
+
+    def restore(self) -> None:
         if self._kept is not None:
             original, kept = self._kept
             self.base_layer = self.kind.restore(original, kept)

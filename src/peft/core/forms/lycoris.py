@@ -64,8 +64,8 @@ class Lycoris(Method):
 
     def __init__(self, config: LycorisConfig, site: Site) -> None:
         super().__init__(config, site)
-        self.own_r: int = for_path(config.rank_pattern, site.path, config.r)
-        self.own_alpha = for_path(config.alpha_pattern, site.path, config.alpha)
+        self.own_r: int = for_path(config.rank_pattern, site.path, config.r, "rank_pattern")
+        self.own_alpha = for_path(config.alpha_pattern, site.path, config.alpha, "alpha_pattern")
         self.drop_rows, self.drop_all = config.rank_dropout, config.module_dropout
         self.tucker = config.use_effective_conv2d and self.geometry.kernel > 1
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 from torch import nn
 
@@ -50,12 +51,15 @@ def _deletable(model: nn.Module, names: Sequence[str]) -> Roster:
 
 def delete(model: nn.Module, name: str) -> None:
     """Remove an adapter everywhere; the base layers of places without adapters stay wrapped until `unload`."""
-    roster = _deletable(model, [name])
-    for layer in adapted_layers(model):
-        layer.detach(name)
-    if roster.adapters[name].whole_model:
-        detach(model, roster, name)
-    roster.forget(name)
+    roster = roster_of(model)
+    with nullcontext() if roster is None else roster.gate.change():
+        roster = _deletable(model, [name])
+        whole = roster.adapters[name].whole_model
+        roster.forget(name)  # first: who begins a call from now on does without it
+        for layer in adapted_layers(model):
+            layer.detach(name)
+        if whole:
+            detach(model, roster, name)
 
 
 def check_unloadable(model: nn.Module) -> None:
@@ -75,6 +79,11 @@ def unload(model: nn.Module) -> nn.Module:
         if unit is not model and (base_of(unit) is model or getattr(unit, "model", None) is model):
             managed.hand_over(unit, model)
     roster = roster_of(model)
+    with nullcontext() if roster is None else roster.gate.change():
+        return _unload(model, roster)
+
+
+def _unload(model: nn.Module, roster: Roster | None) -> nn.Module:
     for parent in list(model.modules()):
         for attr, child in list(parent._modules.items()):
             while isinstance(child, (Adapted, Composite)):
