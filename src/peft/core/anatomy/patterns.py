@@ -6,11 +6,14 @@ import re
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, TypeVar
 
+from ...contract.tree import without_wrappers
+
 V = TypeVar("V")
 
 
 def means(pattern: str, path: str) -> bool:
     """Whether a target name means this path: the whole path or its last components."""
+    pattern = without_wrappers(pattern)
     return path == pattern or path.endswith("." + pattern)
 
 
@@ -21,7 +24,8 @@ def matcher(patterns: Collection[str] | str | None) -> Callable[[str], bool]:
     if isinstance(patterns, str):
         fits = re.compile(patterns).fullmatch
         return lambda path: fits(path) is not None
-    whole, ends = frozenset(patterns), tuple(f".{p}" for p in patterns)
+    names = [without_wrappers(p) for p in patterns]
+    whole, ends = frozenset(names), tuple(f".{n}" for n in names)
     return lambda path: path in whole or path.endswith(ends)
 
 
