@@ -7,7 +7,9 @@ from collections.abc import Iterator
 
 from torch import Tensor, nn
 
+from ...contract.capabilities import Derives
 from ...contract.managed import whole
+from ...contract.method import Method
 from ...errors import CheckpointError
 from ..acting.roster import Adapter
 from ..anatomy.embeddings import output_head, token_embeddings
@@ -81,12 +83,19 @@ def split_off(
             at = "base_layer.weight" if place.path in adapter.targeted else "weight"
             tensors[f"{root_of(adapter.config)}{place.disk_path}.{at}"] = ends[place.path]
     for path, method in zip(adapter.targeted, (m for _, m in adapter.own())):
-        if path in ends and (method.form == "weight" or type(method.nested()[-1]) is not type(method)):
+        if path in ends and _is_of_the_weight(method):
             raise CheckpointError(
                 f"{loaded.source or 'The state dict'} holds another embedding than this base's at {path}, of which "
                 "the adapter is no added term: load the base that it was trained on."
             )
     return rest, list(ends)
+
+
+def _is_of_the_weight(method: Method) -> bool:
+    """Whether what the method changes depends on W: f(W), DoRA, factors derived from W, a copy of W."""
+    derived = isinstance(method, Derives) and method.derives
+    around = method.nested()[-1] is not method or hasattr(type(method), "weight")
+    return derived or around or "weight" in method.replaced_names
 
 
 def _equal(value: Tensor, weight: Tensor) -> bool:
