@@ -18,6 +18,7 @@ from torch import nn
 
 from ...config import PeftConfig, TunerConfig
 from ...contract.capabilities import Companion, Derives, Follows
+from ...contract.cheap_modules import made_on_the_cpu
 from ...contract.geometry import Geometry
 from ...contract.kind import LayerKind
 from ...contract.method import Method
@@ -110,6 +111,7 @@ def seed_for(seed: int, path: str) -> int:
     return int.from_bytes(hashlib.blake2b(f"{seed}:{path}".encode(), digest_size=7).digest(), "big")
 
 
+@made_on_the_cpu()
 def plan(
     model: nn.Module,
     config: PeftConfig,

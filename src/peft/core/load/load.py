@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ...config import PeftConfig
-from ...contract.cheap_modules import uninterrupted
+from ...contract.cheap_modules import made_on_the_cpu, uninterrupted
 from ...errors import CheckpointError
 from ...remote import CODE_KWARGS, HUB_KWARGS, PLACING_KWARGS, refuse_others
 from ..acting.roster import Adapter, Roster
@@ -43,6 +43,7 @@ class LoadResult:
         return iter((self.missing_keys, self.unexpected_keys))
 
 
+@made_on_the_cpu()
 def read_adapter(
     model_id: str | os.PathLike[str],
     config: PeftConfig | None,
@@ -73,6 +74,7 @@ def read_adapter(
     return loaded
 
 
+@made_on_the_cpu()
 def load_into(
     model: nn.Module, loaded: Loaded, name: str, *, strict: bool = True, autocast_adapter_dtype: bool = True
 ) -> LoadResult:
