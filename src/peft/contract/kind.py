@@ -77,7 +77,10 @@ class LayerKind(Generic[M]):
 
     def merge_refusal(self, module: M) -> str:
         """Why the base's format has no way to hold a changed weight; "" where it has."""
-        return ""
+        weight = module._parameters.get("weight")
+        if weight is None or not weight.is_floating_point() or weight.dtype.itemsize > 1:
+            return ""
+        return f"its weight is stored as {weight.dtype}, which rounds small changes away: cast the layer first"
 
     def admit(self, module: M, method: Method, path: str) -> None:
         """Raise `Refusal` where this kind cannot run what a planned method does; called before anything changes."""
@@ -128,7 +131,7 @@ class LayerKind(Generic[M]):
     def parameters(self, module: M) -> dict[str, Tensor]:
         """The layer's parameters in native layout and floating point, by name."""
         with on_device(module):
-            return {n: p.clone() if p.is_meta else p for n, _, p in named(module, "_parameters")}
+            return {n: p.clone() if p.is_meta else wide_enough(p) for n, _, p in named(module, "_parameters")}
 
     def buffers(self, module: M) -> dict[str, Tensor]:
         """The buffers that belong to the layer's state (BatchNorm's running statistics), by name."""
@@ -137,7 +140,7 @@ class LayerKind(Generic[M]):
     def read(self, module: M) -> Tensor:
         """`W[out, fan_in]`, in floating point, brought from wherever it is kept."""
         with on_device(module):
-            return self.matrix(module.weight, module)  # type: ignore[arg-type]
+            return self.matrix(wide_enough(module.weight), module)  # type: ignore[arg-type]
 
     def bias(self, module: M) -> Tensor | None:
         with on_device(module):
@@ -150,6 +153,9 @@ class LayerKind(Generic[M]):
                 return p.dtype
         for p in module.parameters():
             if p.is_floating_point():
+                return p.dtype
+        for p in module.parameters():
+            if p.is_complex():
                 return p.dtype
         return torch.get_default_dtype()
 
@@ -228,6 +234,11 @@ class LayerKind(Generic[M]):
             owner, leaf = _owner(module, name)
             owner._buffers[leaf] = None if one is None else one[0]
         return module
+
+
+def wide_enough(t: Tensor) -> Tensor:
+    """The tensor, of an 8-bit format in fp32: torch stores such numbers, but does not compute with them."""
+    return t.float() if t.dtype.itemsize == 1 and t.is_floating_point() else t
 
 
 def _owner(module: nn.Module, name: str) -> tuple[nn.Module, str]:

@@ -40,6 +40,7 @@ def merge_(W: Tensor, terms: list[Thin]) -> bool:
     limits, bound = torch.finfo(W.dtype), 0.0
     for t in terms:
         bound += abs(t.scale) * len(t.A) * _largest(t.B) * _largest(t.A)  # no entry of s·B A is larger
+    bound *= 2 if W.is_complex() else 1  # nor are two products of parts
     # less than half the step between the dtype's largest numbers rounds none of them to inf: W need not be looked at
     if not bound < limits.max * limits.eps / 4 and not bound + _largest(W) < limits.max / 2:
         return False
@@ -52,11 +53,12 @@ def merge_(W: Tensor, terms: list[Thin]) -> bool:
 
 
 def _largest(W: Tensor) -> float:
+    W = torch.view_as_real(W) if W.is_complex() else W
     return max(abs(float(v)) for v in torch.aminmax(W)) if W.numel() else 0.0
 
 
 def _wide(W: Tensor) -> bool:
-    return W.dtype in (torch.float32, torch.float64)
+    return W.dtype in (torch.float32, torch.float64) or W.is_complex()
 
 
 def row_norms(W: Tensor, A: Tensor, B: Tensor, s: float) -> Tensor:

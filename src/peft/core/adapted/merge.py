@@ -19,7 +19,7 @@ Record = dict[str, list[tuple[Method, float]]]  # adapter -> its methods with th
 
 
 def merge_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
+    return dtype if dtype == torch.float64 or dtype.is_complex else torch.float32
 
 
 class Merging(Forward):

@@ -51,7 +51,7 @@ def save(
     config.inference_mode = True
     fill_base(config, model)
     os.makedirs(folder, exist_ok=True)
-    found = {**state_dict_of(roster, name, gathered), **(extra or {})}
+    found = {**(extra or {}), **state_dict_of(roster, name, gathered)}
     parts = [k for k, t in found.items() if sharded.split(t)]
     if parts:
         raise CheckpointError(

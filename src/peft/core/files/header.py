@@ -9,7 +9,7 @@ from typing import Any, Literal, TypedDict
 from torch import Tensor, nn
 
 from ...config import PeftConfig
-from ...errors import CheckpointError
+from ...errors import LONGEST_NAME, CheckpointError
 from ...local_files import json_object
 from ..acting.roster import Adapter
 from ..anatomy.embeddings import vocab_size
@@ -90,19 +90,19 @@ def fingerprint_in(header: Mapping[str, str], source: str) -> Fingerprint | None
     return {k: found[k] for k in right if k in found}  # type: ignore[return-value]
 
 
-def check_base(model: nn.Module, loaded: Loaded, adapter: Adapter) -> None:
-    """The saved fingerprint against this model."""
+def check_base(model: nn.Module, loaded: Loaded, adapter: Adapter, ignore_sizes: bool = False) -> None:
+    """The saved fingerprint against this model. ignore_sizes: nothing but its class."""
     if not loaded.base:
         return
     here = fingerprint(model, adapter)
-    for what, say in SAID:
+    for what, say in SAID[: 1 if ignore_sizes else None]:
         if loaded.base.get(what) is not None and here[what] is not None and loaded.base[what] != here[what]:
             raise CheckpointError(
-                f"{loaded.source}: the adapter was trained on {say} {loaded.base[what]}, this model has {say} {here[what]}. "
+                f"{loaded.source}: the adapter was trained on {say} {str(loaded.base[what])[:LONGEST_NAME]}, this model has {say} {here[what]}. "
                 "Load it on the right base, or pass strict=False to try all the same."
             )
-    for disk_path, shape in loaded.base.get("shapes", {}).items():
+    for disk_path, shape in loaded.base.get("shapes", {}).items() if not ignore_sizes else ():
         if disk_path in here["shapes"] and here["shapes"][disk_path] != shape:
             raise CheckpointError(
-                f"{loaded.source}: {disk_path} had weight shape {shape} when the adapter was trained, here it is {here['shapes'][disk_path]}."
+                f"{loaded.source}: {disk_path} had weight shape {str(shape)[:LONGEST_NAME]} when the adapter was trained, here it is {here['shapes'][disk_path]}."
             )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections.abc import Iterable, Iterator
 from operator import attrgetter
@@ -12,13 +13,21 @@ from torch import Tensor, nn
 
 from ...config import PeftConfig
 from ...contract.method import Method
-from ...errors import CheckpointError, near
+from ...errors import LONGEST_NAME, CheckpointError, near
 from ...registry import method as method_of
 from ..acting.roster import Adapter, Roster
 from . import sharded
 from .tensors import alone
 
 ROOT = "base_model.model."
+FLOATS = (
+    torch.float64,
+    torch.float32,
+    torch.float16,
+    torch.bfloat16,
+    torch.float8_e4m3fn,
+    torch.float8_e5m2,
+)  # dtypes of a file that a float parameter takes; integers and others are no weights
 
 
 @dataclasses.dataclass
@@ -170,10 +179,14 @@ def _with_root(key: str, root: str) -> str:
     return root + key
 
 
-def check_fit(
-    adapter: Adapter, pairs: dict[str, tuple[FileTensor, Tensor]], missing: list[str], extra: list[str], source: str
-) -> None:
-    """Raise unless every key lands and every tensor is filled with its shape."""
+def check_fit(pairs: dict[str, tuple[FileTensor, Tensor]], missing: list[str], extra: list[str], source: str) -> None:
+    """Raise unless every key lands and every tensor is filled with values that it can hold."""
+    check_keys(pairs, missing, extra, source)
+    check_values(pairs, source)
+
+
+def check_keys(pairs: dict[str, tuple[FileTensor, Tensor]], missing: list[str], extra: list[str], source: str) -> None:
+    """Raise unless every key lands and every tensor is filled."""
     if missing or extra:
         file_keys = [*pairs, *extra]
         hint = "".join(near(m, extra, 1) for m in missing[:1]) or "".join(near(e, missing, 1) for e in extra[:1])
@@ -183,20 +196,57 @@ def check_fit(
             f"\n  {len(extra)} keys of the file have no place in the model: {few(extra)}"
             f"\n  {len(pairs)} of {len(file_keys)} keys fit. Check the base model and the adapter's target_modules."
         )
-    wrong = [
-        f"{k}: file {tuple(t.shape)}, model {s.disk_shape}"
-        for k, (s, t) in pairs.items()
-        if t.shape != s.tensor.shape and tuple(t.shape) != s.disk_shape
-    ]
-    if wrong:
-        raise CheckpointError(
-            f"{source or 'The state dict'}: size mismatch, is this the right base model? {few(wrong)}"
-        )
+
+
+def check_values(pairs: dict[str, tuple[FileTensor, Tensor]], source: str, ignore_sizes: bool = False) -> list[str]:
+    """Raise unless each tensor can hold the values that a file has for it, without loss beyond rounding.
+
+    Returns the keys of other sizes, which are an error unless `ignore_sizes`.
+    """
+    source, wrong = source or "The state dict", mismatched(pairs)
+    if wrong and not ignore_sizes:
+        shapes = [f"{k}: file {tuple(pairs[k][1].shape)}, model {pairs[k][0].disk_shape}" for k in wrong]
+        raise CheckpointError(f"{source}: size mismatch, is this the right base model? {few(shapes)}")
+    for key, (held, value) in pairs.items():
+        dtype = held.tensor.dtype
+        if value.dtype is not dtype and key not in wrong and (why := _lossy(value, dtype)):
+            raise CheckpointError(f"{source}: {key} {why}.")
+    return wrong
+
+
+def mismatched(pairs: dict[str, tuple[FileTensor, Tensor]]) -> list[str]:
+    """The keys of tensors that have neither the size of the model's in the file nor in memory."""
+    return [k for k, (s, t) in pairs.items() if t.shape != s.tensor.shape and tuple(t.shape) != s.disk_shape]
+
+
+def _lossy(value: Tensor, dtype: torch.dtype) -> str:
+    """Why values of a file cannot stand in a tensor of another dtype; "" where they can."""
+    given = value.dtype
+    if dtype.is_floating_point or dtype.is_complex:
+        if given not in FLOATS and not (given.is_complex and dtype.is_complex):
+            return f"holds {given}, where the adapter has floats"
+        if dtype.is_complex or torch.finfo(given).max <= torch.finfo(dtype).max or value.is_meta or not value.numel():
+            return ""
+        most = float(value.detach().abs().max())
+        return f"holds {most:.3g}, which {dtype} cannot" if most > torch.finfo(dtype).max and most != math.inf else ""
+    if dtype is torch.bool or given is torch.bool or given.is_complex:
+        return f"holds {given}, where the adapter has {dtype}"
+    if value.is_meta or not value.numel():
+        return ""
+    least, most = float(value.min()), float(value.max())
+    known = torch.iinfo(dtype)
+    if not known.min <= least <= most <= known.max or (given.is_floating_point and not value.eq(value.round()).all()):
+        return f"holds values from {least:.6g} to {most:.6g}, which are no {dtype}"
+    return ""
 
 
 def few(items: list[str], n: int = 6) -> str:
     """The first of some names, and how many there are."""
-    return ", ".join(items[:n]) + (f", … ({len(items)} in all)" if len(items) > n else "") if items else "none"
+    return (
+        ", ".join(i[:LONGEST_NAME] for i in items[:n]) + (f", … ({len(items)} in all)" if len(items) > n else "")
+        if items
+        else "none"
+    )
 
 
 def assign(pairs: dict[str, tuple[FileTensor, Tensor]], adapter: Adapter, adopt: bool = False) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 from typing import IO, NamedTuple
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from ...contract.cheap_modules import uninterrupted
@@ -159,7 +159,7 @@ def _laid_out(header: bytes, size: int) -> tuple[dict[str, Entry], dict[str, str
 def finite(t: Tensor) -> bool:
     """Whether no entry is NaN or inf. A finite sum says so in one pass; another may be an overflow of the sum itself."""
     t = t.float() if t.dtype.itemsize == 1 else t  # torch cannot add up the 8-bit formats
-    return math.isfinite(float(t.detach().sum())) or bool(torch.isfinite(t).all())
+    return math.isfinite(abs(t.detach().sum().item())) or bool(torch.isfinite(t).all())
 
 
 def not_finite(weights: Weights) -> list[str]:
@@ -176,7 +176,14 @@ def write_weights(tensors: dict[str, Tensor], path: str, header: dict[str, str])
     for key, t in apart(tensors).items():
         groups.setdefault(t.dtype, {})[key] = t if t.is_cpu else t.cpu()
     if sys.byteorder == "big" or not groups.keys() <= _STORED.keys():
-        return save_file({k: alone(t) for group in groups.values() for k, t in group.items()}, path, metadata=header)
+        for dtype, group in groups.items():
+            if dtype not in _READ.values():
+                key, how = next(iter(group)), "save with safe_serialization=False"
+                raise ValueError(f"{key[:200]} holds {dtype}, which safetensors files have no numbers for: {how}.")
+        others = {k: alone(t) for group in groups.values() for k, t in group.items()}
+        with open(path, "wb") as f:  # the library itself would put another file in the place of this one, which is held
+            f.write(save(others, metadata=header))
+        return
     at, parts, table = 0, list[memoryview](), [f'"__metadata__":{json.dumps(header)}']
     shapes: dict[torch.Size, str] = {}  # as text
     for dtype in sorted(groups, key=lambda d: -d.itemsize):

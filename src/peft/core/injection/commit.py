@@ -19,6 +19,7 @@ from ..adapted.layer import Adapted, adapted_layers
 from ..anatomy.walk import Place
 from ..prompts.attach import attach
 from .plan import Plan, plan
+from .schedules import watch as watch_schedule
 
 
 def commit(model: nn.Module, plan: Plan) -> Roster:
@@ -63,6 +64,7 @@ def commit(model: nn.Module, plan: Plan) -> Roster:
     if first:
         roster.activate([plan.name])
     roster.set_trainable(plan.name, plan.name in roster.chosen and not plan.config.inference_mode)
+    watch_schedule(roster, plan.name)
     if any(issubclass(item.cls, TakesSpan) for item in plan.items):
         watch(model, roster)
     if any(item.place is not None and item.place.composite is not None for item in plan.items):

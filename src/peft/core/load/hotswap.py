@@ -9,6 +9,7 @@ swaps then only copy s·B and A, padded with zeros.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import warnings
 from collections.abc import Iterable
 from typing import Any, TypeVar
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from ...config import PeftConfig
 from ...contract.capabilities import TwoFactors
 from ...contract.method import Method
-from ...errors import CheckpointError, Refusal
+from ...errors import CheckpointError, Refusal, about_a_file
 from ...registry import method
 from ..acting.on_model import roster_of
 from ..acting.roster import Adapter, Roster
@@ -31,7 +32,7 @@ from ..files.sharded import unwrapped
 from ..injection.commit import commit
 from ..injection.plan import Plan, plan
 from ..injection.remove import delete
-from .load import fit_any_layout, read_adapter
+from .load import Fit, checked, read_adapter
 
 T = TypeVar("T")
 FREE = (*header.FREE, "task_type", "seed")
@@ -73,9 +74,18 @@ def reload(model: nn.Module, loaded: Loaded, name: str) -> None:
     if before != after or adapter.padded:
         swap(model, loaded, name)
         return
-    pairs, missing, extra, _ = fit_any_layout(base, roster, adapter, loaded.tensors)
-    check_fit(adapter, pairs, missing, extra, loaded.source)
-    assign(pairs, adapter)
+    fit = Fit(Plan(name, adapter.config, []), adapter, roster)
+    with about_a_file(loaded.source or "The adapter"):
+        known = dataclasses.replace(loaded, tensors=dict(loaded.tensors))
+        for held in (known, loaded) if loaded.fetch is not None else (known,):
+            if held is loaded:
+                loaded.read_values()
+            if fit.fit(base, held, False) and not adapter.config.saved_embeddings:
+                swap(model, loaded, name)  # a part that it does not have yet
+                return
+            fit.fit(base, held, False)
+            check_fit(fit.pairs, fit.missing, fit.extra, loaded.source)
+    assign(fit.pairs, adapter)
 
 
 def _without(key: str, adapter: str) -> str:
@@ -97,21 +107,23 @@ def swap(model: nn.Module, loaded: Loaded, name: str, only: set[str] | None = No
         if name in layer.merged_adapters:
             raise ValueError(f"Adapter {name!r} is merged into {layer.path}: call unmerge_adapter() before swapping.")
     loaded.config.inference_mode = old.config.inference_mode
-    planned = plan(
-        model,
-        loaded.config,
-        _unused(roster),
-        init=False,
-        autocast_adapter_dtype=has_fp32_masters(old),
-        only=only or None,
-    )
-    new = planned.adapter()
-    scratch = Roster()
-    scratch.composites = {**roster.composites, **planned.composites()}
-    pairs, missing, extra, _ = fit_any_layout(model, scratch, new, loaded.tensors)
-    check_base(model, loaded, new)
-    check_fit(new, pairs, missing, extra, loaded.source)
-    assign(pairs, new)
+
+    def check(fit: Fit) -> None:
+        check_base(model, loaded, fit.adapter)
+        check_fit(fit.pairs, fit.missing, fit.extra, loaded.source)
+
+    with about_a_file(loaded.source or "The adapter"):
+        fit = checked(
+            model,
+            loaded,
+            _unused(roster),
+            check,
+            init=False,
+            autocast_adapter_dtype=has_fp32_masters(old),
+            only=only or None,
+        )
+    new, planned = fit.adapter, fit.planned
+    assign(fit.pairs, new)
     if old.padded:
         _into_padded(old, new, name)
         return

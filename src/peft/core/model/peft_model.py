@@ -19,7 +19,7 @@ from ..anatomy.heads import prepare_head
 from ..files import sharded
 from ..injection.commit import inject
 from ..load.hotswap import reload
-from ..load.load import LoadResult, load_into, read_adapter
+from ..load.load import LoadResult, load_into, loading, read_adapter
 from ..prompts.attach import embedding_to_save, get_prompt
 from ..report.card import write_card
 from ..report.counts import trainable_and_total
@@ -288,7 +288,7 @@ class PeftModel(nn.Module):
         loaded.config.inference_mode = not is_trainable
         target = class_for(loaded.config) if cls is PeftModel else cls
         model = model.get_base_model() if isinstance(model, PeftModel) else model
-        load_into(model, loaded, adapter_name, strict=strict, autocast_adapter_dtype=autocast_adapter_dtype)
+        load_into(model, loaded, adapter_name, strict=strict, **loading(autocast_adapter_dtype, kwargs))
         self = target.__new__(target)
         nn.Module.__init__(self)
         self._wrap(model)
@@ -315,7 +315,7 @@ class PeftModel(nn.Module):
         if adapter_name in self.roster.adapters:
             reload(base, loaded, adapter_name)
         else:
-            found = load_into(base, loaded, adapter_name, strict=strict, autocast_adapter_dtype=autocast_adapter_dtype)
+            found = load_into(base, loaded, adapter_name, strict=strict, **loading(autocast_adapter_dtype, kwargs))
         if not is_trainable and (self.training or base.training):
             self.eval()
         return found

@@ -14,7 +14,7 @@ from ...config import PeftConfig
 from ...remote import PUSH_KWARGS, push_folder, refuse_others
 from ..files.adapter_files import save
 from ..files.sharded import Gathered
-from ..load.load import embedding_tensors
+from ..load.embeddings import embedding_tensors
 from ..report.card import write_card
 from .tuner import Tuner
 
@@ -63,11 +63,11 @@ def save_adapters(
     embeddings: also the whole embeddings. plain_pairs: see `as_plain_pairs`. gathered: where to find tensors that are
     split over processes.
     """
-    extra = embedding_tensors(tuner.model) if embeddings else {}
     written = as_plain_pairs if plain_pairs else as_it_is
     for name in names:
         folder = os.path.join(directory, name) if name != "default" else directory
         with written(tuner, name) as saved:
+            extra = embedding_tensors(tuner.model, tuner.roster.adapters[saved]) if embeddings else {}
             save(tuner.model, tuner.roster, saved, folder, safe=safe, extra=extra, gathered=gathered)
         yield folder
 
