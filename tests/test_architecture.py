@@ -215,7 +215,10 @@ def test_rooms_that_know_less_than_lies_below_them(room):
 # What is said on the standard output below cli/: file -> (function, why).
 SAID = {
     "core/model/peft_model.py": ("print_trainable_parameters", "upstream's method, whose purpose is to print"),
-    "core/load/embeddings.py": ("embedding_tensors", "upstream says so, too, when a small file grows by whole embeddings"),
+    "core/load/embeddings.py": (
+        "embedding_tensors",
+        "upstream says so, too, when a small file grows by whole embeddings",
+    ),
 }
 
 

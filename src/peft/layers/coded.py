@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from ..contract.geometry import Geometry, plain_geometry
 from ..contract.kind import LayerKind
-from ..contract.offload import on_device
+from ..contract.managed import present
 
 C = TypeVar("C", bound=nn.Linear)  # a coded layer
 
@@ -23,6 +23,7 @@ C = TypeVar("C", bound=nn.Linear)  # a coded layer
 class Quantised(LayerKind[C]):
     linear = True
     castable = False
+    replaces = True
     priority = 50
 
     def geometry(self, module: C) -> Geometry:
@@ -48,7 +49,7 @@ class Quantised(LayerKind[C]):
 
     # -- weights: of the coded layer, or of the plain one that a merge left in its place ------------------------------
     def read(self, module: C) -> Tensor:
-        with on_device(module):
+        with present(module):
             return self.decode(module) if self.claims(module) else super().read(module)
 
     def dtype(self, module: C) -> torch.dtype:

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from ..contract.kind import Examples, LayerKind
+from ..contract.managed import present
 from ..contract.method import Method
-from ..contract.offload import on_device
 from ..contract.swapped import called_with
 from ..contract.tree import Composite
 from ..core.acting.adapted_layer import AdaptedLayer
@@ -81,7 +81,7 @@ class Swapped(Stacked):
         return torch.cat(outs)[undo]
 
     def _run(self, names: Sequence[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        with on_device(self.base_layer):
+        with present(self.base_layer):
             values = {n: v for n in self.single if (v := self._value(n, names)) is not None}
             return called_with(self.base_layer, values, args, kwargs)
 

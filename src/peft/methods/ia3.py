@@ -6,7 +6,6 @@ The output form scales the bias, too: W' = diag(l) W, b' = l ⊙ b. The input fo
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -22,6 +21,7 @@ from ..contract.refusals import refusal
 from ..contract.site import Site
 from ..contract.tensors import Stored
 from ..core.anatomy.language import model_type
+from ..core.anatomy.patterns import matches
 from ..core.anatomy.roles import default_targets, fill_targets
 
 __all__ = ["IA3Config"]
@@ -51,7 +51,7 @@ class IA3Config(LayoutConfig):
 
     def scales_input(self, path: str) -> bool:
         names = self.feedforward_modules or []
-        return re.fullmatch(names, path) is not None if isinstance(names, str) else path.endswith(tuple(names))
+        return matches(names, path, "feedforward_modules") if isinstance(names, str) else path.endswith(tuple(names))
 
 
 class IA3(Blends, ScalesChannels, Method):

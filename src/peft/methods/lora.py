@@ -131,7 +131,7 @@ class Lora(LowRank):
         named = site.tied if config.ensure_weight_tying and site.tied else site.path
         self.set(
             r=self.rank_at(config, named),
-            lora_alpha=for_path(config.alpha_pattern, named, config.lora_alpha),
+            lora_alpha=for_path(config.alpha_pattern, named, config.lora_alpha, "alpha_pattern"),
             use_rslora=config.use_rslora,
             dropout=config.lora_dropout,
         )

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from ...contract.capabilities import ScalesChannels, TakesSpan, can
 from ...contract.composition import by_form
+from ...contract.managed import present
 from ...contract.method import Method
-from ...contract.offload import on_device
 from ...contract.swapped import called_with
 from ...contract.tree import named
 from ...errors import Refusal
@@ -131,7 +131,7 @@ class Forward(AdaptedLayer):
             out = self.op(self._input(args, kwargs)[0], W)
             return out if b is None else self.op.shift(out, b)
         held = {n: h for table in ("_parameters", "_buffers") for n, h, _ in named(self.base_layer, table)}
-        with on_device(self.base_layer):
+        with present(self.base_layer):
             values = {held[n]: v for n, v in self.replaced(replaced).items()}
             return called_with(self.base_layer, values, args, kwargs)
 

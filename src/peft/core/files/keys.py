@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ...config import PeftConfig
+from ...contract import managed
 from ...contract.method import Method
 from ...errors import LONGEST_NAME, CheckpointError, near
 from ...registry import method as method_of
@@ -54,7 +55,7 @@ class FileTensor:
         device = self.method.device if old.is_meta else old.device
         if value.dtype != old.dtype or value.device != device:
             value = value.to(device, old.dtype)
-        value = sharded.like(value, old)
+        value = managed.like(value, old)
         if adopt and type(old) is nn.Parameter and not old.is_meta:
             old.data = value
         elif isinstance(old, nn.Parameter):
@@ -107,10 +108,15 @@ def _held(method: Method, attr: str) -> Tensor | None:
         return None
 
 
-def state_dict_of(roster: Roster, name: str, gathered: sharded.Gathered | None = None) -> dict[str, Tensor]:
-    """The adapter's tensors under their keys in the file. gathered: values of tensors that are not whole here."""
+def state_dict_of(
+    roster: Roster, name: str, gathered: sharded.Gathered | None = None, whole: bool = False
+) -> dict[str, Tensor]:
+    """The adapter's tensors under their keys in the file. gathered: values of tensors that are not whole here. whole:
+    put those together that are split over processes (collective); else their pieces are given."""
     roster.known([name])
     adapter = roster.adapters[name]
+    if gathered is None and any(managed.flat(m) for _, m in adapter.methods[:1]):
+        sharded.check_summoned(adapter.parameters(), name)
     out: dict[str, Tensor] = {}
     for key, method, attr, value in _tensors(adapter):
         if attr in method.table.unwritten:
@@ -123,6 +129,8 @@ def state_dict_of(roster: Roster, name: str, gathered: sharded.Gathered | None =
                 f"Adapter {name!r}: {key} holds no values ({why}). Load weights first; with ZeRO-3 or FSDP save through "
                 "the trainer, which gathers them, or pass state_dict=accelerator.get_state_dict(model)."
             )
+        if managed.partitioned(value) or (whole and managed.split(value)):
+            value = managed.whole(value)
         value = method.stored(attr, value.detach())
         shape = method.table.disk_shape(method, attr)
         out[key] = value if shape is None else value.reshape(shape)
@@ -250,6 +258,7 @@ def few(items: list[str], n: int = 6) -> str:
 
 
 def assign(pairs: dict[str, tuple[FileTensor, Tensor]], adapter: Adapter, adopt: bool = False) -> None:
+    managed.settle(m for _, m in adapter.methods)
     taken: set[int] = set()
     copies: tuple[list[Tensor], list[Tensor]] = [], []
     with torch.no_grad():

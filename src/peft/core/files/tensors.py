@@ -16,9 +16,9 @@ from safetensors.torch import save
 from torch import Tensor
 
 from ...contract.cheap_modules import uninterrupted
+from ...contract.managed import split
 from ...local_files import LONGEST, damaged, json_object
 from .bin_files import read_bin
-from .sharded import split
 
 SMALL = 2**26  # bytes up to which a file passes through memory as a whole
 

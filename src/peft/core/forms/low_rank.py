@@ -156,12 +156,12 @@ class LowRank(Derives, Follows, TwoFactors, Method):
     # -- ranks and strengths in configs -------------------------------------------------------------------------------
     @classmethod
     def rank_at(cls, config: Ranked, path: str) -> int:
-        return for_path(config.rank_pattern, path, config.r)
+        return for_path(config.rank_pattern, path, config.r, "rank_pattern")
 
     @classmethod
     def alpha_at(cls, config: Ranked, path: str) -> float:
         alpha: float = getattr(config, cls.alpha_field)
-        return for_path(config.alpha_pattern, path, alpha)
+        return for_path(config.alpha_pattern, path, alpha, "alpha_pattern")
 
     @classmethod
     def config_for_ranks(cls, config: C, ranks: dict[str, int]) -> C:

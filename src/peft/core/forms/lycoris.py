@@ -60,8 +60,8 @@ class Lycoris(Method):
 
     def __init__(self, config: LycorisConfig, site: Site) -> None:
         super().__init__(config, site)
-        self.r: int = for_path(config.rank_pattern, site.path, config.r)
-        self.alpha = for_path(config.alpha_pattern, site.path, config.alpha)
+        self.r: int = for_path(config.rank_pattern, site.path, config.r, "rank_pattern")
+        self.alpha = for_path(config.alpha_pattern, site.path, config.alpha, "alpha_pattern")
         self.rank_dropout, self.module_dropout = config.rank_dropout, config.module_dropout
         self.tucker = config.use_effective_conv2d and self.geometry.kernel > 1
 

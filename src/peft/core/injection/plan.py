@@ -134,7 +134,8 @@ def plan(
     check_name(roster, name)
     cls = method(config.peft_type)
     cls.prepare(config, model)
-    if cls.form != "prompt":
+    whole = cls.form == "prompt"  # its site is the whole model
+    if not whole:
         role = getattr(config, "role", cls.role)
         fill_targets(cast(TunerConfig, config), role, model_type(model), cls.peft_type)
     items: list[Item] = []
@@ -150,7 +151,7 @@ def plan(
             site.tied = first if first != place.path else ""
         items.append(Item(place, brought_by, cls, kind, cfg, site))
 
-    if cls.form == "prompt":
+    if whole:
         add(None, "", cls, config)
     else:
         tuned = cast(TunerConfig, config)

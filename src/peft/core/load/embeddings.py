@@ -7,6 +7,9 @@ from collections.abc import Iterator
 
 from torch import Tensor, nn
 
+from ...contract.capabilities import Derives
+from ...contract.managed import whole
+from ...contract.method import Method
 from ...errors import CheckpointError
 from ..acting.roster import Adapter
 from ..anatomy.embeddings import output_head, token_embeddings
@@ -29,7 +32,7 @@ def embedding_tensors(model: nn.Module, adapter: Adapter) -> dict[str, Tensor]:
         leaf = ".base_layer.weight" if place.path in adapter.targeted else ".weight"
         weight = place.module.weight
         assert isinstance(weight, Tensor)
-        out[root_of(adapter.config) + place.disk_path + leaf] = weight.detach()
+        out[root_of(adapter.config) + place.disk_path + leaf] = whole(weight)
     size = sum(t.numel() * t.element_size() for t in out.values())
     print(f"Saving {len(out)} whole embedding(s) with the adapter: {size / 2**20:.1f} MiB.")
     return out
@@ -80,7 +83,7 @@ def split_off(
             at = "base_layer.weight" if place.path in adapter.targeted else "weight"
             tensors[f"{root_of(adapter.config)}{place.disk_path}.{at}"] = ends[place.path]
     for path, method in zip(adapter.targeted, (m for _, m in adapter.own())):
-        if path in ends and (method.form == "weight" or type(method.nested()[-1]) is not type(method)):
+        if path in ends and _is_of_the_weight(method):
             raise CheckpointError(
                 f"{loaded.source or 'The state dict'} holds another embedding than this base's at {path}, of which "
                 "the adapter is no added term: load the base that it was trained on."
@@ -88,8 +91,15 @@ def split_off(
     return rest, list(ends)
 
 
+def _is_of_the_weight(method: Method) -> bool:
+    """Whether what the method changes depends on W: f(W), DoRA, factors derived from W, a copy of W."""
+    derived = isinstance(method, Derives) and method.derives
+    around = method.nested()[-1] is not method or hasattr(type(method), "weight")
+    return derived or around or "weight" in method.replaced_names
+
+
 def _equal(value: Tensor, weight: Tensor) -> bool:
     if weight.is_meta:
         return False
-    same: bool = value.to(weight.device, weight.dtype).equal(weight.detach())
+    same: bool = value.to(weight.device, weight.dtype).equal(whole(weight))
     return same

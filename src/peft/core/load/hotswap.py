@@ -12,13 +12,16 @@ import copy
 import dataclasses
 import warnings
 from collections.abc import Iterable
+from contextlib import nullcontext
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from ...config import PeftConfig
+from ...contract import managed
 from ...contract.capabilities import TwoFactors
+from ...contract.managed import class_of
 from ...contract.method import Method
 from ...errors import CheckpointError, Refusal, about_a_file
 from ...registry import method
@@ -127,13 +130,26 @@ def swap(model: nn.Module, loaded: Loaded, name: str, only: set[str] | None = No
     if old.padded:
         _into_padded(old, new, name)
         return
+    alike = _alike(old.methods, new.methods)
+    if not alike:
+        _check_whole(old, name)
     for _, m in old.methods:
         m.multiplier = 1.0
-    if _alike(old.methods, new.methods):
+    if alike:
         _copy((a for _, a in old.methods), (b for _, b in new.methods))
         roster.configs[name] = old.config = loaded.config
     else:
         _replace(model, roster, name, planned)
+
+
+def _check_whole(adapter: Adapter, name: str) -> None:
+    """Raise where the adapter is split over processes: what takes its place would be outside of what shards the model."""
+    managed.settle(m for _, m in adapter.methods)
+    if any(managed.split(p) or managed.partitioned(p) for p in adapter.parameters()):
+        raise CheckpointError(
+            f"Adapter {name!r} is split over processes, and the new one has other places, shapes or settings: only values "
+            "can be swapped there. Load it before sharding the model."
+        )
 
 
 def _parts(model: nn.Module) -> tuple[nn.Module, Roster]:
@@ -169,7 +185,7 @@ def _alike(old: list[tuple[str, Method]], new: list[tuple[str, Method]]) -> bool
         return False
     for (_, a), (_, b) in zip(old, new):
         for (n, x), (k, y) in zip(_all(a), _all(b)):
-            if n != k or type(x) is not type(y) or _settings(x) != _settings(y):
+            if n != k or class_of(x) is not class_of(y) or _settings(x) != _settings(y):
                 return False
         if {n: t.shape for n, t in _tensors(a).items()} != {n: t.shape for n, t in _tensors(b).items()}:
             return False
@@ -185,11 +201,13 @@ def _tensors(m: nn.Module) -> dict[str, Tensor]:
 
 
 def _copy(old: Iterable[Method], new: Iterable[Method]) -> None:
+    old = list(old)
+    managed.settle(old)
     with torch.no_grad():
         for a, b in zip(old, new):
             values = _tensors(b)
             for n, t in _tensors(a).items():
-                t.copy_(values[n])
+                managed.fill(t, managed.whole(values[n]))
             for (_, x), (_, y) in zip(_all(a), _all(b)):
                 if isinstance(x, Method):
                     x.config = y.config
@@ -283,6 +301,11 @@ def _own(adapter: Adapter) -> dict[str, Method]:
 
 def _hold(twin: Method, m: Method | None) -> None:
     """s·B and A of `m`, or nothing, into a padded twin; what set_scale asked of `m` stays a factor of its own."""
+    with managed.changing(twin), managed.present(m) if m is not None else nullcontext():
+        _hold_whole(twin, m)
+
+
+def _hold_whole(twin: Method, m: Method | None) -> None:
     assert isinstance(twin, TwoFactors)
     A0, B0, _ = twin.two_factors()
     A, B = torch.zeros_like(A0), torch.zeros_like(B0)

@@ -236,16 +236,15 @@ class PeftModel(nn.Module):
         save_embedding_layers: True stores the whole embeddings too (their size is printed). model_card: also write a
         README.md. path_initial_model_for_weight_conversion: anything but None writes plain low-rank pairs for adapters that
         start from the base's weights (PiSSA, OLoRA), s(B A − B₀ A₀) as one pair of twice the rank; the folder that upstream
-        reads B₀ and A₀ from is not needed. state_dict: values gathered for the whole model, where its tensors are split
-        over processes. Nothing touches the network.
+        reads B₀ and A₀ from is not needed. state_dict: values gathered for the whole model. Without it, tensors
+        that are split over processes are put together, one by one: all processes call this, and the first of those that
+        say they are the main one writes. Nothing touches the network.
         """
         if os.path.isfile(save_directory):
             raise ValueError(f"Provided path ({save_directory}) should be a directory, not a file")
         names = list(self.roster.adapters) if selected_adapters is None else list(selected_adapters)
         self.roster.known(names)
         state_dict = gathered_among(kwargs)
-        if not is_main_process:
-            return
         folders = save_adapters(
             self.base_model,
             names,
@@ -254,6 +253,7 @@ class PeftModel(nn.Module):
             embeddings=save_embedding_layers is True,
             plain_pairs=path_initial_model_for_weight_conversion is not None,
             gathered=sharded.gathered(self, state_dict),
+            main=is_main_process,
         )
         for folder in folders:
             if model_card:
