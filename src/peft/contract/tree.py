@@ -53,7 +53,7 @@ class AdapterContainer(Uncalled):
     """The container whose children are `<adapter>`, and `%<part>`: a container of the companions of that sort."""
 
     def put(self, name: str, method: nn.Module) -> None:
-        self._modules[name] = method
+        self.__dict__["_modules"] = {**self._modules, name: method}  # replaced: another thread may be walking it
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Something puts a stand-in around what hangs here (FSDP's units): from now on it is what is called."""
@@ -67,11 +67,10 @@ class AdapterContainer(Uncalled):
         """Tell who calls what hangs here."""
         layer = self.__dict__.get("layer")
         if layer is not None:
-            table = layer.methods
-            table.update({n: tuple(value if m is held else m for m in ms) for n, ms in table.items()})
+            layer.methods = {n: tuple(value if m is held else m for m in ms) for n, ms in layer.methods.items()}
 
     def drop(self, name: str) -> None:
-        del self._modules[name]
+        self.__dict__["_modules"] = {n: m for n, m in self._modules.items() if n != name}
 
 
 def tree(module: nn.Module, wrappers: bool = False) -> Iterator[nn.Module]:
