@@ -25,18 +25,10 @@ LONGEST = 2**17  # characters of an expression
 MOST = 2**17  # patterns of a table
 
 
-WRAPPERS = re.compile(r"(?:(?<=\.)|^)(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
-
-
 def means(pattern: str, path: str) -> bool:
     """Whether a target name means this path: the whole path or its last components."""
     pattern = without_wrappers(pattern)
     return path == pattern or path.endswith("." + pattern)
-
-
-def without_wrappers(path: str) -> str:
-    """A path or key without the steps that torch.compile, FSDP and checkpoint wrappers put into it."""
-    return WRAPPERS.sub("", path)
 
 
 def endings(path: str) -> Iterator[str]:

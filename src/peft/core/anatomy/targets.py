@@ -17,7 +17,7 @@ from ...config_values import shown
 from ...contract.tree import Composite, without_wrappers
 from ...errors import NoMatchingPeftModuleError, near
 from .heads import output_heads
-from .patterns import Expression, endings, expression, matcher, means, without_wrappers
+from .patterns import Expression, endings, expression, matcher, means
 from .walk import Place, splitter_of, walk
 
 ALL_LINEAR = "all-linear"
