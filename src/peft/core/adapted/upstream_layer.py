@@ -12,6 +12,7 @@ from ...contract.composition import by_form
 from ...errors import Refusal
 from . import views
 from .merge import Merging
+from .switch import train
 
 SET_FIRST = ("base_layer", "methods", "adapters", "roster", "merged_adapters", "former")  # what looking up a view reads
 
@@ -65,7 +66,8 @@ class UpstreamLayer(Merging):
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         for name in [adapter_names] if isinstance(adapter_names, str) else adapter_names:
             for m in self.methods.get(name, ()):
-                m.requires_grad_(requires_grad)
+                train(m, requires_grad)
+        self.roster.uneven = True
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Take the adapter out of this layer; out of the last one, it is gone from the model."""
