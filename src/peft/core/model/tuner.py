@@ -10,9 +10,8 @@ import torch
 from torch import nn
 
 from ...config import PeftConfig
-from ...contract.capabilities import Penalised, Scheduled
+from ...contract.capabilities import Penalised
 from ...contract.managed import present
-from ...contract.method import Method
 from ...registry import method
 from ..acting.mix import Mix
 from ..acting.roster import Roster
@@ -20,6 +19,7 @@ from ..adapted.layer import Adapted, adapted_layers
 from ..injection.commit import inject
 from ..injection.merge import merge, pause, resume, unmerge
 from ..injection.remove import check_unloadable, delete, unload
+from ..injection.schedules import update_and_allocate
 from ..load.combine import add_weighted_adapter
 
 
@@ -205,12 +205,8 @@ class Tuner(nn.Module):
             add_weighted_adapter(self.model, adapters, weights, adapter_name, combination_type, **options)
 
     def update_and_allocate(self, global_step: int) -> None:
-        """After backward and before zero_grad: lets methods with a budget schedule (AdaLoRA) follow it."""
-        for name in self.roster.chosen:
-            adapter = self.roster.adapters[name]
-            table: dict[str, Method] = {disk_path: m.nested()[-1] for disk_path, m in adapter.own()}
-            if issubclass(cls := method(adapter.config.peft_type), Scheduled):
-                cls.after_step(table, adapter.config, global_step)
+        """After the optimizer's step and before zero_grad: lets methods with a budget schedule (AdaLoRA) follow it."""
+        update_and_allocate(self.model, global_step)
 
     def __getattr__(self, name: str) -> Any:
         try:
