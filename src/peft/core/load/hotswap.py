@@ -31,7 +31,7 @@ from ..adapted.layer import adapted_layers
 from ..files import header
 from ..files.header import Loaded, check_base
 from ..files.keys import assign, check_fit, modules_in_file
-from ..files.sharded import unwrapped
+from ..files.sharded import unwrapped, unwrapped_name
 from ..injection.commit import commit
 from ..injection.plan import Plan, plan
 from ..injection.remove import delete
@@ -65,7 +65,7 @@ def hotswap_adapter_from_state_dict(
     parameter_prefix: str = "",
 ) -> None:
     """The same from tensors, named as in a file or with the adapter's name inside (`…lora_A.default.weight`)."""
-    tensors = {_without(k.removeprefix("_orig_mod."), adapter_name): v for k, v in state_dict.items()}
+    tensors = {_without(unwrapped_name(k), adapter_name): v for k, v in state_dict.items()}
     loaded = Loaded(copy.deepcopy(config), tensors, source="The state dict")
     swap(model, loaded, adapter_name, modules_in_file(tensors, config))
 

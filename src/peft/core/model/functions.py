@@ -44,7 +44,8 @@ def get_peft_model(
         model.add_adapter(adapter_name, peft_config, low_cpu_mem_usage, autocast_adapter_dtype)
         model.set_adapter(adapter_name)
         return model
-    peft_config.base_model_name_or_path = getattr(model, "name_or_path", None) or peft_config.base_model_name_or_path
+    named = getattr(sharded.bare(model), "name_or_path", None)
+    peft_config.base_model_name_or_path = named or peft_config.base_model_name_or_path
     if revision is not None:
         peft_config.revision = revision
     cls: type[PeftModel] = PeftMixedModel if mixed else class_for(peft_config)
