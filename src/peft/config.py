@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from huggingface_hub import CommitInfo
 
 CONFIG_NAME = "adapter_config.json"
+COMMON = 7  # fields that go by position, as upstream: task_type to inference_mode
 
 Config = TypeVar("Config", bound="PeftConfig")
 Fields: TypeAlias = dict[str, Any]  # a config's values by the names of its fields, as JSON has them
@@ -84,7 +85,7 @@ class PeftConfig:
     __signature__ = _Signature()  # of __init__, not of what guards it
 
     def __new__(cls: type[Config], *args: object, **kwargs: object) -> Config:
-        if len(args) > len(dataclasses.fields(PeftConfig)):
+        if len(args) > COMMON:
             raise TypeError(
                 f"{cls.__name__}: pass the fields after `inference_mode` by name; their order is no promise."
             )
