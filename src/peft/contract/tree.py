@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from .cheap_modules import CheapModule, Uncalled
 from .method import Method
@@ -19,6 +21,26 @@ class Part:
     parent: nn.Module
     attr: str
     disk_path: str  # the part's path below the composite, as upstream writes it to disk; "" is the composite's own
+
+
+# what others call the module that they wrap: FSDP 1, torch.compile, activation checkpointing
+WRAPPED = ("_fsdp_wrapped_module", "_orig_mod", "_checkpoint_wrapped_module")
+_MARK = re.compile(rf"(?:(?<=\.)|^)(?:{'|'.join(WRAPPED)})(?:\.|$)")
+
+
+def wraps_as(module: nn.Module) -> str:
+    """The name under which a module of torch holds the one that it runs in its own way; "" where it is none of those."""
+    held = module._modules
+    if len(held) == 1:
+        (name,) = held
+        if name in WRAPPED or (name == "module" and isinstance(module, (nn.DataParallel, DistributedDataParallel))):
+            return name
+    return ""
+
+
+def without_wrappers(name: str) -> str:
+    """A dotted name without the steps that those wrappers add."""
+    return _MARK.sub("", name).removesuffix(".") if "_mod" in name else name
 
 
 class Wrapper(CheapModule):

@@ -14,7 +14,7 @@ from torch import nn
 
 from ...config import TunerConfig
 from ...config_values import shown
-from ...contract.tree import Composite
+from ...contract.tree import Composite, without_wrappers
 from ...errors import NoMatchingPeftModuleError, near
 from .heads import output_heads
 from .patterns import Expression, endings, expression, matcher, means
@@ -55,7 +55,7 @@ def exactly(model: nn.Module, paths: Collection[str]) -> list[Place]:
     """The places of just these paths, in model order; paths that this model does not have are passed over."""
 
     def meant(p: Place | None) -> bool:
-        return p is not None and (p.path in paths or p.disk_path in paths)
+        return p is not None and any(without_wrappers(path) in paths for path in (p.path, p.disk_path))
 
     places = list(walk(model))
     found = [p for p in places if not _composed(p) and (meant(p) or meant(p.owner))]
@@ -96,7 +96,7 @@ def find(model: nn.Module, config: TunerConfig, strict: bool = True) -> list[Pla
             unmatched = [t for t in targets or [] if t not in ends]
             if unmatched:
                 known = {end for p in places for end in endings(p.path)}
-                unmatched = [t for t in unmatched if t not in known]
+                unmatched = [t for t in unmatched if without_wrappers(t) not in known]
             if unmatched and (strict or not chosen):
                 _fail("target_modules", unmatched, places)
             elif unmatched:

@@ -19,6 +19,7 @@ from ..adapted.layer import Adapted, adapted_layers
 from ..anatomy.walk import Place
 from ..prompts.attach import attach
 from .plan import Plan, plan
+from .schedules import watch as watch_schedule
 from .shared import together
 
 
@@ -66,6 +67,7 @@ def commit(model: nn.Module, plan: Plan) -> Roster:
     if first:
         roster.activate([plan.name])
     roster.set_trainable(plan.name, plan.name in roster.chosen and not plan.config.inference_mode)
+    watch_schedule(roster, plan.name)
     if any(issubclass(item.cls, TakesSpan) for item in plan.items):
         with roster.gate.change():  # hooks, which a call may just be walking through
             watch(model, roster)
