@@ -104,7 +104,7 @@ def _reached(model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, bool]:
 
 def check(model: nn.Module, inputs: dict[str, Tensor], result: Result) -> str:
     """What is wrong with all-linear LoRA on this model; "" if nothing."""
-    from peft import LoraConfig, get_peft_model
+    from peft import LoraConfig, dry_run, get_peft_model
     from peft.core.adapted.layer import adapted_layers
 
     again = _worst(_run(model, inputs), _run(model, inputs))
@@ -121,6 +121,7 @@ def check(model: nn.Module, inputs: dict[str, Tensor], result: Result) -> str:
     model.eval()
     plain = [o.detach() for o in _run(model, inputs)]
     config = LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
+    result.passed_over = [f"{path}: {why}" for path, why in dry_run(model, config).passed_over.items()]
     peft = get_peft_model(model, config)
     layers = list(adapted_layers(peft))
     result.adapted = len(layers)

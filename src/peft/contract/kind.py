@@ -43,6 +43,7 @@ class LayerKind(Generic[M]):
     priority: ClassVar[int] = 0  # asked in descending order: the most specific kind claims first
     linear: ClassVar[bool] = False  # what `all-linear` means
     by_type: ClassVar[bool] = False  # `claims` asks for the module's class and nothing else
+    classes: tuple[type[nn.Module], ...] = ()  # it claims instances of these only, where there are some
     for_parameters: ClassVar[bool] = False  # asked for `target_parameters` only
     factored: ClassVar[bool] = True  # False where only whole matrices can be run (raw parameters)
     own_forward: ClassVar[bool] = False  # such a matrix is run by the module's own forward, not by `op`

@@ -6,6 +6,8 @@ scale, normalise, group or round, so that only its own forward says what a chang
 
 from __future__ import annotations
 
+import dis
+import functools
 import types
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -46,9 +48,11 @@ def written_as(module: nn.Module, cls: type[nn.Module], *references: type[nn.Mod
     return next((r for r in references if _words(r.forward.__code__) == _words(code)), None)
 
 
-def _words(code: types.CodeType) -> tuple[object, ...]:
-    plain = tuple(c for c in code.co_consts if not isinstance(c, str))  # without the docstring
-    return code.co_code, code.co_names, plain, code.co_freevars, code.co_argcount, code.co_kwonlyargcount
+@functools.lru_cache(maxsize=1024)
+def _words(code: types.CodeType) -> list[object]:
+    """The instructions, whatever the arguments are called."""
+    local = {*dis.haslocal, *dis.hasjrel, *dis.hasjabs}
+    return [(i.opname, i.arg if i.opcode in local else i.argval) for i in dis.get_instructions(code)]
 
 
 def computed(module: nn.Module) -> bool:

@@ -39,6 +39,7 @@ class MultiheadAttention(Opaque):
     """The kind of the whole module; its parts are slices and linear layers. Keeps torch's fast paths honest."""
 
     name = "multihead_attention"
+    classes = (nn.MultiheadAttention,)
     summary = "nn.MultiheadAttention: its input and output projections"
     priority = 10
     linear = False

@@ -22,6 +22,7 @@ C = TypeVar("C", bound=nn.Linear)  # a coded layer
 
 class Quantised(Rewritten[C]):
     linear = True
+    classes = (nn.Linear,)
     castable = False
     priority = 50
 

@@ -31,6 +31,7 @@ class Conv(LayerKind[_ConvNd]):
     def __init__(self, axes: int) -> None:
         self.axes = axes
         self.module_class: type[_ConvNd] = CONVS[axes - 1]
+        self.classes = (self.module_class,)
         self.name = f"conv{axes}d"
         self.summary = f"nn.Conv{axes}d: stride, dilation, groups and every padding mode"
 
@@ -101,6 +102,7 @@ class ConvTranspose(Conv):
     def __init__(self, axes: int) -> None:
         super().__init__(axes)
         self.module_class = TRANSPOSED[axes - 1]
+        self.classes = (self.module_class,)
         self.name = f"conv_transpose{axes}d"
         self.summary = f"nn.ConvTranspose{axes}d"
 

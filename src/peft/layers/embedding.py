@@ -39,6 +39,7 @@ class CastScaledEmbedding(nn.Embedding):
 
 class Embedding(LayerKind[nn.Embedding]):
     name = "embedding"
+    classes = (nn.Embedding,)
     summary = "nn.Embedding with padding_idx, and scaled word embeddings (Gemma, BART and their like)"
 
     def examples(self) -> Examples:
@@ -128,10 +129,8 @@ def _scales(module: nn.Embedding) -> bool:
 
 
 def _scale(module: nn.Embedding) -> Tensor | float | None:
-    """The constant that rows are multiplied by; None for a plain lookup."""
-    if type(module) is nn.Embedding or not _scales(module):
-        return None
-    return module.embed_scale  # type: ignore[return-value]
+    """The constant that a layer of this kind multiplies rows by; None for a plain lookup."""
+    return None if type(module).forward is nn.Embedding.forward else getattr(module, "embed_scale", None)
 
 
 def tokens() -> Tensor:

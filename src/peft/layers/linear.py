@@ -36,6 +36,7 @@ def _wide(module: nn.Module) -> bool:
 
 class Linear(LayerKind[nn.Linear]):
     name = "linear"
+    classes = (nn.Linear,)
     linear = True
     summary = "nn.Linear, and its subclasses that compute what it does"
 
