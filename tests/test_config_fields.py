@@ -10,7 +10,17 @@ from dataclasses import dataclass, fields
 import pytest
 
 from peft import PeftConfig
-from peft.config_fields import among, check_field, default_of, jsonable, one_of, own_field, ranged, require, unavailable
+from peft.config_fields import (
+    among,
+    among_these,
+    checks_of,
+    default_of,
+    in_range,
+    jsonable,
+    own_field,
+    ranged,
+    unavailable,
+)
 
 
 @dataclass
@@ -27,7 +37,7 @@ class Example:
 def checked(**values: object) -> Example:
     made = Example(**values)
     for f in fields(made):
-        check_field(made, f)
+        setattr(made, f.name, checks_of(Example)[f.name](getattr(made, f.name)))
     return made
 
 
@@ -51,14 +61,14 @@ def test_values_within_their_range_pass(values):
     ("values", "said"),
     [
         ({"rank": 0}, "`rank` should be at least 1 but the value passed is 0"),
-        ({"rank": None}, "`rank` should be at least 1 but the value passed is None"),  # its default is a number
-        ({"rank": "8"}, "`rank` should be at least 1"),
-        ({"rank": True}, "`rank` should be at least 1"),  # no number, although Python counts it as one
+        ({"rank": None}, "`rank` should be an integer but the value passed is None"),  # its default is a number
+        ({"rank": "8"}, "`rank` should be an integer but the value passed is '8'"),
+        ({"rank": True}, "`rank` should be an integer"),  # no number, although Python counts it as one
         ({"rate": -0.1}, "`rate` should be at least 0.0"),
         ({"rate": 1.0}, "`rate` should be less than 1.0 but the value passed is 1.0"),
         ({"steps": -1}, "`steps` should be at least 0"),
         ({"layout": "columns"}, "`layout` should be one of 'rows', 'blocks' but the value passed is 'columns'"),
-        ({"layout": None}, "`layout` should be one of"),
+        ({"layout": None}, "`layout` should be a string"),
         ({"later": "x"}, "Example.later='x' asks for a feature that is not available here; only the default None"),
         ({"lists": ["x"]}, r"Example.lists=\['x'\] asks for a feature that is not available here"),
     ],
@@ -74,16 +84,15 @@ def test_an_unavailable_feature_may_be_turned_off_in_any_way(nothing):
     assert checked(later=nothing, lists=nothing).later == nothing
 
 
-def test_checks_by_name_take_any_object():
-    made = Example(rank=4, layout="rows")
-    require(made, "rank", 4)
-    one_of(made, "layout", {"rows"})
+def test_checks_by_name_take_any_value():
+    in_range("rank", 4, 4)
+    among_these("layout", "rows", {"rows"})
     with pytest.raises(ValueError, match="`rank` should be at least 5"):
-        require(made, "rank", 5)
+        in_range("rank", 4, 5)
     with pytest.raises(ValueError, match="`rank` should be less than 4"):
-        require(made, "rank", 1, 4)
+        in_range("rank", 4, 1, 4)
     with pytest.raises(ValueError, match="`layout` should be one of 'x'"):
-        one_of(made, "layout", ["x"])
+        among_these("layout", "rows", ["x"])
 
 
 @dataclass

@@ -21,7 +21,12 @@ def test_every_file_of_methods_is_imported_and_registers_one():
 
 
 def test_companions_and_wrappers_are_found_by_the_field_that_asks_for_them():
-    assert set(registry.companions()) == {"modules_to_save", "bias", "trainable_token_indices"}
+    assert set(registry.companions()) == {
+        "modules_to_save",
+        "bias",
+        "trainable_token_indices",
+        "saved_embeddings",
+    }
     assert set(registry.wrappers()) == {"use_dora"}
 
 

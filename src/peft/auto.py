@@ -31,6 +31,7 @@ __all__ = [
 ]
 
 TOKENIZER_CONFIG_NAME = "tokenizer_config.json"
+OF_ADAPTERS = ("autocast_adapter_dtype", "ephemeral_gpu_offload", "strict")
 LIBRARIES = ("diffusers", "lerobot", "megatron-core", "transformers")  # where a config may say the base class is from
 
 
@@ -67,7 +68,7 @@ class AutoPeftModel:
     ) -> PeftModel:
         """The adapter on its base. `revision` is the adapter's; the base's is in the adapter's config.
 
-        Further arguments go to the base model's `from_pretrained`. If the folder holds a tokenizer with another
+        Further arguments go to the base model's `from_pretrained`, but those in `OF_ADAPTERS` to the adapter's. If the folder holds a tokenizer with another
         number of tokens than the base has, the embeddings are resized to it. import_allowlist: packages that the
         base class of an adapter without a task type may come from.
         """
@@ -76,6 +77,7 @@ class AutoPeftModel:
         if revision is not None:
             remote["revision"] = revision
         sub = {"subfolder": kwargs.pop("subfolder")} if "subfolder" in kwargs else {}
+        own = {k: kwargs.pop(k) for k in OF_ADAPTERS if k in kwargs}
         found = config if config is not None else PeftConfig.from_pretrained(source, **sub, **remote)
         target = cls._base_class(found, list(import_allowlist) if import_allowlist is not None else list(LIBRARIES))
         if found.base_model_name_or_path is None:
@@ -83,7 +85,7 @@ class AutoPeftModel:
         base = target.from_pretrained(found.base_model_name_or_path, revision=found.revision, **kwargs)
         _fit_vocabulary(base, source, sub.get("subfolder"), remote, bool(kwargs.get("trust_remote_code", False)))
         return cls._target_peft_class.from_pretrained(
-            base, source, adapter_name=adapter_name, is_trainable=is_trainable, config=config, **sub, **remote
+            base, source, adapter_name=adapter_name, is_trainable=is_trainable, config=config, **own, **sub, **remote
         )
 
     @classmethod

@@ -8,12 +8,14 @@ import json
 import os
 import warnings
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias, TypeVar
 
-from .config_fields import check_field, default_of, jsonable, own_field
-from .errors import near
+from .config_fields import checks_of, default_of, jsonable, own_field, ranged, reading
+from .config_values import AtLeast0, shown
+from .errors import ConfigError, about_a_file, near, printable
+from .local_files import read_json, replace_files
 from .registry import PeftType, TaskType, method
-from .remote import CODE_KWARGS, HUB_KWARGS, find_file, push_folder
+from .remote import CODE_KWARGS, HUB_KWARGS, find_file, push_folder, refuse_others
 from .version import __version__
 
 if TYPE_CHECKING:
@@ -33,6 +35,33 @@ class _Signature:
         return found.replace(parameters=list(found.parameters.values())[1:])
 
 
+def _task_type(cls: type[PeftConfig], value: str | TaskType | None) -> TaskType | None:
+    if value is None or isinstance(value, TaskType):
+        return value
+    if value not in TaskType.__members__:
+        known = ", ".join(TaskType.__members__)
+        raise ConfigError(
+            f"Invalid task type: {shown(value)}. Expected one of: {known}.{near(value[:80], TaskType.__members__)}"
+        )
+    return TaskType(value)
+
+
+def _peft_type(cls: type[PeftConfig], value: str | PeftType | None) -> PeftType | None:
+    if value is None:
+        return None
+    if not cls.own_type:
+        return PeftType(method(value).peft_type)
+    if value != cls.own_type:
+        raise ConfigError(f"{cls.__name__} is for method {cls.own_type}, not {shown(value)[1:-1]}.")
+    return PeftType(value)
+
+
+def as_bias(cls: type[PeftConfig], value: str) -> str:
+    if value not in ("none", "all") and not value.endswith("_only"):
+        raise ConfigError(f"bias={shown(value)}: expected 'none', 'all' or '<method>_only'.")
+    return value
+
+
 @dataclass
 class PeftConfig:
     """What every config has.
@@ -41,13 +70,14 @@ class PeftConfig:
     not trained. base_model_name_or_path, revision: where the base came from.
     """
 
-    task_type: str | TaskType | None = None
-    peft_type: str | PeftType | None = None
+    task_type: str | TaskType | None = reading(_task_type)
+    peft_type: str | PeftType | None = reading(_peft_type)
     auto_mapping: dict[str, object] | None = None
     peft_version: str | None = None
     base_model_name_or_path: str | None = None
     revision: str | None = None
     inference_mode: bool = False
+    saved_embeddings: list[str] | None = dataclasses.field(default=None, init=False, metadata={"transient": True})
 
     own_type: ClassVar[str] = ""  # the method's name, set by the config class of a method
 
@@ -60,26 +90,21 @@ class PeftConfig:
             )
         return super().__new__(cls)
 
+    def __setattr__(self, name: str, value: object) -> None:
+        """Every value is checked when it is set: its type, that it is finite, in its range, and can be stored."""
+        check = checks_of(type(self)).get(name)
+        object.__setattr__(self, name, value if check is None else check(value))
+
     def __post_init__(self) -> None:
         if self.own_type:
-            given = getattr(self.peft_type, "value", self.peft_type)
-            if given is not None and given != self.own_type:
-                raise ValueError(f"{type(self).__name__} is for method {self.own_type}, not {given}.")
             self.peft_type = PeftType(self.own_type)
-        elif self.peft_type is not None:
-            self.peft_type = PeftType(method(self.peft_type).peft_type)
-        if self.task_type is not None:
-            name = getattr(self.task_type, "value", self.task_type)
-            if name not in TaskType.__members__:
-                known = ", ".join(TaskType.__members__)
-                raise ValueError(
-                    f"Invalid task type: {name!r}. Expected one of: {known}.{near(str(name), TaskType.__members__)}"
-                )
-            self.task_type = TaskType(name)
         if self.peft_version is None:
             self.peft_version = self._get_peft_version()
-        for f in dataclasses.fields(self):
-            check_field(self, f)
+
+    def check(self) -> None:
+        """Check the values again: lists and dictionaries may have been changed in place since they were set."""
+        for name in checks_of(type(self)):
+            setattr(self, name, getattr(self, name))
 
     # -- what kind of method --------------------------------------------------------------------------------------------
     @property
@@ -112,16 +137,18 @@ class PeftConfig:
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: object) -> None:
         """Write `adapter_config.json`, aside and then renamed. `auto_mapping_dict` fills `auto_mapping`."""
+        refuse_others("save_pretrained()", kwargs, ("auto_mapping_dict",))
         if os.path.isfile(save_directory):
             raise AssertionError(f"Provided path ({save_directory}) should be a directory, not a file")
         os.makedirs(save_directory, exist_ok=True)
         out = self.to_json_dict()
         if kwargs.get("auto_mapping_dict") is not None:
-            out["auto_mapping"] = kwargs["auto_mapping_dict"]
-        path = os.path.join(save_directory, CONFIG_NAME)
-        with open(path + ".tmp", "w", encoding="utf-8") as f:
-            f.write(json.dumps(out, indent=2, sort_keys=True))
-        os.replace(path + ".tmp", path)
+            out["auto_mapping"] = checks_of(type(self))["auto_mapping"](kwargs["auto_mapping_dict"])
+        replace_files(os.fspath(save_directory), {CONFIG_NAME: lambda path: _write(out, path)})
+
+    def write_json(self, path: str) -> None:
+        """Write what goes to disk into a file."""
+        _write(self.to_json_dict(), path)
 
     @classmethod
     def from_dict(cls, values: Fields, strict: bool = False, source: str = CONFIG_NAME) -> Any:
@@ -131,27 +158,29 @@ class PeftConfig:
         """
         values = dict(values)
         kind = values.get("peft_type")
+        if kind is not None:
+            require_method(values, source)
         target = method(kind).config_class if kind is not None else cls
         known = {f.name for f in dataclasses.fields(target) if f.init}
         unknown = [k for k in values if k not in known]
         if unknown:
-            hints = "".join(near(u, known) for u in unknown)
-            text = f"{source}: {target.__name__} does not know the field(s) {', '.join(map(repr, unknown))}.{hints}"
+            hints = "".join(near(u, known) for u in unknown[:8])
+            named = ", ".join(repr(u[:100]) for u in unknown[:40]) + (" …" if len(unknown) > 40 else "")
+            text = printable(f"{source}: {target.__name__} does not know the field(s) {named}.{hints}")
             if strict:
                 raise ValueError(text + " Remove them, or load with strict=False to drop them.")
             warnings.warn(text + " They are ignored.", stacklevel=3)
-        return target(**{k: v for k, v in values.items() if k in known})
+        try:
+            with about_a_file(source):
+                return target(**{k: v for k, v in values.items() if k in known})
+        except ConfigError as e:
+            raise ConfigError(f"{source}: {e}") from e
 
     @classmethod
     def from_json_file(cls, path_json_file: str | os.PathLike[str], **kwargs: object) -> Fields:
-        """The raw dictionary of a config file."""
-        try:
-            with open(path_json_file, encoding="utf-8") as f:
-                values = json.load(f)
-        except json.JSONDecodeError as e:
-            raise ValueError(f"{path_json_file} is not valid JSON ({e}); the adapter config is damaged.") from e
-        if not isinstance(values, dict):
-            raise ValueError(f"{path_json_file} should hold a JSON object, found {type(values).__name__}.")
+        """The raw dictionary of a config file. Keyword arguments are those of a download, which is over."""
+        refuse_others("from_json_file()", kwargs, (*HUB_KWARGS, *CODE_KWARGS, "subfolder"))
+        values = read_json(path_json_file, "the adapter config")
         values.pop("runtime_config", None)
         return values
 
@@ -167,13 +196,15 @@ class PeftConfig:
         if path is None:
             raise ValueError(f"Can't find '{CONFIG_NAME}' at '{pretrained_model_name_or_path}'")
         values = cls.from_json_file(path)
-        if "peft_type" not in values and cls is PeftConfig:
-            raise ValueError(f"{path} names no method: the field 'peft_type' is missing.")
+        require_method(values, path)
+        refuse_others("from_pretrained()", kwargs, checks_of(method(values["peft_type"]).config_class))
         return cls.from_dict({**values, **kwargs}, strict=strict, source=str(path))
 
     @classmethod
     def from_peft_type(cls, **kwargs: object) -> Any:
         """The config class of `kwargs["peft_type"]`, made from the other arguments."""
+        kind: Any = kwargs.get("peft_type")
+        refuse_others("from_peft_type()", kwargs, checks_of(cls if kind is None else method(kind).config_class))
         return cls.from_dict(kwargs, source="from_peft_type")
 
     @classmethod
@@ -182,10 +213,13 @@ class PeftConfig:
 
     @classmethod
     def _get_peft_type(cls, model_id: str, subfolder: str | None = None, **remote: object) -> str:
+        refuse_others("_get_peft_type()", remote, (*HUB_KWARGS, *CODE_KWARGS))
         path = find_file(model_id, CONFIG_NAME, subfolder, remote)
         if path is None:
             raise ValueError(f"Can't find '{CONFIG_NAME}' at '{model_id}'")
-        return str(cls.from_json_file(path)["peft_type"])
+        values = cls.from_json_file(path)
+        require_method(values, path)
+        return str(values["peft_type"])
 
     @staticmethod
     def _get_peft_version() -> str:
@@ -194,6 +228,11 @@ class PeftConfig:
     def push_to_hub(self, repo_id: str, **kwargs: object) -> CommitInfo:
         """Upload `adapter_config.json`."""
         return push_folder(self.save_pretrained, repo_id, **kwargs)
+
+
+def _write(values: Fields, path: str) -> None:
+    with open(path, "w", encoding="utf-8") as f:
+        f.write(json.dumps(values, indent=2, sort_keys=True))
 
 
 @dataclass
@@ -210,9 +249,9 @@ class TunerConfig(PeftConfig):
     target_modules: list[str] | str | None = None
     exclude_modules: list[str] | str | None = None
     modules_to_save: list[str] | None = None
-    layers_to_transform: list[int] | int | None = None
+    layers_to_transform: list[AtLeast0] | AtLeast0 | None = None
     layers_pattern: list[str] | str | None = None
-    bias: str = "none"
+    bias: str = reading(as_bias, "none")
     target_parameters: list[str] | None = own_field(None)
     trainable_token_indices: list[int] | dict[str, list[int]] | None = own_field(None)
     ensure_weight_tying: bool = own_field(False)
@@ -236,8 +275,16 @@ class TunerConfig(PeftConfig):
                     raise ValueError(f"`{name}` cannot be used when `target_modules` is a str.")
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError("When `layers_pattern` is specified, `layers_to_transform` must also be specified. ")
-        if self.bias not in ("none", "all") and not self.bias.endswith("_only"):
-            raise ValueError(f"bias={self.bias!r}: expected 'none', 'all' or '<method>_only'.")
+
+
+def require_method(values: Fields, source: str) -> None:
+    """Raise unless the values of a file say of which method they are: any other JSON is no adapter's config."""
+    if not isinstance(values.get("peft_type"), str):
+        raise ConfigError(
+            f"{source} names no method: the field 'peft_type' is missing, so it is no adapter's config."
+            if values.get("peft_type") is None
+            else f"{source}: `peft_type` should be a method's name but the value is {shown(values['peft_type'])}."
+        )
 
 
 def as_names(value: list[str] | str | None) -> list[str] | str | None:
@@ -263,24 +310,10 @@ class DeltaConfig(TunerConfig):
 class PromptLearningConfig(PeftConfig):
     """Fields of the methods whose site is the whole model; sizes left at None are read from the base model."""
 
-    num_virtual_tokens: int = None  # type: ignore[assignment]
-    token_dim: int = None  # type: ignore[assignment]
-    num_transformer_submodules: int | None = None
-    num_attention_heads: int | None = None
-    num_layers: int | None = None
+    num_virtual_tokens: int = ranged(None)  # type: ignore[assignment]
+    token_dim: int = ranged(None)  # type: ignore[assignment]
+    num_transformer_submodules: int | None = ranged(None)
+    num_attention_heads: int | None = ranged(None)
+    num_layers: int | None = ranged(None)
     modules_to_save: list[str] | None = None
     seed: int | None = own_field(None)
-
-
-class HasRanks(Protocol):
-    """A config that gives modules ranks of their own, by pattern."""
-
-    @property
-    def rank_pattern(self) -> dict[str, int] | None: ...
-
-
-def require_ranks(config: HasRanks) -> None:
-    """Raise a clear error unless every rank of `rank_pattern` is at least 1."""
-    for pattern, rank in (config.rank_pattern or {}).items():
-        if not isinstance(rank, int) or rank < 1:
-            raise ValueError(f"rank_pattern[{pattern!r}] should be at least 1 but the value passed is {rank}")

@@ -5,10 +5,15 @@ from __future__ import annotations
 import copy
 import dataclasses
 import enum
-from collections.abc import Collection
+import functools
+from collections.abc import Callable, Collection
 from dataclasses import field
 from typing import Any, TypeVar
 
+from .config_values import annotations_of, check_of, fitting, shown
+from .errors import ConfigError
+
+OFF = (bool, int, str, list, tuple, dict, type(None))  # of which the empty or false value means: not asked for
 T = TypeVar("T")
 E = TypeVar("E", bound=enum.Enum)
 
@@ -42,44 +47,70 @@ def member(default: E) -> E | str:
     return field(default=default, metadata={"enum": type(default)})
 
 
-def check_field(config: Any, f: dataclasses.Field[Any]) -> None:
-    """Raise a clear error where a config's value is not what the field's declaration allows; take what it means."""
-    value, said = getattr(config, f.name), f.metadata
-    if "unavailable" in said and not _same(value, said["unavailable"]):
-        raise ValueError(
-            f"{type(config).__name__}.{f.name}={value!r} asks for a feature that is not available here; only the default "
-            f"{said['unavailable']!r} is accepted."
-        )
-    if "range" in said and not (value is None and f.default is None):
-        require(config, f.name, *said["range"])
-    if "allowed" in said:
-        one_of(config, f.name, said["allowed"])
-    if "enum" in said:
-        setattr(config, f.name, _member(said["enum"], f.name, value))
+def reading(read: Callable[[Any, Any], Any], default: Any = None, *, own: bool = False) -> Any:
+    """A field whose values are read by `read(config class, value)`, which raises where there is no reading them."""
+    return field(default=default, metadata={"read": read, "own": own})
+
+
+def checks_of(cls: type) -> dict[str, Callable[[object], object]]:
+    """For each field of a config class: the value as the config holds it, or ConfigError."""
+    found: dict[str, Callable[[object], object]] | None = cls.__dict__.get("_checks")
+    if found is None:
+        annotations = annotations_of(cls)
+        found = {f.name: _field_check(cls, f, annotations[f.name]) for f in dataclasses.fields(cls)}
+        type.__setattr__(cls, "_checks", found)
+    return found
+
+
+def _field_check(cls: type, f: dataclasses.Field[Any], annotation: object) -> Callable[[object], object]:
+    check, said, name = check_of(annotation), f.metadata, f.name
+    typed = functools.partial(fitting, check, cls, name)
+    may_be_none = f.default is None
+
+    def full(value: object) -> object:
+        if value is None and may_be_none:
+            return None
+        if "unavailable" in said:
+            if _same(value, said["unavailable"]):  # off, in whatever way a file writes that
+                return list(value) if isinstance(value, tuple) else value
+            raise ConfigError(
+                f"{cls.__name__}.{name}={shown(value)} asks for a feature that is not available here; only the default "
+                f"{said['unavailable']!r} is accepted."
+            )
+        value = typed(value)
+        if "range" in said:
+            in_range(name, value, *said["range"])
+        if "allowed" in said:
+            among_these(name, value, said["allowed"])
+        if "enum" in said:
+            value = _member(said["enum"], name, value)
+        return said["read"](cls, value) if "read" in said else value
+
+    return full if may_be_none or said.keys() - {"own", "transient"} else typed
 
 
 def _member(options: type[enum.Enum], name: str, value: object) -> enum.Enum:
     try:
-        return options(getattr(value, "value", value))
+        return options(value)
     except ValueError:
         known = ", ".join(o.value for o in options)
-        raise ValueError(f"`{name}` should be one of {known} but the value passed is {value!r}") from None
+        raise ConfigError(f"`{name}` should be one of {known} but the value passed is {shown(value)}") from None
 
 
-def require(config: object, name: str, least: float = 1, below: float | None = None) -> None:
-    """Raise a clear error unless `least <= config.name` (`< below`)."""
-    value = getattr(config, name)
-    if value is None or isinstance(value, bool) or not isinstance(value, (int, float)) or value < least:
-        raise ValueError(f"`{name}` should be at least {least} but the value passed is {value}")
+def in_range(name: str, value: Any, least: float = 1, below: float | None = None) -> None:
+    """Raise a clear error unless `least <= value` (`< below`)."""
+    if value is None or value < least:
+        raise ConfigError(f"`{name}` should be at least {least} but the value passed is {shown(value)}")
     if below is not None and value >= below:
-        raise ValueError(f"`{name}` should be less than {below} but the value passed is {value}")
+        raise ConfigError(f"`{name}` should be less than {below} but the value passed is {shown(value)}")
 
 
-def one_of(config: object, name: str, allowed: Collection[object]) -> None:
-    """Raise a clear error unless `config.name` is one of the `allowed` values."""
-    value = getattr(config, name)
+def among_these(name: str, value: object, allowed: Collection[object]) -> None:
+    """Raise a clear error unless the value is one of the `allowed`."""
     if value not in allowed:
-        raise ValueError(f"`{name}` should be one of {', '.join(map(repr, allowed))} but the value passed is {value!r}")
+        raise ConfigError(
+            f"`{name}` should be one of {', '.join(map(repr, allowed))} but the value passed is {shown(value)}"
+        )
 
 
 def default_of(f: dataclasses.Field[Any]) -> Any:
@@ -87,7 +118,7 @@ def default_of(f: dataclasses.Field[Any]) -> Any:
 
 
 def _same(value: object, default: object) -> bool:
-    return value == default or (not value and not default)
+    return (type(value) is type(default) and value == default) or (type(value) in OFF and not value and not default)
 
 
 def jsonable(value: object) -> object:

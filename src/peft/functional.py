@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from .contract.managed import partitioned, split
 from .core.acting.on_model import roster_of
 from .core.acting.roster import Roster
 from .core.injection.remove import delete, unload
@@ -69,4 +70,8 @@ def cast_adapter_dtype(model: nn.Module, adapter_name: str, autocast_adapter_dty
     roster.known([adapter_name])
     for p in roster.adapters[adapter_name].parameters():
         if autocast_adapter_dtype and p.dtype in (torch.float16, torch.bfloat16):
+            if split(p) or partitioned(p):
+                raise ValueError(
+                    f"Adapter {adapter_name!r} is split over processes, which keeps its dtype: cast it before."
+                )
             p.data = p.data.float()

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any
 
+from .config_values import shown
 from .contract.kind import LayerKind
 from .contract.method import Method, declared, listeners
 from .errors import near
@@ -164,7 +165,9 @@ def method(peft_type: str | None) -> type[Method]:
     name = getattr(peft_type, "value", peft_type)
     known = methods()
     if name not in known:
-        raise ValueError(f"Unknown method {name!r}. Known: {', '.join(sorted(known))}.{near(str(name), known)}")
+        raise ValueError(
+            f"Unknown method {shown(name)}. Known: {', '.join(sorted(known))}.{near(str(name)[:80], known)}"
+        )
     return known[name]
 
 

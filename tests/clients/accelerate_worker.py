@@ -9,11 +9,11 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from peft import (
-    CheckpointError,
     IA3Config,
     LoraConfig,
     OFTConfig,
@@ -23,12 +23,14 @@ from peft import (
     get_peft_model_state_dict,
     set_peft_model_state_dict,
 )
+from peft.upstream.functions import get_base_model_state_dict
+from peft.utils.hotswap import hotswap_adapter
 from peft.utils.other import fsdp_auto_wrap_policy
 
 MODE, RANK, WORLD, FOLDER = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4])
 IDS = torch.arange(24).reshape(4, 6)
 MINE = IDS.chunk(WORLD)[RANK]
-BASE = {"r": 4, "target_modules": ["q_proj", "v_proj"], "init_lora_weights": False, "seed": 1}
+BASE = {"r": 3, "target_modules": ["q_proj", "v_proj"], "init_lora_weights": False, "seed": 1}
 CONFIGS = {
     "lora": lambda: LoraConfig(**BASE),
     "dora": lambda: LoraConfig(**BASE, use_dora=True),
@@ -93,6 +95,50 @@ def shard(model):
     return fully_shard(model, mesh=mesh)
 
 
+def full(state) -> dict[str, torch.Tensor]:
+    return {k: v.full_tensor() if hasattr(v, "full_tensor") else v for k, v in state.items()}
+
+
+@torch.no_grad()
+def step_on_all(model) -> float:
+    """The loss of the whole batch, each process having its rows."""
+    loss = model(input_ids=MINE, labels=MINE).loss
+    dist.all_reduce(loss)
+    return float(loss / WORLD)
+
+
+def swapped(model) -> float:
+    """How far an adapter is from its file that was swapped in after its values had been lost."""
+    own = {k: v.clone() for k, v in full(get_peft_model_state_dict(model)).items()}
+    set_peft_model_state_dict(model, {k: torch.zeros_like(v) for k, v in own.items()})
+    step_on_all(model)
+    if model.active_peft_config.is_prompt_learning:
+        model.load_adapter(FOLDER / "together", "default")
+    else:
+        hotswap_adapter(model, FOLDER / "together", "default")
+    return largest(full(get_peft_model_state_dict(model)), own)
+
+
+def merged(model, whole) -> dict[str, float]:
+    """Losses of the merged model, of the one unmerged again, and of what is left when the adapter is taken out."""
+    if model.active_peft_config.is_prompt_learning:
+        return {}
+    with torch.no_grad():
+        expected = float(whole(input_ids=IDS, labels=IDS).loss)
+    model.eval()
+    before = {k: v.clone() for k, v in full(get_base_model_state_dict(model)).items()}
+    out = {}
+    model.merge_adapter()
+    out["merged"] = abs(step_on_all(model) - expected)
+    out["written"] = largest(full(get_base_model_state_dict(model)), before)
+    model.unmerge_adapter()
+    out["unmerged"] = largest(full(get_base_model_state_dict(model)), before)
+    step_on_all(model)
+    base = model.merge_and_unload()
+    out["unloaded"] = max(abs(step_on_all(base) - expected) for _ in range(2))
+    return out
+
+
 def sharded(config) -> dict:
     whole = get_peft_model(llama(), config())
     expected = step(whole, IDS)
@@ -111,18 +157,18 @@ def sharded(config) -> dict:
     set_peft_model_state_dict(model, kept)
     back = get_peft_model_state_dict(model)
     out["adapter only"] = max(float((back[k].full_tensor() - kept[k].full_tensor()).abs().max()) for k in kept)
-    try:
-        model.save_pretrained(FOLDER / "refused")
-        out["refused"] = ""
-    except CheckpointError as e:
-        out["refused"] = str(e)
+    with torch.no_grad():
+        step_on_all(model)  # leaves whole tensors of the outermost unit behind
+    model.save_pretrained(FOLDER / "together", is_main_process=RANK == WORLD - 1)
+    out["together"] = largest(load_file(FOLDER / "together" / "adapter_model.safetensors"), full(back))
+    out["swapped"] = swapped(model)
     if RANK == 0:
         out["state"] = largest(get_peft_model_state_dict(model, state_dict=gathered), get_peft_model_state_dict(whole))
         model.save_pretrained(FOLDER / "saved", state_dict=gathered)
         again = PeftModel.from_pretrained(llama(), FOLDER / "saved")
         with torch.no_grad():
             out["reloaded"] = float((again(input_ids=IDS, labels=IDS).loss - expected[1]).abs())
-    return out
+    return out | merged(model, whole)
 
 
 def ddp(config) -> dict:

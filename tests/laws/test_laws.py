@@ -210,3 +210,62 @@ def test_half_precision_bases_get_fp32_masters_and_keep_their_dtype(cell):
     assert out.dtype == base.to(torch.bfloat16)(*inputs).dtype
     floats = [p for p in model.adapter_parameters("default") if p.is_floating_point()]
     assert floats and all(p.dtype == torch.float32 for p in floats)
+
+
+# a row of the matrix for each dtype: (how far a merged layer may be from its forward, relative to the output)
+DTYPES = {torch.float64: 1e-9, torch.bfloat16: 6e-2, torch.float16: 1e-2}
+
+
+CAST = [(c, d) for c in BUILT if registry.kinds()[c.kind].castable for d in DTYPES if c.first or d == torch.bfloat16]
+
+
+@pytest.mark.parametrize(("cell", "dtype"), CAST, ids=[f"{c.id}-{d}" for c, d in CAST])
+def test_forward_equals_merged_in_every_precision(cell, dtype):
+    """With parameters in fp32 at least, and with everything cast, where decompositions still compute in fp32."""
+    expected, _ = cell.model()
+    try:
+        base, inputs = cell.base()
+        cast = tuple(x.to(dtype) if x.is_floating_point() else x for x in inputs)
+        base.to(dtype)(*cast)
+    except RuntimeError:
+        return  # the base layer itself knows no such numbers
+    whole = cell.model()[0].to(dtype)
+    for model in (cell.model(dtype=dtype)[0], whole):
+        y = model(*cast)
+        assert y.dtype == dtype and close(y.detach().float(), expected(*inputs).detach(), 3 * DTYPES[torch.bfloat16])
+        y.float().square().mean().backward()
+        assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
+        if mergeable(model):
+            model.base_model.merge_adapter()
+            merged = model(*cast)
+            assert merged.dtype == dtype and close(merged.detach().double(), y.detach().double(), DTYPES[dtype])
+
+
+def emptied(cell: Cell, inputs: tuple[torch.Tensor, ...]):
+    """The inputs without rows, and where they are of sequences without tokens, as far as the base layer takes them."""
+    ways = [tuple(x[:0] for x in inputs)]
+    marks = torch.empty(2, 3, 4, 5)
+    indices = not inputs[0].is_floating_point()
+    if len(inputs) == 1 and inputs[0].dim() + indices > 2 and registry.kinds()[cell.kind].channels_last(marks) is marks:
+        ways.append(tuple(x[:, :0] for x in inputs))
+    for way in ways:
+        try:
+            yield way, cell.base()[0](*way)
+        except (RuntimeError, ValueError, IndexError):
+            continue
+
+
+# bitsandbytes' kernels for CPUs divide by the number of rows, which ends the process
+@over([c for c in BUILT if not c.kind.startswith("bitsandbytes")])
+def test_no_rows_give_no_rows_and_gradients_of_zero(cell):
+    """An expert without tokens, an empty batch: not None, which distributed training would wait for."""
+    for inputs, expected in emptied(cell, cell.base()[1]):
+        for train in (True, False):
+            model, _ = cell.model()
+            y = model.train(train)(*inputs)
+            assert y.shape == expected.shape and y.dtype == expected.dtype
+            y.float().sum().backward()
+            grads = {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
+            assert grads and not [n for n, g in grads.items() if g is None or g.any()]
+            with torch.no_grad():
+                assert model(*inputs).shape == expected.shape

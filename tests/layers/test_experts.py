@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from peft.layers.experts import Experts, ExpertStack
 from tests.helpers.experts import BOTH, IDS, MODELS, adapted, base
 
@@ -164,5 +164,43 @@ def test_tokens_are_dealt_to_the_experts_that_the_router_chose():
     stand_in = kind.stand_in(block)
     assert isinstance(stand_in, Experts)
     index, weights = torch.tensor([[2, 0], [0, 2], [2, 3]]), torch.arange(6.0).view(3, 2)
-    dealt = [(e, tokens.tolist(), w.tolist()) for e, tokens, w in stand_in._routes(index, weights)]
+    with torch.no_grad():
+        dealt = [(e, tokens.tolist(), w.tolist()) for e, tokens, w in stand_in._routes(index, weights)]
     assert dealt == [(0, [0, 1], [1.0, 2.0]), (2, [0, 1, 2], [0.0, 3.0, 4.0])], "expert 3 is another rank's"
+
+
+@pytest.mark.parametrize("rows", [False, True], ids=["one adapter", "an adapter per row"])
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+@pytest.mark.parametrize("model", ["gpt_oss", "mixtral"])
+def test_experts_without_tokens_have_gradients_of_zero(model, dropout, rows):
+    """Not None: DDP waits for every parameter's gradient, and the ranks' routers choose differently."""
+    layer, (x, index, weights), target = ExpertStack().examples()[model]()
+    net = Holder(layer)
+    target = {"target_parameters": [t.replace("site.", "layer.") for t in target["target_parameters"]]}
+    config = LoraConfig(r=2, lora_dropout=dropout, init_lora_weights=False, **target)
+    peft = get_peft_model(net, config).train()
+    peft.add_adapter("b", config)
+    for name in ("default", "b"):
+        peft.set_requires_grad(name)
+    index = torch.zeros_like(index)  # all tokens to the first expert
+    with torch.no_grad():
+        expected = peft.eval()(x, index, weights)
+    names = {"adapter_names": ["default"] * 2 + ["b"] * 2} if rows else {}
+    peft.train()(x, index, weights, **names).square().sum().backward()
+    assert expected.shape == x.shape
+    acting = [p for n in (("default", "b") if rows else ("default",)) for p in peft.adapter_parameters(n)]
+    grads = [p.grad for p in acting]
+    assert grads and all(g is not None for g in grads)
+    assert 0 < sum(bool(g.any()) for g in grads) < len(grads), "the first expert's alone are not zero"
+    peft.zero_grad(set_to_none=True)
+    peft(x[:0], index[:0], weights[:0]).sum().backward()
+    assert all(p.grad is not None and not p.grad.any() for p in peft.adapter_parameters("default"))
+
+
+class Holder(nn.Module):
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, *args):
+        return self.layer(*args)

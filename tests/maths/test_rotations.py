@@ -233,3 +233,36 @@ def test_orthonormal_rows_stay_what_they_are():
     R = orthonormal_rows(drawn(3, 8))
     close(orthonormal_rows(R), R)
     close(orthonormal_rows(-R), -R)  # a bare QR could turn the signs round
+
+
+HALVES = (torch.float16, torch.bfloat16)
+
+
+def made(dtype):
+    """A rotation of every sort, as the matrix that it multiplies rows by, from numbers of this dtype."""
+    torch.manual_seed(0)
+    Q = skew_symmetric(0.05 * torch.randn(3, 28), 8).to(dtype)
+    eye, U = torch.eye(24, dtype=dtype), torch.randn(24, 5, dtype=torch.float32).to(dtype)
+    yield "cayley", cayley(Q)
+    yield "neumann", cayley_neumann(Q, 12)
+    yield "blocks", rotate_blocks(eye, cayley(Q))
+    yield (
+        "butterfly",
+        butterfly(
+            torch.eye(32, dtype=dtype), cayley(skew_symmetric(torch.randn(3 * 8, 6), 4).to(dtype).view(3, 8, 4, 4))
+        ),
+    )
+    yield "reflections", reflect(eye, U)
+    yield "orthonormalised", reflect_orthonormalised(eye, U)
+    yield "rows", orthonormal_rows(U.T)
+
+
+@pytest.mark.parametrize("dtype", [*HALVES, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_rotation_is_one_in_every_precision(dtype, autocast):
+    """From numbers in half precision and under autocast, R Rᵀ = I up to what fp32 gives, in fp32 at least."""
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        found = dict(made(dtype))
+    for name, R in found.items():
+        assert R.dtype == (torch.float64 if dtype == torch.float64 else torch.float32), name
+        assert (R @ R.mT - torch.eye(R.shape[-2])).abs().max() < 1e-5, name

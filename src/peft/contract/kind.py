@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from . import offload
+from . import managed, offload
 from .geometry import Geometry
+from .managed import present
 from .method import Method
 from .offload import on_device
 from .tree import Composite, base_layer_of, named
@@ -50,6 +51,7 @@ class LayerKind(Generic[M]):
 
     tolerance: ClassVar[float] = 2e-5  # forward against merged, relative to the output
     castable: ClassVar[bool] = True  # the layer can be cast to bf16
+    replaces: ClassVar[bool] = False  # writing makes another layer instead of changing this one
     compiles: ClassVar[bool] = True  # the plain layer compiles in one graph
 
     def examples(self) -> Examples:
@@ -83,7 +85,10 @@ class LayerKind(Generic[M]):
 
     def merge_refusal(self, module: M) -> str:
         """Why the base's format has no way to hold a changed weight; "" where it has."""
-        return ""
+        weight = module._parameters.get("weight")
+        if weight is None or not weight.is_floating_point() or weight.dtype.itemsize > 1:
+            return ""
+        return f"its weight is stored as {weight.dtype}, which rounds small changes away: cast the layer first"
 
     def admit(self, module: M, method: Method, path: str) -> None:
         """Raise `Refusal` where this kind cannot run what a planned method does; called before anything changes."""
@@ -133,8 +138,8 @@ class LayerKind(Generic[M]):
 
     def parameters(self, module: M) -> dict[str, Tensor]:
         """The layer's parameters in native layout and floating point, by name."""
-        with on_device(module):
-            return {n: p.clone() if p.is_meta else p for n, _, p in named(module, "_parameters")}
+        with present(module):
+            return {n: p.clone() if p.is_meta else wide_enough(p) for n, _, p in named(module, "_parameters")}
 
     def buffers(self, module: M) -> dict[str, Tensor]:
         """The buffers that belong to the layer's state (BatchNorm's running statistics), by name."""
@@ -142,11 +147,11 @@ class LayerKind(Generic[M]):
 
     def read(self, module: M) -> Tensor:
         """`W[out, fan_in]`, in floating point, brought from wherever it is kept."""
-        with on_device(module):
-            return self.matrix(module.weight, module)  # type: ignore[arg-type]
+        with present(module):
+            return self.matrix(wide_enough(module.weight), module)  # type: ignore[arg-type]
 
     def bias(self, module: M) -> Tensor | None:
-        with on_device(module):
+        with present(module):
             return getattr(module, "bias", None)
 
     def dtype(self, module: M) -> torch.dtype:
@@ -156,6 +161,9 @@ class LayerKind(Generic[M]):
                 return p.dtype
         for p in module.parameters():
             if p.is_floating_point():
+                return p.dtype
+        for p in module.parameters():
+            if p.is_complex():
                 return p.dtype
         return torch.get_default_dtype()
 
@@ -174,15 +182,23 @@ class LayerKind(Generic[M]):
         """Whether the module itself can run with other tensors in the place of its parameters; else `op` runs them."""
         return True
 
+    def holder(self, module: M) -> nn.Module:
+        """The module that a write changes the parameters of."""
+        return module
+
     def write(self, module: M, values: dict[str, Tensor]) -> nn.Module:
         """Put new parameter values into the layer; returns the module that now computes with them."""
+        managed.settle([module])
         with on_device(module):
             for name, value in values.items():
                 owner, leaf = _owner(module, name)
                 if leaf in owner._buffers:
                     owner._buffers[leaf] = value
                 elif (param := owner._parameters[leaf]) is None:
-                    owner._parameters[leaf] = nn.Parameter(value, requires_grad=False)
+                    like = next((p for p in owner._parameters.values() if p is not None), value)
+                    owner._parameters[leaf] = nn.Parameter(value.to(like.dtype), requires_grad=False)
+                elif managed.in_place(owner, param):
+                    managed.fill(param, value)
                 else:
                     param.data = value.to(param.dtype)
                 offload.store(owner, [leaf])
@@ -204,14 +220,18 @@ class LayerKind(Generic[M]):
         return merged, 0.0
 
     def keep(self, module: M, names: list[str]) -> object:
-        """What `restore` needs to bring back the very bits: references, no copies."""
+        """What `restore` needs to bring back the very bits: references, and copies of what is written in place."""
+        managed.settle([module])
         kept, owners = Kept({}, {}, []), []
         for name in names:
             owner, leaf = _owner(module, name)
             owners.append(owner)
             if leaf in owner._parameters:
                 param = owner._parameters[leaf]
-                kept.parameters[name] = None if param is None else (param, param.data)
+                if param is not None and managed.in_place(owner, param):
+                    kept.parameters[name] = (param, managed.copy_of(param))
+                else:
+                    kept.parameters[name] = None if param is None else (param, param.data)
             else:
                 buffer = owner._buffers[leaf]
                 kept.buffers[name] = None if buffer is None else (buffer, buffer.data)
@@ -221,18 +241,28 @@ class LayerKind(Generic[M]):
 
     def restore(self, module: M, kept: object) -> nn.Module:
         assert isinstance(kept, Kept)
+        managed.settle([module])
         offload.put_back(kept.sources)
-        for tensors in (kept.parameters, kept.buffers):
-            for was in tensors.values():
-                if was is not None:
-                    was[0].data = was[1]
         for name, held in kept.parameters.items():
             owner, leaf = _owner(module, name)
+            now = owner._parameters.get(leaf)
+            if held is not None and now is not None and managed.in_place(owner, now):
+                managed.fill_back(now, held[1])
+                continue
+            if held is not None:
+                held[0].data = held[1]
             owner._parameters[leaf] = None if held is None else held[0]
         for name, one in kept.buffers.items():
             owner, leaf = _owner(module, name)
+            if one is not None:
+                one[0].data = one[1]
             owner._buffers[leaf] = None if one is None else one[0]
         return module
+
+
+def wide_enough(t: Tensor) -> Tensor:
+    """The tensor, of an 8-bit format in fp32: torch stores such numbers, but does not compute with them."""
+    return t.float() if t.dtype.itemsize == 1 and t.is_floating_point() else t
 
 
 def _owner(module: nn.Module, name: str) -> tuple[nn.Module, str]:

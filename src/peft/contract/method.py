@@ -184,6 +184,7 @@ class Method(CheapModule):
             y = y + self.term(self.dropped(x, op), op, y.dtype)
         else:
             W = op.read()
+            W = W.to(torch.promote_types(W.dtype, torch.float32))  # in half precision W' − W would be rounding
             y = y + op(self.dropped(x, op), (self.weight(W) - W).to(y.dtype))
         bias = self.bias_change()
         return y if bias is None else op.shift(y, bias.to(y.dtype))

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .offload import on_device
+from .managed import present
+from .swapped import called_with
 
 
 def forward_of(module: nn.Module) -> Callable[..., Any]:
@@ -85,8 +86,8 @@ def run_with(module: nn.Module, values: Mapping[str, Tensor | None], args: Any, 
     bound = own is None or "_hf_hook" in module.__dict__ or getattr(own, "__self__", None) is module
     given = {n: v for n, v in values.items() if n in module._parameters}
     if torch.compiler.is_compiling() or not bound:
-        return torch.func.functional_call(module, {n: v for n, v in given.items() if v is not None}, args, kwargs)
-    with on_device(module):
+        return called_with(module, {n: v for n, v in given.items() if v is not None}, args, kwargs)
+    with present(module):
         twin: nn.Module = object.__new__(type(module))
         before = {
             k: v for k, v in module.__dict__.items() if k not in given and k not in ("_compiled_call_impl", "forward")

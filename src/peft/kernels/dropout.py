@@ -22,6 +22,8 @@ def rounded(p: float) -> float:
 def draw(shape: torch.Size, p: float, seed: int, device: torch.device) -> Tensor:
     """bool[shape], True where an entry is kept: Bernoulli(1 − p), a function of the seed."""
     n = shape.numel()
+    if not n:
+        return torch.empty(shape, dtype=torch.bool, device=device)
     if device.type == "cpu":  # twice as fast as torch's own generator
         words = torch.from_numpy(np.random.SFC64(seed).random_raw((n + 3) // 4))
     else:

@@ -29,15 +29,6 @@ class Held(Context, Protocol):
     seeds: list[int]
 
 
-def usable(x: Tensor) -> bool:
-    """Whether the fused node may run: eager mode, no function transforms, no autocast (which would mix dtypes)."""
-    if torch.compiler.is_compiling() or not isinstance(x, Tensor) or not x.is_floating_point():
-        return False
-    if torch._C._functorch.peek_interpreter_stack() is not None:
-        return False
-    return not (torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(x.device.type))
-
-
 def lowrank_linear(
     x: Tensor,
     W: Tensor,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .node import recorded
 from .terms import Thin
 
 TILE = 2**18  # entries of W that are widened at a time
@@ -39,6 +40,7 @@ def merge_(W: Tensor, terms: list[Thin]) -> bool:
     limits, bound = torch.finfo(W.dtype), 0.0
     for t in terms:
         bound += abs(t.scale) * len(t.A) * _largest(t.B) * _largest(t.A)  # no entry of s·B A is larger
+    bound *= 2 if W.is_complex() else 1  # nor are two products of parts
     # less than half the step between the dtype's largest numbers rounds none of them to inf: W need not be looked at
     if not bound < limits.max * limits.eps / 4 and not bound + _largest(W) < limits.max / 2:
         return False
@@ -51,11 +53,12 @@ def merge_(W: Tensor, terms: list[Thin]) -> bool:
 
 
 def _largest(W: Tensor) -> float:
+    W = torch.view_as_real(W) if W.is_complex() else W
     return max(abs(float(v)) for v in torch.aminmax(W)) if W.numel() else 0.0
 
 
 def _wide(W: Tensor) -> bool:
-    return W.dtype in (torch.float32, torch.float64)
+    return W.dtype in (torch.float32, torch.float64) or W.is_complex()
 
 
 def row_norms(W: Tensor, A: Tensor, B: Tensor, s: float) -> Tensor:
@@ -67,6 +70,8 @@ def row_norms(W: Tensor, A: Tensor, B: Tensor, s: float) -> Tensor:
     """
     wide = torch.promote_types(A.dtype, torch.float32)
     A, B = A.to(wide), B.to(wide) * s
+    if recorded() and not torch.compiler.is_compiling():
+        return torch.linalg.vector_norm(W.to(wide) + B @ A, dim=1)
     own = torch.linalg.vector_norm(W, dim=1, dtype=wide).square()
     cross = (W @ A.to(W.dtype).T).to(wide)
     change = ((B @ (A @ A.T)) * B).sum(1)

@@ -7,6 +7,7 @@ from typing import Protocol, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 Where: TypeAlias = slice | Tensor | None  # which rows of x a term is about; None: all
 
@@ -18,6 +19,26 @@ class Context(Protocol):
     needs_input_grad: tuple[bool, ...]
 
     def save_for_backward(self, *tensors: Tensor | None) -> None: ...
+
+
+def recorded() -> bool:
+    """Whether a graph is recorded (compile, export, trace) or a function transformed (vmap, grad, jvp): values cannot be
+    looked at, and what stands in the graph are plain operations."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._get_tracing_state() is not None
+        or torch._C._functorch.peek_interpreter_stack() is not None
+    )
+
+
+def usable(x: Tensor) -> bool:
+    """Whether a node may stand for the plain operations: outside of recordings, forward-mode derivatives, nested tensors
+    and autocast (which would mix dtypes)."""
+    if recorded() or not isinstance(x, Tensor) or not x.is_floating_point() or x.is_nested:
+        return False
+    if forward_ad._current_level >= 0:
+        return False
+    return not (torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(x.device.type))
 
 
 def matrix(t: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..contract.geometry import Geometry, plain_geometry
-from ..contract.offload import on_device
+from ..contract.managed import present
 from .rewritten import Rewritten
 
 C = TypeVar("C", bound=nn.Linear)  # a coded layer
@@ -49,7 +49,7 @@ class Quantised(Rewritten[C]):
 
     # -- weights: of the coded layer, or of the plain one that a merge left in its place ------------------------------
     def read(self, module: C) -> Tensor:
-        with on_device(module):
+        with present(module):
             return self.decode(module) if self.claims(module) else super().read(module)
 
     def dtype(self, module: C) -> torch.dtype:

@@ -15,7 +15,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils import parametrize
 
 from ..contract.kind import Examples, LayerKind
-from ..contract.offload import on_device
+from ..contract.managed import present
 from ..contract.own_forward import computed, runs_as, weight_hooks
 from .conv import Conv, ConvTranspose
 from .linear import Linear
@@ -32,7 +32,7 @@ class Computed(Rewritten[M]):
     def read(self, module: M) -> Tensor:
         if not computed(module):  # what a merge left in its place
             return super().read(module)
-        with on_device(module):
+        with present(module):
             return self.matrix(weight_of(module), module)
 
     def dtype(self, module: M) -> torch.dtype:

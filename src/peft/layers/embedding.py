@@ -112,7 +112,7 @@ class ClippedEmbedding(Embedding):
         x = args[0] if args else kwargs["input"]
         rows = module.weight[x.flatten()]  # a copy
         torch.embedding_renorm_(rows, torch.arange(len(rows), device=rows.device), module.max_norm, module.norm_type)
-        return rows.reshape(*x.shape, -1)
+        return rows.reshape(*x.shape, rows.shape[-1])
 
     def op(self, module: nn.Embedding, x: Tensor, matrix: Tensor) -> Tensor:
         assert module.max_norm is not None

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from ..contract.kind import Examples, LayerKind
+from ..contract.managed import present
 from ..contract.method import Method
-from ..contract.offload import on_device
+from ..contract.swapped import called_with
 from ..contract.tree import Composite
 from ..core.acting.mix import BASE
 from ..core.anatomy.walk import kind_of
@@ -79,9 +80,9 @@ class Swapped(Stacked):
         return torch.cat(outs)[undo]
 
     def _run(self, names: Sequence[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        with on_device(self.base_layer):
+        with present(self.base_layer):
             values = {n: v for n in self.single if (v := self._value(n, names)) is not None}
-            return torch.func.functional_call(self.base_layer, values, args, kwargs)
+            return called_with(self.base_layer, values, args, kwargs)
 
     def _value(self, name: str, names: Sequence[str]) -> Tensor | None:
         """P', None where no adapter changes it."""

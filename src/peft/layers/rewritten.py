@@ -15,6 +15,8 @@ C = TypeVar("C", bound=nn.Module)
 
 
 class Rewritten(LayerKind[C]):
+    replaces = True
+
     def parameters(self, module: C) -> dict[str, Tensor]:
         bias = self.bias(module)
         W = self.native(self.read(module), module)

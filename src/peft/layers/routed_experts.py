@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ..core.acting.adapted_layer import AdaptedLayer
 from ..core.acting.roster import Roster
 from ..errors import Refusal
+from ..kernels.node import recorded
 from .stacked import Stacked
 
 DOWN = "down_proj"
@@ -33,7 +34,7 @@ class Experts(Stacked):
             args = tuple(bound.arguments.values())[1:]
         hidden, index, weights = args[:3]
         x = hidden.reshape(-1, hidden.shape[-1])  # [T, h]
-        index, weights = index.reshape(x.shape[0], -1), weights.reshape(x.shape[0], -1)  # [T, k]
+        index, weights = index.flatten(0, -2), weights.flatten(0, -2)  # [T, k]
         row = self.rows_of(roster, x.shape[0], x.device)
         out = torch.zeros_like(x)
         for e, token, weight in self._routes(index, weights):
@@ -47,7 +48,7 @@ class Experts(Stacked):
         """(expert, its tokens, their weights); in a compiled graph, whose shapes are fixed, all tokens with weight 0
         for those routed elsewhere. Indices past the last expert belong to other ranks."""
         experts = len(self.of(DOWN))
-        if torch.compiler.is_compiling():
+        if recorded():
             for e in range(experts):
                 yield e, None, (weights * (index == e)).sum(-1)
             return
@@ -56,7 +57,7 @@ class Experts(Stacked):
         ends = torch.bincount(flat, minlength=experts)[:experts].cumsum(0).tolist()
         start = 0
         for e, end in enumerate(ends):
-            if end > start:
+            if end > start or torch.is_grad_enabled():  # without tokens its adapters have gradients of zero, not none
                 pairs = order[start:end]
                 yield e, pairs // index.shape[1], weights.reshape(-1)[pairs]
             start = end

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..contract import offload
+from ..contract import managed, offload
 from ..contract.geometry import Geometry, plain_geometry
 from ..contract.kind import LayerKind
+from ..contract.managed import present
 from ..contract.method import Method
 from ..contract.offload import on_device
 from ..core.acting.adapted_layer import AdaptedLayer
@@ -43,11 +44,11 @@ class Slice(LayerKind[WeightSlice]):
 
     # -- weights: all through the owner ------------------------------------------------------------------------------
     def read(self, module: WeightSlice) -> Tensor:
-        with on_device(module.owner):
+        with present(module.owner):
             return module.weight
 
     def bias(self, module: WeightSlice) -> Tensor | None:
-        with on_device(module.owner):
+        with present(module.owner):
             return module.bias
 
     def parameters(self, module: WeightSlice) -> dict[str, Tensor]:
@@ -64,8 +65,12 @@ class Slice(LayerKind[WeightSlice]):
     def swappable(self, module: WeightSlice) -> bool:
         return False  # the parameters are the owner's
 
+    def holder(self, module: WeightSlice) -> nn.Module:
+        return module.owner
+
     def write(self, module: WeightSlice, values: dict[str, Tensor]) -> nn.Module:
         """In place: other slices of the same parameter may be merged, too."""
+        managed.settle([module.owner])
         with torch.no_grad(), on_device(module.owner):
             for name, value in values.items():
                 leaf, part = module.place(name)
@@ -73,7 +78,7 @@ class Slice(LayerKind[WeightSlice]):
                 if param is None:  # a bias of zeros for the slices that add none
                     like = getattr(module.owner, module.weight_name)
                     param = _replace(module.owner, leaf, like.new_zeros(*like.shape[:-2], module.bias_size))
-                part(param.data).copy_(value)
+                _fill(module.owner, param, part, value)
                 offload.store(module.owner, [leaf])
         return module
 
@@ -90,7 +95,7 @@ class Slice(LayerKind[WeightSlice]):
     def keep(self, module: WeightSlice, names: list[str]) -> dict[str, Tensor | None]:
         """Copies of the slices: the parameter itself is written in place."""
         kept: dict[str, Tensor | None] = {}
-        with on_device(module.owner):
+        with present(module.owner):
             for name in names:
                 leaf, part = module.place(name)
                 param = module.owner._parameters[leaf]
@@ -99,17 +104,27 @@ class Slice(LayerKind[WeightSlice]):
 
     def restore(self, module: WeightSlice, kept: object) -> nn.Module:
         assert isinstance(kept, dict)
+        managed.settle([module.owner])
         with torch.no_grad(), on_device(module.owner):
             for name, value in kept.items():
                 leaf, part = module.place(name)
                 param = module.owner._parameters[leaf]
                 if param is None:
                     continue
-                here = part(param.data)
-                here.zero_() if value is None else here.copy_(value)
+                _fill(module.owner, param, part, value)
                 offload.store(module.owner, [leaf])
                 _put_back(module.owner, leaf, param)
         return module
+
+
+def _fill(owner: nn.Module, whole: Tensor, part: Callable[[Tensor], Tensor], value: Tensor | None) -> None:
+    """Write into a part of a parameter, zeros for None."""
+    away = managed.in_place(owner, whole)
+    target = managed.whole(whole).clone() if away else whole.data
+    here = part(target)
+    here.zero_() if value is None else here.copy_(value)
+    if away:
+        managed.fill(whole, target)
 
 
 def _replace(owner: nn.Module, leaf: str, data: Tensor) -> nn.Parameter:

@@ -15,7 +15,7 @@ from torch import Tensor
 def gates(log_odds: Tensor, low: float, high: float, *, noisy: bool) -> Tensor:
     """z for each of the log-odds (any shape): a draw from torch's generator, or without noise the value at u = 1/2."""
     if noisy:
-        u = torch.rand_like(log_odds).clamp(1e-6, 1 - 1e-6)
+        u = torch.rand_like(log_odds, dtype=torch.promote_types(log_odds.dtype, torch.float32)).clamp(1e-6, 1 - 1e-6)
         log_odds = log_odds + torch.log(u) - torch.log1p(-u)
     return (torch.sigmoid(log_odds) * (high - low) + low).clamp(0, 1)
 

@@ -1,14 +1,37 @@
 """Orthogonal matrices: made from unconstrained numbers, and applied to rows without being formed.
 
-Everything acts on the last axis of x[..., n], as a row vector does: the result is x M.
+Everything acts on the last axis of x[..., n], as a row vector does: the result is x M. What makes a rotation or applies
+one computes in fp32 or fp64 and gives that, whatever the dtype of its inputs and whatever autocast says: rounded to half
+precision a rotation is none, and the solvers know no such dtypes.
 """
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
+
+
+def in_full_precision(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The function of its tensors in the widest of their dtypes, fp32 at least, and without autocast."""
+
+    @functools.wraps(function)
+    def wide(*args: Any) -> Tensor:
+        dtype, device = torch.float32, "cpu"
+        for a in args:
+            if isinstance(a, Tensor):
+                dtype, device = torch.promote_types(dtype, a.dtype), a.device.type
+        args = tuple(a.to(dtype) if isinstance(a, Tensor) else a for a in args)
+        if not torch.is_autocast_enabled(device):
+            return function(*args)
+        with torch.autocast(device, enabled=False):
+            return function(*args)
+
+    return wide
 
 
 # -- from skew-symmetric matrices to rotations --------------------------------------------------------------------------
@@ -17,7 +40,7 @@ def skew_symmetric(upper: Tensor, size: int) -> Tensor:
     Q = upper.new_zeros(upper.shape[0], size, size)
     row, col = torch.triu_indices(size, size, 1, device=upper.device)
     Q = Q.index_put((torch.arange(len(Q), device=upper.device)[:, None], row, col), upper)
-    return Q - Q.mT
+    return Q - Q.transpose(-1, -2)
 
 
 def ball_factors(upper: Tensor, radius: float) -> Tensor:
@@ -26,12 +49,14 @@ def ball_factors(upper: Tensor, radius: float) -> Tensor:
     return torch.where(norm <= radius * (1 + 1e-6), 1.0, radius / norm)
 
 
+@in_full_precision
 def cayley(Q: Tensor) -> Tensor:
     """R = (I − Q)(I + Q)⁻¹ of skew-symmetric Q[..., b, b]: orthogonal, det R = 1, and no eigenvalue is −1 (Cayley 1846)."""
     eye = identity_like(Q)
     return torch.linalg.solve(eye + Q, eye - Q, left=False)
 
 
+@in_full_precision
 def cayley_neumann(Q: Tensor, terms: int) -> Tensor:
     """R = I + 2Q + 2Q² + … + 2Qⁿ⁻² + Qⁿ⁻¹ of Q[..., b, b], n = terms (arXiv 2506.19847).
 
@@ -75,6 +100,7 @@ def leave_out(blocks: Tensor, share: float) -> Tensor:
     return torch.where(gone, identity_like(blocks), blocks)
 
 
+@in_full_precision
 def rotate_blocks(x: Tensor, blocks: Tensor) -> Tensor:
     """x blockdiag(blocks) for x[..., n] and blocks[n/b, b, b], or [1, b, b]: one for all."""
     b = blocks.shape[-1]
@@ -91,6 +117,7 @@ def butterfly_places(n: int, block_size: int, level: int, device: torch.device) 
     return torch.arange(n, device=device).view(-1, 2**level, 2, block_size // 2).transpose(1, 2).reshape(n)
 
 
+@in_full_precision
 def butterfly(x: Tensor, factors: Tensor) -> Tensor:
     """x Bᵀ with B = B_{m−1} … B₁ B₀ for x[..., n] and factors[m, n/b, b, b] (arXiv 2311.06243).
 
@@ -100,14 +127,15 @@ def butterfly(x: Tensor, factors: Tensor) -> Tensor:
     n, b = x.shape[-1], factors.shape[-1]
     for level, blocks in enumerate(factors):
         if level == 0:
-            x = rotate_blocks(x, blocks.mT)
+            x = rotate_blocks(x, blocks.transpose(-1, -2))
         else:
             places = butterfly_places(n, b, level, x.device)
-            x = rotate_blocks(x[..., torch.argsort(places)], blocks.mT)[..., places]
+            x = rotate_blocks(x[..., torch.argsort(places)], blocks.transpose(-1, -2))[..., places]
     return x
 
 
 # -- reflections --------------------------------------------------------------------------------------------------------
+@in_full_precision
 def compact_wy(U: Tensor) -> Tensor:
     """T[r, r], upper triangular, with H₁ H₂ … H_r = I − U T Uᵀ for H_i = I − 2 u_i u_iᵀ and unit columns U[n, r].
 
@@ -117,6 +145,7 @@ def compact_wy(U: Tensor) -> Tensor:
     return torch.linalg.solve_triangular(eye / 2 + torch.triu(U.T @ U, 1), eye, upper=True)
 
 
+@in_full_precision
 def reflect(x: Tensor, u: Tensor) -> Tensor:
     """x (H₁ H₂ … H_r)ᵀ with H_i = I − 2 u_i u_iᵀ/‖u_i‖² for x[..., n] and columns u[n, r]: two thin products."""
     U = u / u.norm(dim=0)
@@ -124,6 +153,7 @@ def reflect(x: Tensor, u: Tensor) -> Tensor:
     return x - (x @ U) @ (T.T @ U.T)
 
 
+@in_full_precision
 def reflect_orthonormalised(x: Tensor, u: Tensor) -> Tensor:
     """`reflect` by the columns that Gram-Schmidt makes of u[n, r], r <= n: x (I − 2 Q Qᵀ), Q their orthonormal basis."""
     Q = torch.linalg.qr(u).Q
@@ -131,12 +161,13 @@ def reflect_orthonormalised(x: Tensor, u: Tensor) -> Tensor:
 
 
 # -- orthonormal rows ---------------------------------------------------------------------------------------------------
+@in_full_precision
 def orthonormal_rows(V: Tensor) -> Tensor:
     """R[..., r, n] with R Rᵀ = I and V = L R, L lower triangular with a positive diagonal, for V[..., r, n], r <= n.
 
-    The thin QR of Vᵀ, in fp32 or fp64. The signs make R unique and continuous where V has full rank, and R = V where V
+    The thin QR of Vᵀ. The signs make R unique and continuous where V has full rank, and R = V where V
     has orthonormal rows already.
     """
-    Q, upper = torch.linalg.qr((V if V.dtype == torch.float64 else V.float()).mT)
+    Q, upper = torch.linalg.qr(V.transpose(-1, -2))
     signs = torch.where(torch.diagonal(upper, dim1=-2, dim2=-1) < 0, -1.0, 1.0).to(Q.dtype)
-    return (Q * signs[..., None, :]).mT
+    return (Q * signs[..., None, :]).transpose(-1, -2)

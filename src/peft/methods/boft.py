@@ -86,11 +86,11 @@ class BOFT(BlockRotation):
     def rotations(self) -> Tensor:
         """The blocks of every factor, [m, blocks, b, b]."""
         R = self.boft_R
-        return self.with_dropout(cayley((R - R.mT) / 2), self.config.boft_dropout)
+        return self.with_dropout(cayley((R - R.transpose(-1, -2)) / 2), self.config.boft_dropout)
 
     def rotate(self, rows: Tensor) -> Tensor:
         """rows Bᵀ for rows[..., width], factor by factor."""
-        return butterfly(rows, self.rotations().to(rows.dtype))
+        return butterfly(rows, self.rotations()).to(rows.dtype)
 
     def weight(self, W: Tensor) -> Tensor:
         turned = self.rotate(W.T).T if self.geometry.indexed else self.rotate(W)

@@ -77,7 +77,7 @@ class HRA(Method):
 
     def before(self, x: Tensor) -> Tensor:
         chain = reflect_orthonormalised if self.config.apply_GS else reflect
-        return chain(x.to(self.hra_u.dtype), self.hra_u).to(x.dtype)
+        return chain(x, self.hra_u).to(x.dtype)
 
     def rank(self) -> int:
         return min(self.config.r, self.geometry.out, self.geometry.width)

@@ -6,21 +6,22 @@ The output form scales the bias, too: W' = diag(l) W, b' = l ⊙ b. The input fo
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from ..config import LayoutConfig, as_names
-from ..config_fields import own_field
+from ..config import LayoutConfig, as_bias, as_names
+from ..config_fields import own_field, reading
+from ..config_values import AtLeast0
 from ..contract.capabilities import Blends, ScalesChannels
 from ..contract.method import Method
 from ..contract.refusals import refusal
 from ..contract.site import Site
 from ..contract.tensors import Stored
 from ..core.anatomy.language import model_type
+from ..core.anatomy.patterns import matches
 from ..core.anatomy.roles import default_targets, fill_targets
 
 __all__ = ["IA3Config"]
@@ -37,8 +38,8 @@ class IA3Config(LayoutConfig):
     own_type = "IA3"
     feedforward_modules: list[str] | str | None = None
     init_ia3_weights: bool = True
-    bias: str = own_field("none")
-    layers_to_transform: list[int] | int | None = own_field(None)
+    bias: str = reading(as_bias, "none", own=True)
+    layers_to_transform: list[AtLeast0] | AtLeast0 | None = own_field(None)
     layers_pattern: list[str] | str | None = own_field(None)
 
     def __post_init__(self) -> None:
@@ -50,7 +51,7 @@ class IA3Config(LayoutConfig):
 
     def scales_input(self, path: str) -> bool:
         names = self.feedforward_modules or []
-        return re.fullmatch(names, path) is not None if isinstance(names, str) else path.endswith(tuple(names))
+        return matches(names, path, "feedforward_modules") if isinstance(names, str) else path.endswith(tuple(names))
 
 
 class IA3(Blends, ScalesChannels, Method):

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..config import TunerConfig
-from ..config_fields import own_field
+from ..config import TunerConfig, as_bias
+from ..config_fields import own_field, reading
+from ..config_values import AtLeast0
 from ..core.forms.copies import Copies
 
 __all__ = ["LNTuningConfig"]
@@ -19,8 +20,8 @@ class LNTuningConfig(TunerConfig):
     """LayerNorm tuning (arXiv 2312.11420). Its only settings are which modules to train."""
 
     own_type = "LN_TUNING"
-    bias: str = own_field("none")
-    layers_to_transform: list[int] | int | None = own_field(None)
+    bias: str = reading(as_bias, "none", own=True)
+    layers_to_transform: list[AtLeast0] | AtLeast0 | None = own_field(None)
     layers_pattern: list[str] | str | None = own_field(None)
 
 

@@ -12,8 +12,9 @@ from typing import Literal
 
 from torch import Tensor
 
-from ..config import DeltaConfig, require_ranks
+from ..config import DeltaConfig
 from ..config_fields import ranged, unavailable
+from ..config_values import AtLeast1
 from ..contract.site import Site
 from ..contract.tensors import Shown, Stored
 from ..core.anatomy.patterns import for_path
@@ -43,13 +44,13 @@ class LoraConfig(DeltaConfig):
 
     own_type = "LORA"
     r: int = ranged(8)
-    lora_alpha: int = 8
+    lora_alpha: float = 8
     lora_dropout: float = ranged(0.0, 0, 1)
     fan_in_fan_out: bool = False  # the layer kind knows its layout; kept for checkpoints
     use_rslora: bool = False
     init_lora_weights: bool | str | Literal["gaussian", "orthogonal", "pissa", "olora"] = True
-    rank_pattern: dict[str, int] = field(default_factory=dict)
-    alpha_pattern: dict[str, int] = field(default_factory=dict)
+    rank_pattern: dict[str, AtLeast1] | None = field(default_factory=dict)
+    alpha_pattern: dict[str, float] | None = field(default_factory=dict)
     use_dora: bool = False
     target_parameters: list[str] | None = None
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None
@@ -75,7 +76,6 @@ class LoraConfig(DeltaConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         find_init(self.init_lora_weights)
-        require_ranks(self)
 
 
 class Lora(LowRank):
@@ -131,7 +131,7 @@ class Lora(LowRank):
         named = site.tied if config.ensure_weight_tying and site.tied else site.path
         self.set(
             r=self.rank_at(config, named),
-            lora_alpha=for_path(config.alpha_pattern, named, config.lora_alpha),
+            lora_alpha=for_path(config.alpha_pattern, named, config.lora_alpha, "alpha_pattern"),
             use_rslora=config.use_rslora,
             dropout=config.lora_dropout,
         )

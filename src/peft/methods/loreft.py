@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import TunerConfig
-from ..config_fields import ranged
+from ..config_fields import among, ranged
 from ..contract.site import Site
 from ..contract.tensors import Stored
 from ..core.forms.edits import Edits
@@ -40,19 +40,16 @@ class LoReftConfig(TunerConfig):
 
     own_type = "LOREFT"
     r: int = ranged(4)
-    variant: str = "loreft"
+    variant: str = among("loreft", ("loreft", "noreft", "direft"))
     prefix_positions: int = ranged(3, 0)
     suffix_positions: int = ranged(3, 0)
     all_positions: bool = False
     tied_weights: bool = True
     dropout: float = ranged(0.0, 0, 1)
-    init_weights: str = "identity"
+    init_weights: str = among("identity", ("identity", "random"))
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, allowed in (("variant", ("loreft", "noreft", "direft")), ("init_weights", ("identity", "random"))):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"`{name}` should be one of {allowed} but the value passed is {getattr(self, name)!r}")
         if not self.all_positions and self.prefix_positions + self.suffix_positions == 0:
             raise ValueError("`prefix_positions` and `suffix_positions` are both 0: there is no position to edit.")
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..config_fields import member, ranged
+from ..config_values import AtLeast0
 from ..contract.site import Site
 from ..contract.tensors import Stored
 from ..inits.prompts import copy_from_tasks
@@ -43,7 +44,7 @@ class MultitaskPromptTuningConfig(PromptTuningConfig):
     own_type = "MULTITASK_PROMPT_TUNING"
     prompt_tuning_init: MultitaskPromptTuningInit | str = member(MultitaskPromptTuningInit.RANDOM)
     prompt_tuning_init_state_dict_path: str | None = None
-    prompt_tuning_init_task: int | None = 0
+    prompt_tuning_init_task: AtLeast0 | None = 0
     num_ranks: int | None = ranged(1)
     num_tasks: int | None = ranged(1)
 

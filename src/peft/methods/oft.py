@@ -114,4 +114,4 @@ class OFT(BlockRotation):
 
     def before(self, x: Tensor) -> Tensor:
         R = self.with_dropout(self.rotations(), self.config.module_dropout)
-        return rotate_blocks(x.to(R.dtype), R).to(x.dtype)
+        return rotate_blocks(x, R).to(x.dtype)

@@ -7,6 +7,7 @@ encoder-decoder model reads pair 2i mod L at layer i: upstream's layout, in whic
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -16,7 +17,14 @@ from torch import Tensor, nn
 from ..config import PromptLearningConfig
 from ..config_fields import among, own_field, ranged
 from ..contract.site import Site
-from ..core.anatomy.language import number, takes_prefix
+from ..core.anatomy.language import (
+    attentions,
+    key_value_shape,
+    number,
+    shares_keys,
+    takes_prefix,
+    token_and_cache_stacks,
+)
 from ..core.forms.prompt import Encoded, Table, columns, linear
 from ..errors import Refusal
 
@@ -53,10 +61,19 @@ class PrefixTuning(Encoded):
 
     @classmethod
     def sizes(cls, text: object, model: nn.Module) -> dict[str, int]:
+        _, stack = token_and_cache_stacks(model)
+        layers, told = (
+            number(text, "num_hidden_layers"),
+            [key_value_shape(m) for m in attentions(stack) if not shares_keys(m)],
+        )
+        known = [shape for shape in told if shape is not None]
+        if known and None not in told:  # the widest layer's: narrower ones leave the rest of their columns unused
+            heads, width = max(((h, max(k, v)) for h, k, v in known), key=math.prod)
+            return {"num_layers": layers, "token_dim": heads * width, "num_attention_heads": heads}
         heads = number(text, "num_attention_heads", "encoder_attention_heads")
         width = getattr(text, "head_dim", None) or getattr(text, "d_kv", None) or number(text, "hidden_size") // heads
         kv = getattr(text, "num_key_value_heads", None) or heads
-        return {"num_layers": number(text, "num_hidden_layers"), "token_dim": width * kv, "num_attention_heads": kv}
+        return {"num_layers": layers, "token_dim": width * kv, "num_attention_heads": kv}
 
     @classmethod
     def fits(cls, config: PromptLearningConfig, model: nn.Module) -> None:

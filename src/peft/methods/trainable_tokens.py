@@ -15,8 +15,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..config import TunerConfig
-from ..config_fields import own_field
+from ..config import TunerConfig, as_bias
+from ..config_fields import own_field, reading
+from ..config_values import AtLeast0
 from ..contract.capabilities import Derives, Follows, NeedsTokens
 from ..contract.method import Method
 from ..contract.site import Op, Site
@@ -40,9 +41,9 @@ class TrainableTokensConfig(TunerConfig):
     own_type = "TRAINABLE_TOKENS"
     token_indices: list[int] = field(default_factory=list)
     init_weights: bool = True
-    bias: str = own_field("none")
+    bias: str = reading(as_bias, "none", own=True)
     exclude_modules: list[str] | str | None = own_field(None)
-    layers_to_transform: list[int] | int | None = own_field(None)
+    layers_to_transform: list[AtLeast0] | AtLeast0 | None = own_field(None)
     layers_pattern: list[str] | str | None = own_field(None)
     modules_to_save: list[str] | None = own_field(None)
 

@@ -20,6 +20,7 @@ from ..core.adapted.layer import Adapted
 from ..core.adapted.switch import Switch
 from ..core.model.peft_model import PeftModel
 from ..core.model.tuner import Tuner
+from ..remote import refuse_others
 
 OfBase: TypeAlias = "type | Callable[[nn.Module], bool] | None"
 
@@ -108,7 +109,8 @@ class ModelView(type):
 
 
 def _known(options: dict[str, bool]) -> dict[str, bool]:
-    return {k: v for k, v in options.items() if k in ("low_cpu_mem_usage", "autocast_adapter_dtype")}
+    refuse_others("This class", options, ("low_cpu_mem_usage", "autocast_adapter_dtype"))
+    return options
 
 
 def layer_view(name: str, prefix: str = "", base: OfBase = None, part: str = "", **members: object) -> LayerView:

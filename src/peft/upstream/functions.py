@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _IncompatibleKeys
 
+from ..contract import managed
 from ..contract.composition import by_form
 from ..contract.method import Method
 from ..contract.tree import AdapterContainer, Composite
@@ -19,25 +20,25 @@ from ..errors import CheckpointError
 
 
 # -- the base model under the adapters --------------------------------------------------------------------------------------
-def base_tensors(module: nn.Module, path: str = "") -> Iterator[tuple[str, Tensor]]:
-    """(name in the bare base model, tensor) of all its saved state, seen through the wrappers."""
-    held = module
-    while isinstance(held, (Adapted, Composite)):
-        held = held.base_layer
-    for name, p in held._parameters.items():
+def base_tensors(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module, str]]:
+    """(name in the bare base model, what holds it, its name there) of all its saved state, seen through the wrappers."""
+    inner = module
+    while isinstance(inner, (Adapted, Composite)):
+        inner = inner.base_layer
+    for name, p in inner._parameters.items():
         if p is not None:
-            yield path + name, p
-    for name, b in held._buffers.items():
-        if b is not None and name not in held._non_persistent_buffers_set:
-            yield path + name, b
-    for name, child in held._modules.items():
+            yield path + name, inner, name
+    for name, b in inner._buffers.items():
+        if b is not None and name not in inner._non_persistent_buffers_set:
+            yield path + name, inner, name
+    for name, child in inner._modules.items():
         if child is not None and not isinstance(child, (AdapterContainer, Method)):
             yield from base_tensors(child, f"{path}{name}.")
 
 
 def get_base_model_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """The base model's state dict, under the names it has without adapters."""
-    return {n: t.detach() for n, t in base_tensors(base_of(model))}
+    return {n: managed.held(owner, leaf).detach() for n, owner, leaf in base_tensors(base_of(model))}
 
 
 def set_base_model_state_dict(
@@ -45,17 +46,17 @@ def set_base_model_state_dict(
 ) -> _IncompatibleKeys:
     """Load values into the base model under the adapters; checked before anything changes."""
     base = base_of(model)
-    own = dict(base_tensors(base))
+    places = {n: (owner, leaf) for n, owner, leaf in base_tensors(base)}
+    own = {n: managed.held(*place) for n, place in places.items()}
     missing, extra = [n for n in own if n not in state_dict], [n for n in state_dict if n not in own]
     wrong = [n for n, t in own.items() if n in state_dict and state_dict[n].shape != t.shape]
     if wrong or (strict and (missing or extra)):
         raise CheckpointError(
             f"The state dict does not fit the base model: missing {missing[:5]}, unknown {extra[:5]}, other shape {wrong[:5]}."
         )
-    with torch.no_grad():
-        for n, t in own.items():
-            if n in state_dict:
-                t.copy_(state_dict[n])
+    for n, place in places.items():
+        if n in state_dict:
+            managed.write(*place, state_dict[n])
     return _IncompatibleKeys(missing, extra)
 
 
@@ -67,7 +68,12 @@ def get_submodules(model: nn.Module, key: str) -> tuple[nn.Module, nn.Module, st
 
 # -- precision and sharding ---------------------------------------------------------------------------------------------------
 def cast_mixed_precision_params(model: nn.Module, dtype: torch.dtype) -> None:
-    """Frozen floating parameters in `dtype`, trained ones in fp32."""
+    """Frozen floating parameters in `dtype`, trained ones in fp32; before they are split over processes."""
+    pieces = [n for n, p in model.named_parameters() if managed.split(p) or managed.partitioned(p)]
+    if pieces:
+        raise ValueError(
+            f"{pieces[0]} is split over processes, which keeps its dtype: cast the model before sharding it."
+        )
     for p in model.parameters():
         if p.is_floating_point():
             p.data = p.data.to(torch.float32 if p.requires_grad else dtype)

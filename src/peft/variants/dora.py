@@ -49,7 +49,7 @@ class DoRA(Around):
         """Row norms of W + ΔW, a constant in backward; without forming the sum where ΔW is two thin matrices."""
         with torch.no_grad():
             if thin is not None:
-                return row_norms(W, thin.A, thin.B, thin.scale)
+                return row_norms(W, thin.A.detach(), thin.B.detach(), thin.scale)  # no_grad keeps tangents
             return self._moved(W.to(self.m.dtype))[1]
 
     def _thin(self, op: Op) -> Thin | None:

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from peft import get_peft_model
-from peft.core.files.sharded import WRAPPERS, bare, flat, gathered, hollow, like, split, unreadable, unwrapped_name
+from peft.contract.managed import like, split
+from peft.core.files.sharded import WRAPPERS, bare, flat, gathered, hollow, unreadable, unwrapped_name
 from tests.helpers.tiny_llama import llama, lora
 
 

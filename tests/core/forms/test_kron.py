@@ -51,9 +51,9 @@ def test_a_shape_that_does_not_divide_the_layer_is_refused_with_its_place(shape)
         Product.check(KroneckerConfig(a_shape=shape), site(plain_geometry(24, 12)))
 
 
-@pytest.mark.parametrize("shape", [(4,), (4, 3, 1), (0, 3), (2.0, 3)])
+@pytest.mark.parametrize("shape", [(4,), (4, 3, 1), (0, 3), (2.5, 3)])
 def test_a_shape_is_two_positive_numbers(shape):
-    with pytest.raises(ValueError, match="expected two positive numbers"):
+    with pytest.raises(ValueError, match="a_shape"):
         KroneckerConfig(a_shape=shape)
 
 

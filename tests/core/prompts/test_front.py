@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from peft import Refusal
-from peft.core.prompts.arguments import batch, before, flat_mask, refuse_gap, refuse_packed, seen, spread
+from peft.core.prompts.arguments import batch, before, flat_mask, refuse_gap, refuse_packed, seen, spread, taken
 from peft.core.prompts.front import Front
 
 CPU = torch.device("cpu")
@@ -35,14 +35,21 @@ def test_the_padding_of_shorter_rows_lies_on_the_left():
     assert mixed.visible(mixed.soft, mixed.S, CPU).tolist() == [[0, 0, 1], [1, 1, 1]]
 
 
-def test_turning_moves_the_padding_to_the_end_and_back():
+def test_behind_the_text_lies_the_padding_of_shorter_fronts_in_encoders():
     mixed = front([method(2)], [method(0)], row=[1, 0])
-    t = torch.tensor([[0, 0, 7, 8], [5, 6, 7, 8]])
-    turned = mixed.turn(t)
-    assert turned.tolist() == [[7, 8, 0, 0], [5, 6, 7, 8]]
-    assert torch.equal(mixed.turn(turned, back=True), t)
-    deep = torch.randn(2, 4, 3)
-    assert torch.equal(mixed.turn(mixed.turn(deep), back=True), deep)
+    t, mask = torch.tensor([[0, 0, 7, 8], [5, 6, 7, 8]]), torch.ones(2, 2).long()
+    assert taken(t, mixed.order(mask, 4, trailing=True)).tolist() == [[7, 8, 0, 0], [5, 6, 7, 8]]
+    even = front([method(2)])
+    assert even.order(mask, 4, trailing=True) is None
+
+
+def test_padding_on_the_left_stands_before_the_virtual_tokens():
+    both = front([method(2)])
+    columns = torch.tensor([[50, 51, 1, 2, 3]] * 3)
+    mask = torch.tensor([[0, 1, 1], [1, 1, 1], [1, 1, 0]])
+    moved = taken(columns, both.order(mask, 5, trailing=False))
+    assert moved.tolist() == [[1, 50, 51, 2, 3], [50, 51, 1, 2, 3], [50, 51, 1, 2, 3]]
+    assert both.order(None, 5, trailing=False) is None
 
 
 def test_each_row_takes_its_own_groups_part():

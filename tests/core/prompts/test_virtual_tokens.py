@@ -116,12 +116,16 @@ def test_room_is_made_in_all_that_the_call_is_given():
         "other": (other := torch.zeros(2, 4)),
     }
     state.widen(kwargs, front([Words(model, [5, 6])]))
-    ids = [[state.filler] * 2 + row for row in IDS.tolist()]
-    assert kwargs["input_ids"].tolist() == ids and state.filler != 0  # 0 is the padding
-    assert kwargs["attention_mask"].tolist() == [[1, 1, 0, 1, 1, 1], [1, 1, 1, 1, 1, 1]]
-    assert kwargs["token_type_ids"].tolist() == [[0, 0, 1, 1, 1, 1]] * 2
+
+    def widened(room: int) -> list[list[int]]:  # behind the first row's padding of one
+        first, second = IDS.tolist()
+        return [[first[0], room, room, *first[1:]], [room, room, *second]]
+
+    assert kwargs["input_ids"].tolist() == widened(state.filler) and state.filler != 0  # 0 is the padding
+    assert kwargs["attention_mask"].tolist() == [[0, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1]]
+    assert kwargs["token_type_ids"].tolist() == [[1, 0, 0, 1, 1, 1], [0, 0, 1, 1, 1, 1]]
     for name in ("labels", "shift_labels"):
-        assert kwargs[name].tolist() == [[-100, -100, *row] for row in IDS.tolist()]
+        assert kwargs[name].tolist() == widened(-100)
     assert kwargs["other"] is other and "position_ids" not in kwargs and state.given is positions
 
 
@@ -142,7 +146,7 @@ def test_once_the_cache_holds_them_only_the_mask_is_widened():
     wide = front([Words(model, [5, 6])])
     state.widen(kwargs, wide)
     state.place(model, kwargs, wide)
-    assert kwargs["attention_mask"].tolist() == [[1, 1, 0, 1, 1, 1, 1], [1] * 7]
+    assert kwargs["attention_mask"].tolist() == [[0, 1, 1, 1, 1, 1, 1], [1] * 7]
     assert kwargs["input_ids"] is before["input_ids"] and "inputs_embeds" not in kwargs
 
 

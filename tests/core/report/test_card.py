@@ -8,7 +8,8 @@ import re
 import yaml
 
 import peft
-from peft import get_peft_model
+from peft import LoraConfig, get_peft_model
+from peft.core.report.card import split, write_card
 from tests.helpers.tiny_llama import llama, lora
 
 
@@ -51,3 +52,10 @@ def test_pushing_uploads_the_adapter_with_its_card(monkeypatch):
     get_peft_model(llama(), lora()).push_to_hub("me/mine")
     assert seen["repo"] == "me/mine" and seen["config"]["peft_type"] == "LORA"
     assert seen["files"] == ["README.md", "adapter_config.json", "adapter_model.safetensors"]
+
+
+def test_further_tags_stand_beside_the_methods_once(tmp_path):
+    config = LoraConfig(base_model_name_or_path="some/base")
+    write_card(config, tmp_path, ["law", "peft"])
+    write_card(config, tmp_path, "law")
+    assert split(str(tmp_path / "README.md"))[0]["tags"] == ["base_model:adapter:some/base", "lora", "peft", "law"]

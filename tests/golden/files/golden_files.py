@@ -150,7 +150,6 @@ class Cell:
     """One combination: adapters of one method, all of the same config, in a base.
 
     how: arguments of `get_peft_model`. save: arguments of `save_pretrained`. stored: its files lie in `adapters/`, too.
-    readable: whether `from_pretrained` takes what was saved.
     """
 
     method: str
@@ -161,7 +160,6 @@ class Cell:
     how: dict[str, Any] = field(default_factory=dict)
     save: dict[str, Any] = field(default_factory=dict)
     stored: bool = False
-    readable: bool = True
 
     def peft_config(self) -> Any:
         return registry.methods()[self.method].config_class(**copy.deepcopy(self.config))
@@ -237,7 +235,7 @@ def cells(method: str) -> Iterator[Cell]:
         yield put("several adapters", "llama", prompt, names=many)
         yield put("untied", "untied", prompt)
         yield put("modules_to_save", "llama", {**prompt, "modules_to_save": ["norm"]})
-        yield put("all embeddings in the file", "llama", prompt, save={"save_embedding_layers": True}, readable=False)
+        yield put("all embeddings in the file", "llama", prompt, save={"save_embedding_layers": True})
         if "save_encoder" in known:
             yield put("without its network", "llama", {**prompt, "save_encoder": False}, stored=True)
         yield put("bf16", "bf16", prompt)
@@ -340,9 +338,8 @@ def describe(cell: Cell) -> dict[str, Any]:
             known = write(cell, one)
         except (ValueError, Refusal) as e:
             return {"refused": f"{type(e).__name__}: {e}"}
-        if cell.readable:
-            again = cell.load(one)
-            again.save_pretrained(two, **{k: v for k, v in cell.save.items() if k == "save_embedding_layers"})
+        again = cell.load(one)
+        again.save_pretrained(two, **{k: v for k, v in cell.save.items() if k == "save_embedding_layers"})
         out: dict[str, Any] = {"adapters": {}}
         for name in cell.names:
             folder = _folder(one, name)
@@ -350,14 +347,11 @@ def describe(cell: Cell) -> dict[str, Any]:
             if name != cell.names[0]:  # the keys are those of the first
                 found = {k: v for k, v in found.items() if k.endswith("sha256")}
             out["adapters"][name] = found
-            if cell.readable:
-                same_files(folder, _folder(two, name))
+            same_files(folder, _folder(two, name))
         expected = {str(_folder(Path(), name) / file) for name in cell.names for file in (CONFIG, WEIGHTS)}
         files = {str(p.relative_to(one)) for p in one.rglob("*") if p.is_file()}
         if files != expected:
             out["files"] = sorted(files)
-        if not cell.readable:
-            return out
         if again.active_adapter != cell.names[0]:
             again.set_adapter(cell.names[0])
         with contextlib.suppress(NotImplementedError):  # decompositions that torch lacks in half precision

@@ -127,8 +127,38 @@ def main_output(out: object) -> torch.Tensor:
 
 
 @torch.no_grad()
-def outputs(model: torch.nn.Module, name: str, tasks: bool, with_loss: bool = True) -> dict[str, torch.Tensor]:
+def causal_outputs(model: torch.nn.Module, name: str, tasks: bool, alone: bool) -> dict[str, torch.Tensor]:
+    """What is compared of a causal model, row by row: each row without its padding (`alone`), or in the padded batch.
+
+    The reference's own results change with the padding on the left, which it puts between prompt and text.
+    """
+    batch, found = inputs(name), {}
+    for row, real in enumerate(batch["attention_mask"].sum(1).tolist()):
+        pick, cut = ([row], slice(-real, None)) if alone else ([0, 1], slice(None))
+        given = {k: v[pick][:, cut] for k, v in batch.items()}
+        more = {"task_ids": torch.tensor([2, 1])[pick]} if tasks else {}
+        at = 0 if alone else row
+        found[f"masked/{row}"] = model(**given, **more).logits[at, -real:]
+        target = torch.full_like(given["input_ids"], -100)
+        target[at, 1 - real :] = given["input_ids"][
+            at, 1 - real :
+        ]  # the first token is told by the padding, or by nothing
+        found[f"loss/{row}"] = model(**given, labels=target, **more).loss
+        how = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+        found[f"greedy/{row}"] = model.generate(**given, **how, **more)[at, -6:]
+        found[f"beam/{row}"] = model.generate(**given, **how, num_beams=3, **more)[at, -6:]
+    more = {"task_ids": torch.tensor([2, 1])} if tasks else {}
+    found["plain"] = model(input_ids=batch["input_ids"], **more).logits
+    return {k: v.contiguous() for k, v in found.items()}
+
+
+@torch.no_grad()
+def outputs(
+    model: torch.nn.Module, name: str, tasks: bool, with_loss: bool = True, alone: bool = False
+) -> dict[str, torch.Tensor]:
     """Everything that is compared."""
+    if MODELS[name][1] == "CAUSAL_LM":
+        return causal_outputs(model, name, tasks, alone)
     more = {"task_ids": torch.tensor([2, 1])} if tasks else {}
     given, found = inputs(name), {}
     target = labels(name) if MODELS[name][1] in ("SEQ_2_SEQ_LM",) else {}
@@ -153,7 +183,7 @@ def main() -> None:
 
     import peft
 
-    for name in MODELS:
+    for name in sys.argv[1:] or MODELS:
         tensors, header = {}, {}
         for model_name, method in cases():
             if model_name != name:
@@ -172,7 +202,7 @@ def main() -> None:
                 back = peft.PeftModel.from_pretrained(build(name), folder).eval()
             tasks = METHODS[method][2]
             with_loss = MODELS[name][1] != "TOKEN_CLS" or "prefix" in method  # the reference fails there
-            for k, v in outputs(back, name, tasks, with_loss).items():
+            for k, v in outputs(back, name, tasks, with_loss, alone=True).items():
                 tensors[f"{method}/{k}"] = v
         save_file(tensors, os.path.join(HERE, f"{name}.safetensors"), metadata=header)
         print(name, len(tensors), os.path.getsize(os.path.join(HERE, f"{name}.safetensors")), file=sys.stderr)

@@ -64,7 +64,7 @@ class Rows:
     def flat(groups: list[tuple[str, Tensor]], tokens: int) -> Places:
         out: Places = []
         for name, index in groups:
-            first, last = int(index[0]), int(index[-1])
+            first, last = (int(index[0]), int(index[-1])) if len(index) else (0, -1)
             if last - first + 1 == len(index):  # ascending by construction
                 out.append((name, slice(first * tokens, (last + 1) * tokens)))
             else:
@@ -73,7 +73,8 @@ class Rows:
 
     def split(self, ids: Tensor) -> Groups:
         groups = [(name, (ids == k).nonzero().flatten()) for k, name in enumerate(self.distinct)]
-        groups = [(name, index) for name, index in groups if len(index)]
+        if not torch.is_grad_enabled():  # else adapters of the call without a row here get gradients of zero, not none
+            groups = [(name, index) for name, index in groups if len(index)]
         order = torch.cat([index for _, index in groups]) if groups else ids
         return groups, torch.argsort(order)
 

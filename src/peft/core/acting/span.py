@@ -19,6 +19,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Span:
     @classmethod
     def of(cls, y: Tensor, known: Span | None) -> Span:
         """The span of y[rows, ..., channels]: the known one if y are its tokens, else that of whole sequences."""
-        return cls(y.shape[0], y[0, ..., 0].numel()) if known is None or not known.fits(y) else known
+        return cls(y.shape[0], y.shape[1:-1].numel()) if known is None or not known.fits(y) else known
 
     def ends(
         self, prefix_positions: int, suffix_positions: int, device: torch.device, *, of_prompt: bool, method: str
@@ -58,7 +59,8 @@ class Span:
         if of_prompt and self.prompt is not None:
             prompt = self.prompt.to(device)
             inside = inside & (prompt | ~prompt.any(1, keepdim=True))
-        end = torch.where(inside, number + 1, 0).amax(1, keepdim=True)
+        ends = F.pad(torch.where(inside, number + 1, 0), (1, 0))  # the 0 for rows without a token
+        end = ends.amax(1, keepdim=True)
         return inside & (number < prefix_positions), inside & (number >= end - suffix_positions)
 
     def numbers(self, device: torch.device) -> Tensor:

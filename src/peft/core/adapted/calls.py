@@ -1,12 +1,11 @@
-"""How a layer is called: its arguments and its main output, attributes that stand before its parameters, the hooks that
-record what it gives."""
+"""How a layer is called: its arguments and its main output, nested tensors, the hooks that record what it gives."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any, TypeAlias
 
+import torch
 from torch import Tensor, nn
 
 Args: TypeAlias = tuple[Any, ...]  # the arguments of a call by position
@@ -14,22 +13,23 @@ Kwargs: TypeAlias = dict[str, Any]  # and by name
 Output: TypeAlias = Tensor | tuple[Any, ...] | list[Any]  # a block's main output may come first of several
 
 
-@contextmanager
-def over_attributes(module: nn.Module, values: dict[str, Tensor]) -> Iterator[None]:
-    """Within, plain attributes that stand before parameters of these names hold the values, too: FSDP 1 puts its views
-    of flat parameters there, and they would win over what `functional_call` swaps in."""
-    swapped = []
-    for name, value in values.items():
-        path, _, leaf = name.rpartition(".")
-        owner = module.get_submodule(path)
-        if leaf in owner.__dict__:
-            swapped.append((owner, leaf, owner.__dict__[leaf]))
-            owner.__dict__[leaf] = value
-    try:
-        yield
-    finally:
-        for owner, leaf, before in swapped:
-            owner.__dict__[leaf] = before
+def nested(x: object) -> bool:
+    """Whether x is a jagged nested tensor."""
+    return isinstance(x, Tensor) and x.is_nested and x.layout is torch.jagged
+
+
+def over_sequences(x: Any, fn: Callable[[Tensor], Output]) -> Output:
+    """`fn` of the rows of a jagged nested tensor, which lie one sequence after the other, as a nested tensor again."""
+    offsets, lengths, axis = x.offsets(), x.lengths(), x._ragged_idx
+    return on_first(
+        fn(x.values()), lambda y: torch.nested.nested_tensor_from_jagged(y, offsets, lengths, jagged_dim=axis)
+    )
+
+
+def sequence_of(x: Any) -> Tensor:
+    """Which sequence of a jagged nested tensor each of its rows belongs to."""
+    offsets, rows = x.offsets(), x.values().shape[0]
+    return torch.searchsorted(offsets[1:], torch.arange(rows, device=offsets.device), right=True)
 
 
 def move_recorders(source: nn.Module, target: nn.Module) -> None:

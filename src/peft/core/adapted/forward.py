@@ -9,7 +9,7 @@ factored one does not exist: an input transform on a kernel larger than 1, a raw
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -18,15 +18,16 @@ from torch import Tensor
 
 from ...contract.capabilities import ScalesChannels, TakesSpan, can
 from ...contract.composition import by_form
+from ...contract.managed import present
 from ...contract.method import Method
-from ...contract.offload import on_device
 from ...contract.own_forward import run_with
+from ...contract.swapped import called_with
 from ...contract.tree import named
 from ...errors import Refusal
 from ..acting.adapted_layer import AdaptedLayer
 from ..acting.rows import Rows
 from . import fused
-from .calls import Args, Kwargs, Output, on_first, over_attributes
+from .calls import Args, Kwargs, Output, nested, on_first, over_sequences, sequence_of
 
 
 class Forward(AdaptedLayer):
@@ -68,6 +69,8 @@ class Forward(AdaptedLayer):
 
     def _run(self, methods: Sequence[Method], args: Args, kwargs: Kwargs) -> Output:
         x, call = self._input(args, kwargs)
+        if nested(x) and (self.geometry.pointwise or self.geometry.indexed):
+            return self._sequences(methods, x, call, None)
         given = x  # what `after` sees: the layer's own input, so that the parallel branch merges as it stands
         indexed = self.geometry.indexed  # an embedding's rows are what an input transform acts on
         before, replaced, added, late = by_form(methods)
@@ -96,6 +99,20 @@ class Forward(AdaptedLayer):
             out = on_first(out, partial(self._late, m, given))
         return out
 
+    def _sequences(
+        self, methods: Iterable[Method], x: Tensor, call: Callable[[Tensor], tuple[Args, Kwargs]], row: Tensor | None
+    ) -> Output:
+        """A jagged nested tensor's rows, one sequence after the other: what acts on each of them alone takes them so."""
+        for m in methods:
+            if can(m, TakesSpan) and not m.mergeable:
+                raise Refusal(m.peft_type, self.path, "it acts on positions, which are not known in nested tensors")
+
+        def run(values: Tensor) -> Output:
+            args, kwargs = call(values)
+            return self.forward(*args, rows=row, **kwargs)
+
+        return over_sequences(x, run)
+
     def _late(self, m: Method, given: Tensor, y: Tensor) -> Tensor:
         return self._in_parameter_dtype(m, lambda v: self._after(m, v, given), y)
 
@@ -119,10 +136,9 @@ class Forward(AdaptedLayer):
             out = self.op(self._input(args, kwargs)[0], W)
             return out if b is None else self.op.shift(out, b)
         held = {n: h for table in ("_parameters", "_buffers") for n, h, _ in named(self.base_layer, table)}
-        with on_device(self.base_layer):
+        with present(self.base_layer):
             values = {held[n]: v for n, v in self.replaced(replaced).items()}
-            with over_attributes(self.base_layer, values):
-                return torch.func.functional_call(self.base_layer, values, args, kwargs)
+            return called_with(self.base_layer, values, args, kwargs)
 
     def _bias_change(self, methods: Sequence[Method]) -> Tensor:
         b = self.kind.bias(self.base_layer)
@@ -172,9 +188,12 @@ class Forward(AdaptedLayer):
 
     def _mixed(self, rows: Rows, row: Tensor | None, args: Args, kwargs: Kwargs) -> Output:
         """Per-row adapters: the base call once where no adapter changes what goes into it."""
-        x, _ = self._input(args, kwargs)
+        x, call = self._input(args, kwargs)
         if self.methods.keys().isdisjoint(rows.distinct):
             return self.kind.run(self.base_layer, *args, **kwargs)
+        if nested(x) and (self.geometry.pointwise or self.geometry.indexed):
+            acting = (m for n in rows.distinct for m in self.methods.get(n, ()))
+            return self._sequences(acting, x, call, sequence_of(x))
         if (y := fused.run_rows(self, rows, row, x)) is not None:
             return y
         table = {n: list(self.methods.get(n, ())) for n in rows.distinct}

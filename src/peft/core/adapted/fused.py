@@ -9,7 +9,8 @@ from torch import Tensor
 
 from ...contract.method import Method
 from ...kernels.banked import banked_linear
-from ...kernels.lowrank import lowrank_linear, usable
+from ...kernels.lowrank import lowrank_linear
+from ...kernels.node import usable
 from ...kernels.rows import rows_linear
 from ...kernels.scaled import scaled_linear
 from ...kernels.terms import Thin

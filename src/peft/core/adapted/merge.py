@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from ...contract import managed
 from ...contract.composition import by_form
 from ...contract.method import Method
 from ...errors import Refusal
@@ -19,7 +20,7 @@ Record = dict[str, list[tuple[Method, float]]]  # adapter -> its methods with th
 
 
 def merge_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
+    return dtype if dtype == torch.float64 or dtype.is_complex else torch.float32
 
 
 class Merging(Forward):
@@ -30,6 +31,12 @@ class Merging(Forward):
 
     def merged_values(self, methods: Sequence[Method]) -> dict[str, Tensor]:
         """The native parameter values a merge would write; raises `Refusal` or on NaN before anything changes."""
+        # whole tensors lie here meanwhile, so that nothing is to be gathered for a call
+        methods = [managed.inner(m) for m in methods]
+        with managed.present(self), managed.uncalled(n for m in methods for n in m.modules()):
+            return self._merged_values(methods)
+
+    def _merged_values(self, methods: Sequence[Method]) -> dict[str, Tensor]:
         for m in methods:
             if not m.mergeable:
                 raise Refusal(
@@ -53,6 +60,13 @@ class Merging(Forward):
             if not finite(value.to(kept)):
                 raise ValueError(f"Merging into {self.path}.{name} would write NaN or inf; nothing was changed.")
         return {n: v.detach().contiguous() for n, v in values.items()}
+
+    def check_writable(self, tied: frozenset[int] | set[int] = frozenset()) -> None:
+        """Raise `Refusal` where a change of the base weight would be lost, or reach further than this layer."""
+        kind, base = self.kind, self.base_layer
+        why = kind.merge_refusal(base) or managed.refusal(kind.holder(base), kind.replaces, tied)
+        if why:
+            raise Refusal("merge", self.path, why)
 
     def write(
         self,
@@ -80,12 +94,15 @@ class Merging(Forward):
     ) -> bool:
         """Merge these besides those merged already, which stay as strong as they were then; as `write` returns."""
         fresh = [n for n in names if n in self.methods and n not in self.merged_adapters]
-        record = {n: [(m, m.multiplier) for m in self.methods[n]] for n in fresh}
+        record = {n: [(m, m.multiplier) for m in map(managed.inner, self.methods[n])] for n in fresh}
         return self.merge_as({**self.record, **record}, keep, tied) if fresh else False
 
     def merge_as(self, record: Record, keep: bool = True, tied: frozenset[int] | set[int] = frozenset()) -> bool:
         """Merge just what the record says; the composition is stated on the original W, whatever was merged before."""
         before = self.record
+        if record:
+            managed.settle([self.kind.holder(self.base_layer)])
+            self.check_writable(tied)
         self.unmerge()
         if not record:
             return False
@@ -111,7 +128,9 @@ class Merging(Forward):
         """
         fresh = [n for n in names if n in self.methods]
         found = None if self.record else fused.products(self, self.active_methods(fresh))
-        if found is None or found[0].untyped_storage().data_ptr() in taken or not merge_(*found):
+        if found is None or managed.in_place(self.base_layer, found[0]):
+            return False
+        if found[0].untyped_storage().data_ptr() in taken or not merge_(*found):
             return False
         self.record = {n: [(m, m.multiplier) for m in self.methods[n]] for n in fresh}
         self.merged_adapters = fresh

@@ -32,7 +32,9 @@ def find_parameters(model: nn.Module, config: TunerConfig) -> list[Place]:
             for t in targets:
                 if means(t, path):
                     hit.add(t)
-                    if not matches(getattr(config, "exclude_modules", None), place.path) and in_layers(config, path):
+                    if not matches(
+                        getattr(config, "exclude_modules", None), place.path, "exclude_modules"
+                    ) and in_layers(config, path):
                         wanted.append(n)
         if not wanted:
             continue

@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ...contract.offload import on_device
+from ...contract.managed import present, uncalled
 from .patterns import means
 from .walk import walk
 
@@ -39,7 +39,7 @@ def embed(model: nn.Module, ids: Tensor) -> Tensor:
     """The base model's own embeddings of token ids, as floats: what prompts can start from."""
     table = token_embeddings(model)
     assert table is not None
-    with torch.no_grad(), on_device(table):
+    with torch.no_grad(), present(table), uncalled([table]):
         device = next((p.device for p in table.parameters()), torch.device("cpu"))
         return table(ids.to(device)).detach().float().cpu()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from typing import Protocol, TypeGuard
 
@@ -87,6 +88,42 @@ def takes_prefix(model: nn.Module) -> str:
     if CACHE not in arguments_of(type(stack)) or next(attentions(stack), None) is None:
         return "its attention takes no keys and values from outside (no past_key_values), so a prefix has no way in"
     return ""
+
+
+def shares_keys(attention: nn.Module) -> bool:
+    """Whether this attention reads the keys and values of an earlier layer and keeps none of its own."""
+    return bool(getattr(attention, "is_kv_shared_layer", False))
+
+
+def key_value_shape(attention: nn.Module) -> tuple[int, int, int] | None:
+    """(heads, width of a key, width of a value) as the layer keeps them; None where the module does not tell.
+
+    The module is asked and not the config: layers of one model may differ (Gemma 4), and attributes of the same name
+    mean different things in different models (multi-query Falcon).
+    """
+
+    def first(*names: str) -> int | None:
+        found = (getattr(attention, n, None) for n in names)
+        return next((v for v in found if isinstance(v, int) and not isinstance(v, bool) and v > 0), None)
+
+    key = first("qk_head_dim", "key_head_dim", "head_dim")
+    value = first("v_head_dim") or key
+    made = getattr(getattr(attention, "k_proj", None), "out_features", None)
+    heads = made // key if isinstance(made, int) and key else first("num_key_value_heads", "num_kv_heads", "kv_heads")
+    if heads is None and hasattr(attention, "kv_b_proj"):  # latent attention: keys and values of all heads are kept
+        heads = first("num_heads")
+    return (heads, key, value) if heads and key and value else None
+
+
+def identity_inputs(stack: nn.Module, ids: Tensor | None, vectors: Tensor | None) -> Tensor | None:
+    """What a stack with embeddings per layer looks up by token [rows, tokens, layers, width]; None where it has none."""
+    make = getattr(stack, "get_per_layer_inputs", None)
+    if make is None or not getattr(getattr(stack, "config", None), "hidden_size_per_layer_input", 0):
+        return None
+    if ids is not None:
+        found: Tensor = make(ids)
+        return found
+    return make(None, vectors) if "inputs_embeds" in inspect.signature(make).parameters else None
 
 
 def bidirectional(stack: nn.Module) -> bool:

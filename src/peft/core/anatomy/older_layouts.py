@@ -113,7 +113,11 @@ def retarget(model: nn.Module, config: TunerConfig, cls: type[Method]) -> None:
         hit = [
             f
             for f in stack.former
-            if every or any(matches(wanted, p) and not matches(excluded, p) for p in stack.layers(f))
+            if every
+            or any(
+                matches(wanted, p, "target_modules") and not matches(excluded, p, "exclude_modules")
+                for p in stack.layers(f)
+            )
         ]
         if not every and not isinstance(wanted, str):
             gone |= {t for t in wanted for f in stack.former for p in stack.layers(f) if means(t, p)}
@@ -134,7 +138,9 @@ def retarget(model: nn.Module, config: TunerConfig, cls: type[Method]) -> None:
         if block not in blocks or not _router(place):
             continue
         old = [f"{b}.{leaf}" for b in dict.fromkeys((block, blocks[block]))]
-        if every or any(matches(wanted, p) and not matches(excluded, p) for p in old):
+        if every or any(
+            matches(wanted, p, "target_modules") and not matches(excluded, p, "exclude_modules") for p in old
+        ):
             add.append(f"{leaf}.weight")
             if not every and not isinstance(wanted, str):
                 gone |= {t for t in wanted for p in old if means(t, p)}
@@ -143,7 +149,7 @@ def retarget(model: nn.Module, config: TunerConfig, cls: type[Method]) -> None:
     config.target_parameters = [*named, *(n for n in dict.fromkeys(add) if n not in named)]
     layers = [p.path for p in places if not _router(p)]
     if isinstance(wanted, str):
-        chosen = [p.path for p in places if p.owner is None and matches(wanted, p.path)]
+        chosen = [p.path for p in places if p.owner is None and matches(wanted, p.path, "target_modules")]
         if not every and (
             not chosen or set(chosen) - set(layers)
         ):  # a regex cannot leave out the routers that it matches

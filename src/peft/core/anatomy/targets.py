@@ -5,6 +5,7 @@ Paths are the names of the *base* model: the wrappers of adapters that are alrea
 
 from __future__ import annotations
 
+import functools
 import re
 import warnings
 from collections.abc import Collection, Iterator
@@ -12,27 +13,42 @@ from collections.abc import Collection, Iterator
 from torch import nn
 
 from ...config import TunerConfig
+from ...config_values import shown
 from ...contract.tree import Composite
 from ...errors import NoMatchingPeftModuleError, near
 from .heads import output_heads
-from .patterns import matcher, means
+from .patterns import Expression, endings, expression, matcher, means
 from .walk import Place, splitter_of, walk
 
 ALL_LINEAR = "all-linear"
 
 
 def in_layers(config: TunerConfig, path: str) -> bool:
-    """`layers_to_transform`: the number that follows a layer list's name in the path."""
+    """`layers_to_transform`: whether the path is in one of these layers, or is targeted as a whole, not by its ending.
+
+    The layer is the number after the first list of modules in the path, or after the components that one of the regular
+    expressions in `layers_pattern` fits.
+    """
     wanted = getattr(config, "layers_to_transform", None)
     if wanted is None or wanted == []:
         return True
+    targets = config.target_modules
+    if "." not in path if targets == ALL_LINEAR else not isinstance(targets, str) and path in (targets or ()):
+        return True
     pattern = getattr(config, "layers_pattern", None)
     lists = [pattern] if isinstance(pattern, str) else list(pattern or [])
-    if lists:
-        found = next((m for p in lists if (m := re.match(rf".*\.?{re.escape(p)}\.(\d+)\.", path + "."))), None)
+    if any(lists):
+        found = next((m for p in lists if p and (m := _after(p).run("match", path + "."))), None)
     else:
-        found = re.match(r".*?[^.]*\.(\d+)\.", path + ".")  # a block is in its own layer
-    return found is not None and int(found.group(1)) in ([wanted] if isinstance(wanted, int) else wanted)
+        found = re.match(r".*?[^.]*\.(?P<layer_>\d+)\.", path + ".")  # a block is in its own layer
+    return found is not None and int(found["layer_"]) in ([wanted] if isinstance(wanted, int) else wanted)
+
+
+@functools.lru_cache(maxsize=64)
+def _after(pattern: str) -> Expression:
+    """The number after whole path components that a regular expression fits."""
+    expression(pattern, "layers_pattern")  # whole by itself
+    return Expression(rf"(?:.*\.)?(?:{pattern})\.(?P<layer_>\d+)\.", "layers_pattern")
 
 
 def exactly(model: nn.Module, paths: Collection[str]) -> list[Place]:
@@ -71,13 +87,16 @@ def find(model: nn.Module, config: TunerConfig, strict: bool = True) -> list[Pla
         if not chosen:
             raise NoMatchingPeftModuleError("target_modules='all-linear' found no linear layer in this model.")
     else:
-        meant = matcher(targets)
+        meant = matcher(targets, "target_modules")
         chosen = [
             p for p in places if (meant(p.path) or (p.owner is not None and meant(p.owner.path))) and not _composed(p)
         ]
         if not isinstance(targets, str):
             ends = {p.path.rpartition(".")[2] for p in chosen}  # nearly all names are last components
-            unmatched = [t for t in targets or [] if t not in ends and not any(means(t, p.path) for p in places)]
+            unmatched = [t for t in targets or [] if t not in ends]
+            if unmatched:
+                known = {end for p in places for end in endings(p.path)}
+                unmatched = [t for t in unmatched if t not in known]
             if unmatched and (strict or not chosen):
                 _fail("target_modules", unmatched, places)
             elif unmatched:
@@ -91,13 +110,14 @@ def find(model: nn.Module, config: TunerConfig, strict: bool = True) -> list[Pla
             )
         if not chosen and targets:
             _fail("target_modules", [str(targets)], places)
-    barred = matcher(excluded)
+    barred = matcher(excluded, "exclude_modules")
     kept = [p for p in chosen if not barred(p.path) and in_layers(config, p.path) and not inside_saved(p.path)]
     if chosen and not kept:
         why = "exclude_modules, layers_to_transform and modules_to_save leave none of them"
         raise NoMatchingPeftModuleError(f"target_modules={targets!r} matches {len(chosen)} modules, but {why}.")
     if excluded and not isinstance(excluded, str):
-        unused = [e for e in excluded if not any(means(e, p.path) for p in places)]
+        known = {end for p in places for end in endings(p.path)}
+        unused = [e for e in excluded if e not in known]
         if unused:
             _fail("exclude_modules", unused, places)
     return kept
@@ -129,9 +149,10 @@ def _prefixes(path: str) -> Iterator[str]:
 def _fail(what: str, missing: list[str], places: list[Place]) -> None:
     leaves = list(dict.fromkeys(p.path.rsplit(".", 1)[-1] for p in places if not p.path.rsplit(".", 1)[-1].isdigit()))
     paths = [p.path for p in places]
-    hints = "".join(near(m, leaves) or near(m, paths) for m in missing)
+    hints = "".join(near(m, leaves) or near(m, paths) for m in missing[:5])
+    named = ", ".join(shown(m) for m in missing[:20]) + (" …" if len(missing) > 20 else "")
     raise NoMatchingPeftModuleError(
-        f"Target modules {', '.join(map(repr, missing))} not found in the base model: {what} must name modules of it."
+        f"Target modules {named} not found in the base model: {what} must name modules of it."
         f"{hints} Its modules are called: {', '.join(leaves[:40])}{' …' if len(leaves) > 40 else ''}."
     )
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal, TypedDict
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Literal, TypedDict
 
 from torch import Tensor, nn
 
 from ...config import PeftConfig
-from ...errors import CheckpointError
+from ...errors import LONGEST_NAME, CheckpointError
+from ...local_files import json_object
 from ..acting.roster import Adapter
 from ..anatomy.embeddings import vocab_size
 
@@ -16,6 +18,9 @@ Fingerprint = TypedDict(
     "Fingerprint", {"class": str, "vocab_size": int | None, "shapes": dict[str, list[int]]}, total=False
 )
 SAID: tuple[tuple[Literal["class", "vocab_size"], str], ...] = (("class", "a"), ("vocab_size", "vocabulary size"))
+
+FREE = ("base_model_name_or_path", "revision", "inference_mode", "peft_version", "auto_mapping")  # of a config: fields
+# that are no property of the weights, so that the JSON may change them
 
 
 # -- writing ----------------------------------------------------------------------------------------------------------------
@@ -49,21 +54,55 @@ class Loaded:
     base: Fingerprint | None = None
     source: str = ""
     owned: bool = False  # the tensors were read from a file for this adapter alone: nobody else holds them
+    fetch: Callable[[Iterable[str]], dict[str, Tensor]] | None = None  # of a large file, whose tensors are on the meta
+    # device until all that it says has been checked: what reads the values of these keys
+
+    def read_values(self) -> None:
+        """Of a large file, read what has been checked."""
+        if self.fetch is not None:
+            self.tensors, self.fetch, self.owned = self.fetch(list(self.tensors)), None, True
 
 
-def check_base(model: nn.Module, loaded: Loaded, adapter: Adapter) -> None:
-    """The saved fingerprint against this model."""
+def object_in(header: Mapping[str, str], name: str, source: str) -> dict[str, Any] | None:
+    """What a file's header holds under a name, as an object; None where it holds nothing there."""
+    if name not in header:
+        return None
+    try:
+        return json_object(header[name])
+    except ValueError as e:
+        raise CheckpointError(f"{source}: {name} in its header is no valid JSON ({e}); the file is damaged.") from e
+
+
+def fingerprint_in(header: Mapping[str, str], source: str) -> Fingerprint | None:
+    """The fingerprint of the base that a file's header holds."""
+    found = object_in(header, "peft_base", source)
+    if found is None:
+        return None
+    shapes = found.get("shapes", {})
+    right = {
+        "class": isinstance(found.get("class", ""), (str, type(None))),
+        "vocab_size": type(found.get("vocab_size")) in (int, type(None)),
+        "shapes": isinstance(shapes, dict) and all(isinstance(s, list) for s in shapes.values()),
+    }
+    wrong = [name for name, fits in right.items() if not fits]
+    if wrong:
+        raise CheckpointError(f"{source}: {wrong[0]} of peft_base in its header is {str(found[wrong[0]])[:200]!r}.")
+    return {k: found[k] for k in right if k in found}  # type: ignore[return-value]
+
+
+def check_base(model: nn.Module, loaded: Loaded, adapter: Adapter, ignore_sizes: bool = False) -> None:
+    """The saved fingerprint against this model. ignore_sizes: nothing but its class."""
     if not loaded.base:
         return
     here = fingerprint(model, adapter)
-    for what, say in SAID:
+    for what, say in SAID[: 1 if ignore_sizes else None]:
         if loaded.base.get(what) is not None and here[what] is not None and loaded.base[what] != here[what]:
             raise CheckpointError(
-                f"{loaded.source}: the adapter was trained on {say} {loaded.base[what]}, this model has {say} {here[what]}. "
+                f"{loaded.source}: the adapter was trained on {say} {str(loaded.base[what])[:LONGEST_NAME]}, this model has {say} {here[what]}. "
                 "Load it on the right base, or pass strict=False to try all the same."
             )
-    for disk_path, shape in loaded.base.get("shapes", {}).items():
+    for disk_path, shape in loaded.base.get("shapes", {}).items() if not ignore_sizes else ():
         if disk_path in here["shapes"] and here["shapes"][disk_path] != shape:
             raise CheckpointError(
-                f"{loaded.source}: {disk_path} had weight shape {shape} when the adapter was trained, here it is {here['shapes'][disk_path]}."
+                f"{loaded.source}: {disk_path} had weight shape {str(shape)[:LONGEST_NAME]} when the adapter was trained, here it is {here['shapes'][disk_path]}."
             )

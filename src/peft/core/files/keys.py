@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections.abc import Iterable, Iterator
 from operator import attrgetter
@@ -11,14 +12,23 @@ import torch
 from torch import Tensor, nn
 
 from ...config import PeftConfig
+from ...contract import managed
 from ...contract.method import Method
-from ...errors import CheckpointError, near
+from ...errors import LONGEST_NAME, CheckpointError, near
 from ...registry import method as method_of
 from ..acting.roster import Adapter, Roster
 from . import sharded
 from .tensors import alone
 
 ROOT = "base_model.model."
+FLOATS = (
+    torch.float64,
+    torch.float32,
+    torch.float16,
+    torch.bfloat16,
+    torch.float8_e4m3fn,
+    torch.float8_e5m2,
+)  # dtypes of a file that a float parameter takes; integers and others are no weights
 
 
 @dataclasses.dataclass
@@ -45,7 +55,7 @@ class FileTensor:
         device = self.method.device if old.is_meta else old.device
         if value.dtype != old.dtype or value.device != device:
             value = value.to(device, old.dtype)
-        value = sharded.like(value, old)
+        value = managed.like(value, old)
         if adopt and type(old) is nn.Parameter and not old.is_meta:
             old.data = value
         elif isinstance(old, nn.Parameter):
@@ -98,10 +108,15 @@ def _held(method: Method, attr: str) -> Tensor | None:
         return None
 
 
-def state_dict_of(roster: Roster, name: str, gathered: sharded.Gathered | None = None) -> dict[str, Tensor]:
-    """The adapter's tensors under their keys in the file. gathered: values of tensors that are not whole here."""
+def state_dict_of(
+    roster: Roster, name: str, gathered: sharded.Gathered | None = None, whole: bool = False
+) -> dict[str, Tensor]:
+    """The adapter's tensors under their keys in the file. gathered: values of tensors that are not whole here. whole:
+    put those together that are split over processes (collective); else their pieces are given."""
     roster.known([name])
     adapter = roster.adapters[name]
+    if gathered is None and any(managed.flat(m) for _, m in adapter.methods[:1]):
+        sharded.check_summoned(adapter.parameters(), name)
     out: dict[str, Tensor] = {}
     for key, method, attr, value in _tensors(adapter):
         if attr in method.table.unwritten:
@@ -114,6 +129,8 @@ def state_dict_of(roster: Roster, name: str, gathered: sharded.Gathered | None =
                 f"Adapter {name!r}: {key} holds no values ({why}). Load weights first; with ZeRO-3 or FSDP save through "
                 "the trainer, which gathers them, or pass state_dict=accelerator.get_state_dict(model)."
             )
+        if managed.partitioned(value) or (whole and managed.split(value)):
+            value = managed.whole(value)
         value = method.stored(attr, value.detach())
         shape = method.table.disk_shape(method, attr)
         out[key] = value if shape is None else value.reshape(shape)
@@ -170,10 +187,14 @@ def _with_root(key: str, root: str) -> str:
     return root + key
 
 
-def check_fit(
-    adapter: Adapter, pairs: dict[str, tuple[FileTensor, Tensor]], missing: list[str], extra: list[str], source: str
-) -> None:
-    """Raise unless every key lands and every tensor is filled with its shape."""
+def check_fit(pairs: dict[str, tuple[FileTensor, Tensor]], missing: list[str], extra: list[str], source: str) -> None:
+    """Raise unless every key lands and every tensor is filled with values that it can hold."""
+    check_keys(pairs, missing, extra, source)
+    check_values(pairs, source)
+
+
+def check_keys(pairs: dict[str, tuple[FileTensor, Tensor]], missing: list[str], extra: list[str], source: str) -> None:
+    """Raise unless every key lands and every tensor is filled."""
     if missing or extra:
         file_keys = [*pairs, *extra]
         hint = "".join(near(m, extra, 1) for m in missing[:1]) or "".join(near(e, missing, 1) for e in extra[:1])
@@ -183,23 +204,61 @@ def check_fit(
             f"\n  {len(extra)} keys of the file have no place in the model: {few(extra)}"
             f"\n  {len(pairs)} of {len(file_keys)} keys fit. Check the base model and the adapter's target_modules."
         )
-    wrong = [
-        f"{k}: file {tuple(t.shape)}, model {s.disk_shape}"
-        for k, (s, t) in pairs.items()
-        if t.shape != s.tensor.shape and tuple(t.shape) != s.disk_shape
-    ]
-    if wrong:
-        raise CheckpointError(
-            f"{source or 'The state dict'}: size mismatch, is this the right base model? {few(wrong)}"
-        )
+
+
+def check_values(pairs: dict[str, tuple[FileTensor, Tensor]], source: str, ignore_sizes: bool = False) -> list[str]:
+    """Raise unless each tensor can hold the values that a file has for it, without loss beyond rounding.
+
+    Returns the keys of other sizes, which are an error unless `ignore_sizes`.
+    """
+    source, wrong = source or "The state dict", mismatched(pairs)
+    if wrong and not ignore_sizes:
+        shapes = [f"{k}: file {tuple(pairs[k][1].shape)}, model {pairs[k][0].disk_shape}" for k in wrong]
+        raise CheckpointError(f"{source}: size mismatch, is this the right base model? {few(shapes)}")
+    for key, (held, value) in pairs.items():
+        dtype = held.tensor.dtype
+        if value.dtype is not dtype and key not in wrong and (why := _lossy(value, dtype)):
+            raise CheckpointError(f"{source}: {key} {why}.")
+    return wrong
+
+
+def mismatched(pairs: dict[str, tuple[FileTensor, Tensor]]) -> list[str]:
+    """The keys of tensors that have neither the size of the model's in the file nor in memory."""
+    return [k for k, (s, t) in pairs.items() if t.shape != s.tensor.shape and tuple(t.shape) != s.disk_shape]
+
+
+def _lossy(value: Tensor, dtype: torch.dtype) -> str:
+    """Why values of a file cannot stand in a tensor of another dtype; "" where they can."""
+    given = value.dtype
+    if dtype.is_floating_point or dtype.is_complex:
+        if given not in FLOATS and not (given.is_complex and dtype.is_complex):
+            return f"holds {given}, where the adapter has floats"
+        if dtype.is_complex or torch.finfo(given).max <= torch.finfo(dtype).max or value.is_meta or not value.numel():
+            return ""
+        most = float(value.detach().abs().max())
+        return f"holds {most:.3g}, which {dtype} cannot" if most > torch.finfo(dtype).max and most != math.inf else ""
+    if dtype is torch.bool or given is torch.bool or given.is_complex:
+        return f"holds {given}, where the adapter has {dtype}"
+    if value.is_meta or not value.numel():
+        return ""
+    least, most = float(value.min()), float(value.max())
+    known = torch.iinfo(dtype)
+    if not known.min <= least <= most <= known.max or (given.is_floating_point and not value.eq(value.round()).all()):
+        return f"holds values from {least:.6g} to {most:.6g}, which are no {dtype}"
+    return ""
 
 
 def few(items: list[str], n: int = 6) -> str:
     """The first of some names, and how many there are."""
-    return ", ".join(items[:n]) + (f", … ({len(items)} in all)" if len(items) > n else "") if items else "none"
+    return (
+        ", ".join(i[:LONGEST_NAME] for i in items[:n]) + (f", … ({len(items)} in all)" if len(items) > n else "")
+        if items
+        else "none"
+    )
 
 
 def assign(pairs: dict[str, tuple[FileTensor, Tensor]], adapter: Adapter, adopt: bool = False) -> None:
+    managed.settle(m for _, m in adapter.methods)
     taken: set[int] = set()
     copies: tuple[list[Tensor], list[Tensor]] = [], []
     with torch.no_grad():

@@ -6,16 +6,14 @@ DTensors; ZeRO-3 leaves placeholders. What such tensors hold is taken from, and 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, TypeGuard
+from collections.abc import Callable, Iterable, Mapping
 
 from torch import Tensor, nn
 
+from ...contract.managed import partitioned, split
 from ...contract.method import Method
+from ...errors import CheckpointError
 from ..acting.on_model import base_of
-
-if TYPE_CHECKING:
-    from torch.distributed.tensor import DTensor
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -72,7 +70,7 @@ def unreadable(t: Tensor) -> str:
     """Why a tensor holds no values that could be written here; "" where it does."""
     if t.is_meta:
         return "meta device"
-    if split(t):
+    if split(t) or partitioned(t):
         return ""
     if hollow(t):
         return "zero elements"
@@ -84,15 +82,34 @@ def hollow(t: Tensor) -> bool:
     return t.numel() == 0 and t.dim() < 2
 
 
-def split(t: Tensor) -> TypeGuard[DTensor]:
-    """Whether each process has a piece of this tensor (a DTensor)."""
-    return type(t) is not Tensor and type(t) is not nn.Parameter and hasattr(t, "full_tensor")
+def check_summoned(parameters: Iterable[Tensor], name: str) -> None:
+    """Raise where FSDP 1 has but pieces of an adapter here; whole, one of its tensors has two axes."""
+    if max((p.dim() for p in parameters), default=0) < 2:
+        raise CheckpointError(
+            f"Adapter {name!r} is kept in pieces by FSDP 1: save it on every process within "
+            "FullyShardedDataParallel.summon_full_params(model), or pass state_dict=accelerator.get_state_dict(model)."
+        )
 
 
-def like(value: Tensor, old: Tensor) -> Tensor:
-    """`value` split as `old` is."""
-    if not split(old) or split(value):
-        return value
-    from torch.distributed.tensor import distribute_tensor
+def together(parameters: Iterable[Tensor]) -> bool:
+    """Whether all processes have to take part in reading these."""
+    return any(split(p) or partitioned(p) for p in parameters)
 
-    return distribute_tensor(value, old.device_mesh, old.placements)
+
+def first_of(main: bool) -> bool:
+    """Whether this is the first of the processes that say they are the main one; all have to ask."""
+    import torch.distributed as dist
+
+    if not dist.is_initialized():
+        return main
+    said = [False] * dist.get_world_size()
+    dist.all_gather_object(said, main)
+    return main and said.index(True) == dist.get_rank()
+
+
+def wait_for_all() -> None:
+    """Return when all processes have come here."""
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        dist.barrier()

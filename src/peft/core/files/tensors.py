@@ -1,25 +1,24 @@
 """Files of tensors: safetensors, or `.bin` that holds nothing but tensors. A file of many thin tensors is read and
-written in one piece."""
+written in one piece; of a large one, all that it says of its tensors is known before a value is read."""
 
 from __future__ import annotations
 
-import inspect
 import itertools
 import json
 import math
 import os
 import sys
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable
+from typing import IO, NamedTuple
 
-import safetensors
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from ...contract.cheap_modules import uninterrupted
-from ...errors import CheckpointError
-from .sharded import split
+from ...contract.managed import split
+from ...local_files import LONGEST, damaged, json_object
+from .bin_files import read_bin
 
 SMALL = 2**26  # bytes up to which a file passes through memory as a whole
 
@@ -35,86 +34,132 @@ DTYPES = {
     "U8": torch.uint8,
 }
 _STORED = {d: (n, torch.int16 if n == "BF16" else None) for n, d in DTYPES.items()}  # and as what numpy knows it
-_PREAD: dict[str, str] = {"backend": "pread"} if "backend" in inspect.signature(load_file).parameters else {}
+_READ = DTYPES | {
+    "BOOL": torch.bool,
+    "U16": torch.uint16,
+    "U32": torch.uint32,
+    "U64": torch.uint64,
+    "C64": torch.complex64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
 _quoted: Callable[[str], str] = json.encoder.encode_basestring_ascii
+Fetch = Callable[[Iterable[str]], dict[str, Tensor]]
 
 
 class Weights(NamedTuple):
-    """What a file holds. whole: what the tensors are views of; () where each has memory of its own."""
+    """What a file holds. whole: what the tensors are views of; () where each has memory of its own. fetch: of a large
+    file that is read in two steps, what reads values by key; the tensors are on the meta device then."""
 
     tensors: dict[str, Tensor]
     header: dict[str, str]
     whole: tuple[Tensor, ...] = ()
+    fetch: Fetch | None = None
 
 
-def read_weights(path: str, device: str | None = None) -> Weights:
-    """The tensors and the header of a weights file; `.bin` only through `weights_only`."""
-    if path.endswith(".safetensors"):
-        try:
-            with uninterrupted():
-                found = _views(path) if device in (None, "cpu") else None
-            if found is not None:
-                return found
-            with safetensors.safe_open(path, framework="pt") as f:
-                header = f.metadata() or {}
-            # read, not mapped: another process may write the file anew while this adapter is in use
-            return Weights(load_file(path, device=device or "cpu", **_PREAD), header)
-        except (safetensors.SafetensorError, OSError, ValueError) as e:
-            size = os.path.getsize(path)
-            raise CheckpointError(
-                f"{path} ({size} bytes) is no readable safetensors file ({e}); it is damaged or cut short."
-            ) from e
-    try:
-        return Weights(torch.load(path, map_location=device or "cpu", weights_only=True), {})
-    except Exception as e:
-        raise CheckpointError(f"{path} cannot be read as plain tensors ({type(e).__name__}: {e}).") from e
+class Entry(NamedTuple):
+    """One tensor in a file: where its bytes lie, from the first tensor's."""
+
+    dtype: torch.dtype
+    shape: list[int]
+    first: int
+    last: int
 
 
-def _views(path: str) -> Weights | None:
-    """A small file read at once: 8 bytes for the header's length, the header, and the tensors one after another.
+def read_weights(path: str, two_steps: bool = False) -> Weights:
+    """The tensors and the header of a weights file; `.bin` only through `weights_only`.
 
-    None for anything that is not just so: the library, which takes three times as long, reads it or says what is wrong.
+    two_steps: of a file larger than `SMALL`, the values only when they are asked for.
     """
     with open(path, "rb") as f:
-        size, length = os.fstat(f.fileno()).st_size, int.from_bytes(f.read(8), "little")
-        if size > SMALL or not 0 < length <= size - 8 or sys.byteorder == "big":
-            return None
-        header, memory = f.read(length), torch.empty(size - 8 - length, dtype=torch.uint8)
-        if f.readinto(memory.numpy().data) != len(memory):
-            return None
-    try:
-        return _laid_out(json.loads(header.decode()), memory)
-    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError):
-        return None
+        size = os.fstat(f.fileno()).st_size
+        with uninterrupted():
+            try:
+                if not path.endswith(".safetensors"):
+                    specs, header, fetch = read_bin(f, path, size)
+                    return (
+                        Weights(specs, header, (), fetch)
+                        if two_steps and size > SMALL
+                        else Weights(fetch(specs), header)
+                    )
+                return _read(f, size, two_steps)
+            except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError) as e:
+                raise damaged(path, size, e) from e
 
 
-def _laid_out(header: dict[str, Any], memory: Tensor) -> Weights:
-    """The tensors that a header names in the memory that follows it, without gaps; an error where it is irregular."""
-    said = header.pop("__metadata__", None)
-    if not all(isinstance(v, str) for v in ({} if said is None else said).values()):
-        raise ValueError
-    entries = sorted(header.items(), key=lambda entry: entry[1]["data_offsets"])
-    at, whole, tensors = 0, [], dict[str, Tensor]()
-    for name, alike in itertools.groupby(entries, key=lambda entry: entry[1]["dtype"]):
-        dtype, group, start, counts = DTYPES[name], list(alike), at, list[int]()
-        for _, entry in group:
-            (first, last), count = entry["data_offsets"], math.prod(entry["shape"])
-            if first != at or last != first + count * dtype.itemsize:
-                raise ValueError
-            counts.append(count)
-            at = last
-        whole.append(memory[start:at].view(dtype))
-        parts = whole[-1].split(counts)
-        tensors |= {k: t.view(entry["shape"]) for (k, entry), t in zip(group, parts, strict=True)}
-    if at != len(memory):
-        raise ValueError
-    return Weights(tensors, said or {}, tuple(whole))
+def _read(f: IO[bytes], size: int, two_steps: bool) -> Weights:
+    """8 bytes for the header's length, the header, and the tensors one after another."""
+    length = int.from_bytes(f.read(8), "little")
+    if not 0 < length <= size - 8:
+        raise ValueError("its header does not fit into it")
+    if length > LONGEST:
+        raise ValueError(f"its header has {length} bytes, at most {LONGEST} are read")
+    entries, said = _laid_out(f.read(length), size - 8 - length)
+    if size > SMALL or sys.byteorder == "big":
+        kept = os.fdopen(os.dup(f.fileno()), "rb")  # the very file that was checked, whatever gets its name meanwhile
+
+        def fetch(keys: Iterable[str]) -> dict[str, Tensor]:
+            return {k: _values(kept, 8 + length, entries[k]) for k in keys}
+
+        if not two_steps:
+            return Weights(fetch(entries), said)
+        meta = {k: torch.empty(e.shape, dtype=e.dtype, device="meta") for k, e in entries.items()}
+        return Weights(meta, said, (), fetch)
+    memory = torch.empty(size - 8 - length, dtype=torch.uint8)
+    if f.readinto(memory.numpy().data) != len(memory):  # type: ignore[attr-defined]
+        raise ValueError("it ends before its tensors do")
+    whole, tensors = [], dict[str, Tensor]()
+    for dtype, alike in itertools.groupby(entries.items(), key=lambda entry: entry[1].dtype):
+        group = list(alike)
+        piece = memory[group[0][1].first : group[-1][1].last]
+        if piece.storage_offset() % dtype.itemsize:
+            piece = piece.clone()
+        whole.append(piece.view(dtype))
+        parts = whole[-1].split([(e.last - e.first) // dtype.itemsize for _, e in group])
+        tensors |= {k: t.view(e.shape) for (k, e), t in zip(group, parts, strict=True)}
+    return Weights(tensors, said, tuple(whole))
+
+
+def _values(f: IO[bytes], start: int, entry: Entry) -> Tensor:
+    memory = torch.empty(entry.last - entry.first, dtype=torch.uint8)
+    f.seek(start + entry.first)
+    if f.readinto(memory.numpy().data) != len(memory):  # type: ignore[attr-defined]
+        raise ValueError("it ends before its tensors do")
+    if sys.byteorder == "big" and entry.dtype.itemsize > 1:
+        size = entry.dtype.itemsize // (2 if entry.dtype.is_complex else 1)
+        memory = memory.view(-1, size).flip(1).flatten()
+    return memory.view(entry.dtype).view(entry.shape)
+
+
+def _laid_out(header: bytes, size: int) -> tuple[dict[str, Entry], dict[str, str]]:
+    """The tensors that a header names in the `size` bytes that follow it, in their order there and without gaps; and
+    what else it says. ValueError where it is irregular."""
+    found = json_object(header.decode())
+    said = found.pop("__metadata__", None)
+    if said is not None and not (isinstance(said, dict) and all(isinstance(v, str) for v in said.values())):
+        raise ValueError("its __metadata__ is no table of texts")
+    at, entries = 0, dict[str, Entry]()
+    for key, entry in sorted(found.items(), key=lambda entry: entry[1]["data_offsets"]):
+        if len(entry) != 3 or entry["dtype"] not in _READ:
+            raise ValueError(f"it says of {key[:200]!r} what is not read: {str(entry)[:200]}")
+        dtype, shape, (first, last) = _READ[entry["dtype"]], entry["shape"], entry["data_offsets"]
+        if not all(type(n) is int and n >= 0 for n in (first, last, *shape)):
+            raise ValueError(f"{key[:200]!r} has sizes or offsets that are no whole numbers")
+        if first != at or last != first + math.prod(shape) * dtype.itemsize:
+            raise ValueError(
+                f"{key[:200]!r} lies at {first} to {last}, not where its shape {str(shape)[:200]} wants it"
+            )
+        entries[key] = Entry(dtype, shape, first, last)
+        at = last
+    if at != size:
+        raise ValueError(f"its tensors have {at} bytes, the file holds {size} of them")
+    return entries, said or {}
 
 
 def finite(t: Tensor) -> bool:
     """Whether no entry is NaN or inf. A finite sum says so in one pass; another may be an overflow of the sum itself."""
     t = t.float() if t.dtype.itemsize == 1 else t  # torch cannot add up the 8-bit formats
-    return math.isfinite(float(t.detach().sum())) or bool(torch.isfinite(t).all())
+    return math.isfinite(abs(t.detach().sum().item())) or bool(torch.isfinite(t).all())
 
 
 def not_finite(weights: Weights) -> list[str]:
@@ -131,7 +176,14 @@ def write_weights(tensors: dict[str, Tensor], path: str, header: dict[str, str])
     for key, t in apart(tensors).items():
         groups.setdefault(t.dtype, {})[key] = t if t.is_cpu else t.cpu()
     if sys.byteorder == "big" or not groups.keys() <= _STORED.keys():
-        return save_file({k: alone(t) for group in groups.values() for k, t in group.items()}, path, metadata=header)
+        for dtype, group in groups.items():
+            if dtype not in _READ.values():
+                key, how = next(iter(group)), "save with safe_serialization=False"
+                raise ValueError(f"{key[:200]} holds {dtype}, which safetensors files have no numbers for: {how}.")
+        others = {k: alone(t) for group in groups.values() for k, t in group.items()}
+        with open(path, "wb") as f:  # the library itself would put another file in the place of this one, which is held
+            f.write(save(others, metadata=header))
+        return
     at, parts, table = 0, list[memoryview](), [f'"__metadata__":{json.dumps(header)}']
     shapes: dict[torch.Size, str] = {}  # as text
     for dtype in sorted(groups, key=lambda d: -d.itemsize):

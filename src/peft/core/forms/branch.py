@@ -6,13 +6,12 @@ s is a number, one trained number ("learned"), or a sigmoid of a trained project
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from ...config import TunerConfig
-from ...config_fields import one_of
 from ...contract.method import Method
 from ...contract.refusals import refusal, require_channels
 from ...contract.site import Site
@@ -24,12 +23,7 @@ from ...maths.networks import affine
 class BranchConfig(TunerConfig):
     """scaling: s, a number, "learned" or "gated"."""
 
-    scaling: float | str = 1.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if isinstance(self.scaling, str):
-            one_of(self, "scaling", ("learned", "gated"))
+    scaling: float | Literal["learned", "gated"] = 1.0
 
     @property
     def parallel(self) -> bool:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ...config import TunerConfig
 from ...config_fields import ranged
+from ...config_values import AtLeast1
 from ...contract.method import Method
 from ...contract.site import Site
 from ...maths.kron import factorization
@@ -21,16 +22,10 @@ class KroneckerConfig(TunerConfig):
     roots. scale: s, not trained. krona_dropout: on the product's input. init_weights: True starts B at 0, False at random.
     """
 
-    a_shape: tuple[int, int] | list[int] | None = None
+    a_shape: tuple[AtLeast1, AtLeast1] | None = None
     scale: float = 1.0
     krona_dropout: float = ranged(0.0, 0, 1)
     init_weights: bool = True
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        shape = self.a_shape
-        if shape is not None and (len(shape) != 2 or any(not isinstance(n, int) or n < 1 for n in shape)):
-            raise ValueError(f"a_shape={shape!r}: expected two positive numbers, the rows and columns of A, or None.")
 
 
 class Kronecker(Method):

@@ -42,8 +42,8 @@ class Ranked(Protocol):
     """The config of such a method; the fields of the strength are named by the method's class."""
 
     r: int
-    rank_pattern: dict[str, int]
-    alpha_pattern: dict[str, int]
+    rank_pattern: dict[str, int] | None
+    alpha_pattern: dict[str, float] | None
 
 
 class LowRank(Derives, Follows, TwoFactors, Method):
@@ -156,12 +156,12 @@ class LowRank(Derives, Follows, TwoFactors, Method):
     # -- ranks and strengths in configs -------------------------------------------------------------------------------
     @classmethod
     def rank_at(cls, config: Ranked, path: str) -> int:
-        return for_path(config.rank_pattern, path, config.r)
+        return for_path(config.rank_pattern, path, config.r, "rank_pattern")
 
     @classmethod
     def alpha_at(cls, config: Ranked, path: str) -> float:
         alpha: float = getattr(config, cls.alpha_field)
-        return for_path(config.alpha_pattern, path, alpha)
+        return for_path(config.alpha_pattern, path, alpha, "alpha_pattern")
 
     @classmethod
     def config_for_ranks(cls, config: C, ranks: dict[str, int]) -> C:

@@ -13,8 +13,9 @@ from typing import TypeAlias
 import torch
 from torch import Tensor, nn
 
-from ...config import DeltaConfig, require_ranks
-from ...config_fields import own_field, ranged
+from ...config import DeltaConfig, as_bias
+from ...config_fields import ranged, reading
+from ...config_values import AtLeast1
 from ...contract.method import Method
 from ...contract.site import Op, Site
 from ...contract.tensors import Shown
@@ -32,19 +33,18 @@ class LycorisConfig(DeltaConfig):
     init_weights: True starts at the identity, False with random factors.
     """
 
-    rank_pattern: dict[str, int] = field(default_factory=dict)
-    alpha_pattern: dict[str, int] = field(default_factory=dict)
+    rank_pattern: dict[str, AtLeast1] | None = field(default_factory=dict)
+    alpha_pattern: dict[str, float] | None = field(default_factory=dict)
     r: int = ranged(8)
-    alpha: int = 8
+    alpha: float = 8
     rank_dropout: float = ranged(0.0, 0, 1)
     module_dropout: float = ranged(0.0, 0, 1)
     use_effective_conv2d: bool = False
     init_weights: bool | str | None = True
-    bias: str = own_field("none")
+    bias: str = reading(as_bias, "none", own=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_ranks(self)
 
 
 class Lycoris(Method):
@@ -60,8 +60,8 @@ class Lycoris(Method):
 
     def __init__(self, config: LycorisConfig, site: Site) -> None:
         super().__init__(config, site)
-        self.r: int = for_path(config.rank_pattern, site.path, config.r)
-        self.alpha = for_path(config.alpha_pattern, site.path, config.alpha)
+        self.r: int = for_path(config.rank_pattern, site.path, config.r, "rank_pattern")
+        self.alpha = for_path(config.alpha_pattern, site.path, config.alpha, "alpha_pattern")
         self.rank_dropout, self.module_dropout = config.rank_dropout, config.module_dropout
         self.tucker = config.use_effective_conv2d and self.geometry.kernel > 1
 

@@ -15,7 +15,6 @@ from torch.nn import functional as F
 from torch.nn.utils import skip_init
 
 from ...config import PromptLearningConfig
-from ...config_fields import require
 from ...contract.method import Method
 from ...contract.site import Site
 from ...contract.tensors import Stored, TensorTable
@@ -96,7 +95,8 @@ class PromptMethod(Method):
     @classmethod
     def prepare(cls, config: PromptLearningConfig, model: nn.Module) -> None:
         """Read num_layers, token_dim, num_attention_heads and num_transformer_submodules from the base model."""
-        require(config, "num_virtual_tokens")
+        if config.num_virtual_tokens is None:
+            raise ValueError("`num_virtual_tokens` should be at least 1 but the value passed is None")
         text = text_config(model)
         if text is None or token_embeddings(model) is None:
             raise Refusal(

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from torch import nn
 
+from ...contract.managed import settle
 from ...errors import Refusal
 from ..acting.on_model import roster_of
 from ..acting.roster import Roster
@@ -32,13 +33,13 @@ def merge(model: nn.Module, names: list[str] | None = None, safe: bool = False, 
                 if p.is_floating_point() and not finite(p):
                     raise ValueError(f"Adapter {name!r}: {disk_path}.{attr} holds NaN or inf; nothing was merged.")
     layers = [x for x in adapted_layers(model) if any(n in x.methods and n not in x.merged_adapters for n in wanted)]
+    settle(layer.kind.holder(layer.base_layer) for layer in layers)
+    tied = shared_parameters(model)
     for layer in layers:
-        if layer.kind.merge_refusal(layer.base_layer):
-            raise Refusal("merge", layer.path, layer.kind.merge_refusal(layer.base_layer))
+        layer.check_writable(tied)
     if safe:
         for layer in layers:
             layer.merged_values(layer.active_methods(_also(layer, wanted)))
-    tied = shared_parameters(model)
     taken = None if keep else shared_storages(model)
     done: list[tuple[Adapted, Record]] = []
     try:

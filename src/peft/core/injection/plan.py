@@ -129,11 +129,13 @@ def plan(
     autocast_adapter_dtype: keep fp32 master weights on half-precision bases. strict: refuse target names that match
     nothing, else warn. only: the paths to target, whatever the config says.
     """
+    config.check()
     roster = roster_of(model)
     check_name(roster, name)
     cls = method(config.peft_type)
     cls.prepare(config, model)
-    if cls.form != "prompt":
+    whole = cls.form == "prompt"  # its site is the whole model
+    if not whole:
         role = getattr(config, "role", cls.role)
         fill_targets(cast(TunerConfig, config), role, model_type(model), cls.peft_type)
     items: list[Item] = []
@@ -151,7 +153,7 @@ def plan(
             site.tied = first if first != place.path else ""
         items.append(Item(place, brought_by, cls, kind, cfg, site))
 
-    if cls.form == "prompt":
+    if whole:
         add(None, "", cls, config)
     else:
         tuned = cast(TunerConfig, config)
@@ -272,6 +274,15 @@ def _site(model: nn.Module, place: Place | None, kind: LayerKind | None, config:
     )
 
 
+def _require_real(m: Method, site: Site) -> None:
+    """Raise unless a complex layer can have this method: terms to add that start without a look at W."""
+    table = site.geometry.indexed  # torch differentiates no lookup of complex numbers
+    if m.form == "delta" and not (isinstance(m, Derives) and m.derives) and not m.dropout and not table:
+        return
+    what = "training a table" if table else "dropout" if m.dropout else "more than a term that is added to it"
+    raise Refusal(m.peft_type, f"{site.path} ({site.layer})", f"its weight is complex, for which {what} is not defined")
+
+
 def _nothing() -> torch.Tensor:
     raise ValueError("the whole model has no single weight matrix")
 
@@ -294,15 +305,19 @@ def _build(items: list[Item], plan: Plan, init: bool, meta: bool) -> None:
         build_on = torch.device("meta") if meta else torch.device("cpu")
         sites = [i.site for i in group]
         real = [s.device for s in sites]
+        numbers = [s.dtype for s in sites]
         for s in sites:
+            s.dtype = s.dtype.to_real()  # complex adapters start from real numbers: none else can be drawn
             s.device = build_on if s.device.type != "meta" else s.device
         shared = cls.shared_tensors(group[0].config, sites, rng)
         plan.shared.update(shared)
-        for item, site, device in zip(group, sites, real, strict=True):
+        for item, site, device, number in zip(group, sites, real, numbers, strict=True):
             site.shared = shared
             item.method = m = _made(item.cls, item.config, site)
             m.set(device=device)
             path = f"{item.brought_by}:{site.path}" if item.brought_by else site.path
+            if number.is_complex:
+                _require_real(m, site)
             if site.device.type != "meta":
                 if isinstance(m, Derives) and m.derives:
                     m.derive(rng.manual_seed(seed_for(0, path)), site)
@@ -311,7 +326,10 @@ def _build(items: list[Item], plan: Plan, init: bool, meta: bool) -> None:
                         m.reset(rng.manual_seed(seed_for(seed, path)), site)
                 if device != site.device:
                     m.to(device)
-            site.device = device
+            if number != site.dtype:
+                for p in m.parameters():
+                    p.data = p.data.to(number)
+            site.device, site.dtype = device, number
 
 
 class DryRun(list[Item]):

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from torch import nn
 
+from ...contract import managed
 from ...contract.tree import Composite, tree
+from ...errors import Refusal
 from ...registry import kinds
-from ..acting.on_model import forget_adapters, roster_of
+from ..acting.on_model import base_of, forget_adapters, roster_of
 from ..adapted.calls import move_recorders
 from ..adapted.layer import Adapted, adapted_layers
 from ..prompts.attach import detach
@@ -27,8 +29,22 @@ def delete(model: nn.Module, name: str) -> None:
     roster.forget(name)
 
 
+def check_unloadable(model: nn.Module) -> None:
+    """Raise `Refusal` where the base model could not run by itself."""
+    if managed.flat(model):
+        raise Refusal(
+            "unload",
+            type(model).__name__,
+            "FSDP 1 gathers its weights for the forward of the wrapper around it; save the adapter and merge it in one process",
+        )
+
+
 def unload(model: nn.Module) -> nn.Module:
     """Take all wrappers out; the base layers are what they hold now (merged or not)."""
+    check_unloadable(model)
+    for unit in managed.units([model]):
+        if unit is not model and (base_of(unit) is model or getattr(unit, "model", None) is model):
+            managed.hand_over(unit, model)
     roster = roster_of(model)
     for parent in list(model.modules()):
         for attr, child in list(parent._modules.items()):

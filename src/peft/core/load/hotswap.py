@@ -9,31 +9,36 @@ swaps then only copy s·B and A, padded with zeros.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import warnings
 from collections.abc import Iterable
+from contextlib import nullcontext
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from ...config import PeftConfig
+from ...contract import managed
 from ...contract.capabilities import TwoFactors
+from ...contract.managed import class_of
 from ...contract.method import Method
-from ...errors import CheckpointError, Refusal
+from ...errors import CheckpointError, Refusal, about_a_file
 from ...registry import method
 from ..acting.on_model import roster_of
 from ..acting.roster import Adapter, Roster
 from ..adapted.layer import adapted_layers
+from ..files import header
 from ..files.header import Loaded, check_base
 from ..files.keys import assign, check_fit, modules_in_file
 from ..files.sharded import unwrapped
 from ..injection.commit import commit
 from ..injection.plan import Plan, plan
 from ..injection.remove import delete
-from .load import fit_any_layout, read_adapter
+from .load import Fit, checked, read_adapter
 
 T = TypeVar("T")
-FREE = ("base_model_name_or_path", "revision", "inference_mode", "peft_version", "auto_mapping", "task_type", "seed")
+FREE = (*header.FREE, "task_type", "seed")
 
 
 def check_hotswap_configs_compatible(config0: PeftConfig, config1: PeftConfig) -> None:
@@ -72,9 +77,18 @@ def reload(model: nn.Module, loaded: Loaded, name: str) -> None:
     if before != after or adapter.padded:
         swap(model, loaded, name)
         return
-    pairs, missing, extra, _ = fit_any_layout(base, roster, adapter, loaded.tensors)
-    check_fit(adapter, pairs, missing, extra, loaded.source)
-    assign(pairs, adapter)
+    fit = Fit(Plan(name, adapter.config, []), adapter, roster)
+    with about_a_file(loaded.source or "The adapter"):
+        known = dataclasses.replace(loaded, tensors=dict(loaded.tensors))
+        for held in (known, loaded) if loaded.fetch is not None else (known,):
+            if held is loaded:
+                loaded.read_values()
+            if fit.fit(base, held, False) and not adapter.config.saved_embeddings:
+                swap(model, loaded, name)  # a part that it does not have yet
+                return
+            fit.fit(base, held, False)
+            check_fit(fit.pairs, fit.missing, fit.extra, loaded.source)
+    assign(fit.pairs, adapter)
 
 
 def _without(key: str, adapter: str) -> str:
@@ -96,31 +110,46 @@ def swap(model: nn.Module, loaded: Loaded, name: str, only: set[str] | None = No
         if name in layer.merged_adapters:
             raise ValueError(f"Adapter {name!r} is merged into {layer.path}: call unmerge_adapter() before swapping.")
     loaded.config.inference_mode = old.config.inference_mode
-    planned = plan(
-        model,
-        loaded.config,
-        _unused(roster),
-        init=False,
-        autocast_adapter_dtype=has_fp32_masters(old),
-        only=only or None,
-    )
-    new = planned.adapter()
-    scratch = Roster()
-    scratch.composites = {**roster.composites, **planned.composites()}
-    pairs, missing, extra, _ = fit_any_layout(model, scratch, new, loaded.tensors)
-    check_base(model, loaded, new)
-    check_fit(new, pairs, missing, extra, loaded.source)
-    assign(pairs, new)
+
+    def check(fit: Fit) -> None:
+        check_base(model, loaded, fit.adapter)
+        check_fit(fit.pairs, fit.missing, fit.extra, loaded.source)
+
+    with about_a_file(loaded.source or "The adapter"):
+        fit = checked(
+            model,
+            loaded,
+            _unused(roster),
+            check,
+            init=False,
+            autocast_adapter_dtype=has_fp32_masters(old),
+            only=only or None,
+        )
+    new, planned = fit.adapter, fit.planned
+    assign(fit.pairs, new)
     if old.padded:
         _into_padded(old, new, name)
         return
+    alike = _alike(old.methods, new.methods)
+    if not alike:
+        _check_whole(old, name)
     for _, m in old.methods:
         m.multiplier = 1.0
-    if _alike(old.methods, new.methods):
+    if alike:
         _copy((a for _, a in old.methods), (b for _, b in new.methods))
         roster.configs[name] = old.config = loaded.config
     else:
         _replace(model, roster, name, planned)
+
+
+def _check_whole(adapter: Adapter, name: str) -> None:
+    """Raise where the adapter is split over processes: what takes its place would be outside of what shards the model."""
+    managed.settle(m for _, m in adapter.methods)
+    if any(managed.split(p) or managed.partitioned(p) for p in adapter.parameters()):
+        raise CheckpointError(
+            f"Adapter {name!r} is split over processes, and the new one has other places, shapes or settings: only values "
+            "can be swapped there. Load it before sharding the model."
+        )
 
 
 def _parts(model: nn.Module) -> tuple[nn.Module, Roster]:
@@ -156,7 +185,7 @@ def _alike(old: list[tuple[str, Method]], new: list[tuple[str, Method]]) -> bool
         return False
     for (_, a), (_, b) in zip(old, new):
         for (n, x), (k, y) in zip(_all(a), _all(b)):
-            if n != k or type(x) is not type(y) or _settings(x) != _settings(y):
+            if n != k or class_of(x) is not class_of(y) or _settings(x) != _settings(y):
                 return False
         if {n: t.shape for n, t in _tensors(a).items()} != {n: t.shape for n, t in _tensors(b).items()}:
             return False
@@ -172,11 +201,13 @@ def _tensors(m: nn.Module) -> dict[str, Tensor]:
 
 
 def _copy(old: Iterable[Method], new: Iterable[Method]) -> None:
+    old = list(old)
+    managed.settle(old)
     with torch.no_grad():
         for a, b in zip(old, new):
             values = _tensors(b)
             for n, t in _tensors(a).items():
-                t.copy_(values[n])
+                managed.fill(t, managed.whole(values[n]))
             for (_, x), (_, y) in zip(_all(a), _all(b)):
                 if isinstance(x, Method):
                     x.config = y.config
@@ -270,6 +301,11 @@ def _own(adapter: Adapter) -> dict[str, Method]:
 
 def _hold(twin: Method, m: Method | None) -> None:
     """s·B and A of `m`, or nothing, into a padded twin; what set_scale asked of `m` stays a factor of its own."""
+    with managed.changing(twin), managed.present(m) if m is not None else nullcontext():
+        _hold_whole(twin, m)
+
+
+def _hold_whole(twin: Method, m: Method | None) -> None:
     assert isinstance(twin, TwoFactors)
     A0, B0, _ = twin.two_factors()
     A, B = torch.zeros_like(A0), torch.zeros_like(B0)

@@ -2,31 +2,38 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import os
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
 from ...config import PeftConfig
+from ...contract.capabilities import NeedsTokens
 from ...contract.cheap_modules import uninterrupted
-from ...errors import CheckpointError
-from ...remote import HUB_KWARGS
+from ...errors import CheckpointError, about_a_file
+from ...registry import companions, method
+from ...remote import CODE_KWARGS, HUB_KWARGS, PLACING_KWARGS, refuse_others
+from ..acting.on_model import roster_of
 from ..acting.roster import Adapter, Roster
-from ..anatomy.embeddings import output_head, token_embeddings
+from ..anatomy.embeddings import vocab_size
 from ..anatomy.heads import prepare_head
-from ..anatomy.walk import walk
-from ..files.adapter_files import read
+from ..files.adapter_files import read, warn
 from ..files.header import Loaded, check_base
-from ..files.keys import ROOT, FileTensor, assign, check_fit, few, fit, root_of
+from ..files.keys import ROOT, FileTensor, assign, check_keys, check_values, few, fit
 from ..files.older_keys import translate
-from ..files.tensors import alone
 from ..injection.commit import commit
-from ..injection.plan import plan
-from .room_for_tokens import room_for_tokens
+from ..injection.plan import Plan, plan
+from .embeddings import split_off
+from .room_for_tokens import growth, room_for_tokens
+
+MOST_ROWS = 2**16  # by which loading makes a base's embeddings grow, if they are not larger themselves
+
+NAMED = ("dtype", "ignore_mismatched_sizes", "subfolder", "torch_dtype")  # what else a caller may say of a file
 
 
 @dataclasses.dataclass
@@ -47,10 +54,24 @@ def read_adapter(
     key_mapping: dict[str, str] | None,
     strict: bool,
     kwargs: Mapping[str, Any],
+    two_steps: bool = True,
 ) -> Loaded:
     """Both files of an adapter, the keys renamed by the first pattern of `key_mapping` that a key holds."""
+    refuse_others("Loading an adapter", kwargs, (*HUB_KWARGS, *CODE_KWARGS, *PLACING_KWARGS, *NAMED))
+    if "torch_dtype" in kwargs or "dtype" in kwargs:
+        warnings.warn(
+            "A dtype says nothing to an adapter that is loaded: autocast_adapter_dtype decides between fp32 and the base's.",
+            stacklevel=3,
+        )
     remote = {k: v for k, v in kwargs.items() if k in HUB_KWARGS}
-    loaded = read(os.fspath(model_id), subfolder=kwargs.get("subfolder"), strict=strict, config=config, **remote)
+    loaded = read(
+        os.fspath(model_id),
+        subfolder=kwargs.get("subfolder"),
+        strict=strict,
+        config=config,
+        two_steps=two_steps,
+        **remote,
+    )
     if key_mapping:
 
         def renamed(key: str) -> str:
@@ -61,41 +82,155 @@ def read_adapter(
                     break
             return ROOT + body
 
+        loaded.read_values()  # whose keys are the file's
         loaded.tensors = {renamed(k): v for k, v in loaded.tensors.items()}
     return loaded
 
 
+def loading(autocast_adapter_dtype: bool, kwargs: Mapping[str, object]) -> dict[str, bool]:
+    """Arguments of `load_into`, of which upstream's functions take some without naming them."""
+    ignore = bool(kwargs.get("ignore_mismatched_sizes", False))
+    return {"autocast_adapter_dtype": autocast_adapter_dtype, "ignore_mismatched_sizes": ignore}
+
+
 def load_into(
-    model: nn.Module, loaded: Loaded, name: str, *, strict: bool = True, autocast_adapter_dtype: bool = True
+    model: nn.Module,
+    loaded: Loaded,
+    name: str,
+    *,
+    strict: bool = True,
+    autocast_adapter_dtype: bool = True,
+    ignore_mismatched_sizes: bool = False,
 ) -> LoadResult:
-    """Plan, check every key, then commit: a file that does not fit leaves the model as it was."""
-    with uninterrupted(), room_for_tokens(model, loaded):
-        return _load_into(model, loaded, name, strict, autocast_adapter_dtype)
+    """Plan, check every key, then commit: a file that does not fit leaves the model as it was.
+
+    strict: every key lands, and every tensor is filled; else what is missing starts fresh, as what has another size does
+    with ignore_mismatched_sizes.
+    """
+    with uninterrupted(), about_a_file(loaded.source or "The adapter"):
+        check_before_growing(model, loaded)
+        with room_for_tokens(model, loaded):
+            return _load_into(model, loaded, name, strict, autocast_adapter_dtype, ignore_mismatched_sizes)
 
 
-def _load_into(model: nn.Module, loaded: Loaded, name: str, strict: bool, autocast_adapter_dtype: bool) -> LoadResult:
+def _load_into(
+    model: nn.Module, loaded: Loaded, name: str, strict: bool, autocast_adapter_dtype: bool, ignore_sizes: bool
+) -> LoadResult:
     prepare_head(model, loaded.config, loading=True)
+    if beyond_the_file(loaded):  # what the config asks for is held against the file before there is memory for it
+        check_values(fitted(model, copied(loaded), name, ignore_sizes, meta=True).pairs, loaded.source, ignore_sizes)
+    wrong: list[str] = []
+
+    def check(fit: Fit) -> None:
+        if strict:
+            check_base(model, loaded, fit.adapter, ignore_sizes)
+            check_keys(fit.pairs, fit.missing, fit.extra, loaded.source)
+        wrong[:] = check_values(fit.pairs, loaded.source, ignore_sizes)
+
     # what a file may lack starts as a fresh adapter would: memory that nobody wrote is never used
-    planned = plan(model, loaded.config, name, init=not strict, autocast_adapter_dtype=autocast_adapter_dtype)
-    adapter = planned.adapter()
-    scratch = Roster()
-    scratch.composites = planned.composites()
-    pairs, missing, extra, tensors = fit_any_layout(model, scratch, adapter, loaded.tensors)
-    base, extra = base_tensors(model, adapter, tensors, extra)
-    if strict:
-        check_base(model, loaded, adapter)
-        check_fit(adapter, pairs, missing, extra, loaded.source)
-    elif missing or extra:
-        warnings.warn(
-            f"{loaded.source}: {len(missing)} tensors missing, {len(extra)} keys not used. Missing, so they start fresh: "
-            f"{few(missing)}. Not used: {few(extra)}.",
-            stacklevel=3,
+    fresh = not strict or ignore_sizes
+    fit = checked(model, loaded, name, check, ignore_sizes, init=fresh, autocast_adapter_dtype=autocast_adapter_dtype)
+    if not strict and (fit.missing or fit.extra):
+        warn(
+            f"{loaded.source}: {len(fit.missing)} tensors missing, {len(fit.extra)} keys not used. Missing, so they start "
+            f"fresh: {few(fit.missing)}. Not used: {few(fit.extra)}."
         )
-    assign(pairs, adapter, adopt=loaded.owned)
-    for p, value in base:
-        p.data = alone(value.to(p.device, p.dtype))
-    commit(model, planned)
-    return LoadResult(missing, extra)
+    if wrong:
+        warn(f"{loaded.source}: {len(wrong)} tensors have another size here, so they start fresh: {few(wrong)}.")
+    assign({k: v for k, v in fit.pairs.items() if k not in wrong}, fit.adapter, adopt=loaded.owned)
+    commit(model, fit.planned)
+    return LoadResult(fit.missing, fit.extra, wrong)
+
+
+@dataclasses.dataclass
+class Fit:
+    """A plan, and how a file's tensors fit it."""
+
+    planned: Plan
+    adapter: Adapter
+    scratch: Roster
+    pairs: dict[str, tuple[FileTensor, Tensor]] = dataclasses.field(default_factory=dict)
+    missing: list[str] = dataclasses.field(default_factory=list)
+    extra: list[str] = dataclasses.field(default_factory=list)
+
+    def fit(self, model: nn.Module, loaded: Loaded, ignore_sizes: bool) -> list[str]:
+        """Fit a file's tensors; the paths of embeddings that are a part of the adapter and not planned yet."""
+        found = fit_any_layout(model, self.scratch, self.adapter, loaded.tensors)
+        self.pairs, self.missing, extra, loaded.tensors = found
+        self.extra, embeddings = split_off(model, self.adapter, loaded, extra, ignore_sizes)
+        return embeddings
+
+
+def checked(
+    model: nn.Module,
+    loaded: Loaded,
+    name: str,
+    check: Callable[[Fit], object],
+    ignore_sizes: bool = False,
+    **plans: Any,
+) -> Fit:
+    """`fitted`, and checked; of a large file its sizes first, and when they are right its values."""
+    known = dataclasses.replace(loaded, tensors=dict(loaded.tensors))
+    fit = fitted(model, known, name, ignore_sizes, **plans)
+    check(fit)
+    if loaded.fetch is not None:
+        loaded.read_values()
+        if fit.fit(model, loaded, ignore_sizes):
+            fit.fit(model, loaded, ignore_sizes)  # embeddings are under the keys of their part now
+        check(fit)
+    return fit
+
+
+def fitted(model: nn.Module, loaded: Loaded, name: str, ignore_sizes: bool = False, **plans: Any) -> Fit:
+    """Plan an adapter for a file and fit the file's tensors to it: whole embeddings, too, which the keys alone declare.
+
+    plans: arguments of `plan`.
+    """
+    there = roster_of(model)
+    for _ in range(2):
+        planned = plan(model, loaded.config, name, **plans)
+        fit = Fit(planned, planned.adapter(), Roster())
+        fit.scratch.composites = {**(there.composites if there is not None else {}), **planned.composites()}
+        embeddings = fit.fit(model, loaded, ignore_sizes)
+        if not embeddings:
+            break
+        loaded.config.saved_embeddings = embeddings
+    return fit
+
+
+def check_before_growing(model: nn.Module, loaded: Loaded) -> None:
+    """Where the base would grow for the adapter's tokens: all that does not depend on them must fit before it does."""
+    rows = growth(model, loaded)
+    if rows is None:
+        return
+    if rows > max(MOST_ROWS, vocab_size(model) or 0):
+        raise CheckpointError(
+            f"{loaded.source}: its vocab_size and token indices ask for {rows} more rows of the base's embeddings: call "
+            "resize_token_embeddings yourself if that is meant."
+        )
+    trial = copied(loaded)
+    for field, cls in companions().items():
+        if issubclass(cls, NeedsTokens) and getattr(trial.config, field, None):
+            setattr(trial.config, field, None)
+    if issubclass(method(trial.config.peft_type), NeedsTokens):
+        return
+    prepare_head(model, trial.config, loading=True)
+    fit = fitted(model, trial, "%trial", True, meta=True, init=False)
+    check_keys(fit.pairs, fit.missing, [], loaded.source)
+    check_values(fit.pairs, loaded.source)
+
+
+def copied(loaded: Loaded) -> Loaded:
+    """For a trial: a plan may fill fields of the config."""
+    return dataclasses.replace(loaded, config=copy.deepcopy(loaded.config), tensors=dict(loaded.tensors))
+
+
+def beyond_the_file(loaded: Loaded) -> bool:
+    """Whether the config holds a number that no tensor of the file has as a size, and that is large for a rank."""
+    largest = max((n for t in loaded.tensors.values() for n in t.shape), default=0)
+    values = [v for k, v in vars(loaded.config).items() if k != "seed"]
+    values += [w for v in values if isinstance(v, dict) for w in v.values()]
+    return any(isinstance(v, int) and v > max(largest, 2**14) for v in values)
 
 
 def fit_any_layout(
@@ -107,43 +242,3 @@ def fit_any_layout(
         tensors = translate(model, adapter, tensors)
         pairs, missing, extra = fit(roster, adapter, tensors)
     return pairs, missing, extra, tensors
-
-
-def base_tensors(
-    model: nn.Module, adapter: Adapter, tensors: dict[str, Tensor], extra: list[str]
-) -> tuple[list[tuple[nn.Parameter, Tensor]], list[str]]:
-    """Whole embeddings that were saved along with the adapter: base weights, put back where their shape fits."""
-    if not extra:
-        return [], []
-    root = root_of(adapter.config)
-    places = {p.path: p for p in walk(model)}
-    found, rest = [], []
-    for key in extra:
-        body = key.removeprefix(root).removesuffix(".weight").removesuffix(".base_layer")
-        place = places.get(body)
-        weight = getattr(place.module, "weight", None) if place is not None and key.endswith(".weight") else None
-        if isinstance(weight, nn.Parameter) and key in tensors and weight.shape == tensors[key].shape:
-            found.append((weight, tensors[key]))
-        elif isinstance(weight, nn.Parameter) and key in tensors:
-            raise CheckpointError(
-                f"{key} holds {tuple(tensors[key].shape)}, this model's vocabulary gives {tuple(weight.shape)}: "
-                "resize the embeddings to the tokenizer the adapter was trained with (model.resize_token_embeddings)."
-            )
-        else:
-            rest.append(key)
-    return found, rest
-
-
-def embedding_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Input and output embeddings under the keys of upstream's files; prints their size."""
-    wanted = {id(m) for m in (token_embeddings(model), output_head(model)) if m is not None}
-    out = {}
-    for place in walk(model):
-        if id(place.held) in wanted or id(place.module) in wanted:
-            leaf = ".base_layer.weight" if place.adapted is not None else ".weight"
-            weight = place.module.weight
-            assert isinstance(weight, Tensor)
-            out[ROOT + place.disk_path + leaf] = weight.detach()
-    size = sum(t.numel() * t.element_size() for t in out.values())
-    print(f"Saving {len(out)} whole embedding(s) with the adapter: {size / 2**20:.1f} MiB.")
-    return out

@@ -8,6 +8,7 @@ for the values last, gets all tensors with their own keys and fills the adapter 
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
@@ -20,10 +21,11 @@ from ...config import PeftConfig
 from ...errors import CheckpointError
 from ..acting.on_model import roster_of
 from ..files.header import Loaded
-from ..files.keys import ROOT, assign, check_fit
+from ..files.keys import ROOT, assign, check_fit, check_values
 from ..injection.remove import delete
+from .embeddings import split_off
 from .hotswap import swap
-from .load import base_tensors, fit_any_layout
+from .load import fit_any_layout
 
 if TYPE_CHECKING:
     from transformers.core_model_loading import LoadStateDictInfo
@@ -101,21 +103,26 @@ def fill(
         report.missing_keys.clear()
         return
     adapter = roster.adapters[name]
-    pairs, missing, extra, tensors = fit_any_layout(model, roster, adapter, tensors)
-    base, extra = base_tensors(model, adapter, tensors, extra)
+    loaded = Loaded(adapter.config, dict(tensors), source="The adapter file")
+    pairs, missing, extra, loaded.tensors = fit_any_layout(model, roster, adapter, loaded.tensors)
+    extra, embeddings = split_off(model, adapter, loaded, extra)
     if not pairs:
         delete(model, name)
-        check_fit(adapter, pairs, missing, extra, "The adapter file")
+        check_fit(pairs, missing, extra, "The adapter file")
         raise CheckpointError("The adapter file holds no tensors of an adapter.")
-    wrong = {k for k, (s, t) in pairs.items() if tuple(t.shape) not in (s.disk_shape, tuple(s.tensor.shape))}
+    if embeddings:  # a part that the adapter gets by planning it anew
+        config = copy.deepcopy(adapter.config)
+        config.saved_embeddings = embeddings
+        swap(model, Loaded(config, loaded.tensors, source="The adapter file"), name)
+        report.missing_keys.clear()
+        return
+    wrong = set(check_values(pairs, "The adapter file", ignore_sizes=True))
     report.missing_keys.clear()
     report.missing_keys.update(_shown(k, name) for k in missing)
     report.unexpected_keys.update(extra)
     mismatched: set[Any] = report.mismatched_keys  # stated there as pairs of one number each
     mismatched.update((_shown(k, name), pairs[k][1].shape, pairs[k][0].disk_shape) for k in wrong)
     assign({k: v for k, v in pairs.items() if k not in wrong}, adapter)
-    for p, value in base:
-        p.data = value.to(p.device, p.dtype)
 
 
 def _shown(key: str, name: str) -> str:

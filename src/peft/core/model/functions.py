@@ -8,13 +8,19 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor, nn
 
 from ...config import PeftConfig
+from ...errors import CheckpointError
 from ..acting.on_model import roster_of
+from ..acting.roster import Adapter
+from ..anatomy.walk import walk
 from ..files import sharded
-from ..files.keys import ROOT, assign, check_fit, modules_in_file, state_dict_of
+from ..files.header import Loaded
+from ..files.keys import ROOT, assign, check_values, few, modules_in_file, root_of, state_dict_of
 from ..files.sharded import unwrapped
 from ..files.tensors import alone
 from ..injection.commit import inject
-from ..load.load import LoadResult, embedding_tensors, fit_any_layout, read_adapter
+from ..injection.plan import Plan
+from ..load.embeddings import embedding_tensors
+from ..load.load import Fit, LoadResult, read_adapter
 from .peft_model import PeftModel, class_for
 from .task_models import PeftMixedModel
 
@@ -96,7 +102,7 @@ def get_peft_model_state_dict(
         state_dict = model.state_dict()
     out = state_dict_of(roster, adapter_name, sharded.gathered(model, state_dict))
     if save_embedding_layers is True:
-        out.update(embedding_tensors(base))
+        out = {**embedding_tensors(base, roster.adapters[adapter_name]), **out}
     if not isinstance(sharded.bare(model), PeftModel):  # injected without a wrapper: no wrapper's prefix
         out = {k.removeprefix(ROOT): v for k, v in out.items()}
     return out
@@ -115,18 +121,44 @@ def set_peft_model_state_dict(
     if roster is None or adapter_name not in roster.adapters:
         raise ValueError(f"Adapter {adapter_name!r} is not in this model.")
     adapter = roster.adapters[adapter_name]
-    pairs, missing, extra, _ = fit_any_layout(base, roster, adapter, peft_model_state_dict)
+    given = Loaded(adapter.config, dict(peft_model_state_dict), source="The state dict")
+    fit = Fit(Plan(adapter_name, adapter.config, []), adapter, roster)
+    if fit.fit(base, given, ignore_mismatched_sizes) and adapter.config.saved_embeddings:
+        fit.fit(base, given, ignore_mismatched_sizes)
+    pairs, missing, extra = fit.pairs, fit.missing, fit.extra
+    refuse_base_weights(base, adapter, given.tensors, fit)
+    wrong = check_values(pairs, "The state dict", ignore_mismatched_sizes)
     if sharded.flat(model):
         where = sharded.names_of_methods(model)
         model.load_state_dict({f"{where[id(s.method)]}.{s.attr}": t for s, t in pairs.values()}, strict=False)
         return _told(model, adapter_name, peft_model_state_dict, missing, extra)
-    wrong = [k for k, (s, t) in pairs.items() if tuple(t.shape) not in (s.disk_shape, tuple(s.tensor.shape))]
-    if wrong and not ignore_mismatched_sizes:
-        check_fit(adapter, pairs, [], [], "The state dict")
+    if wrong:
+        warnings.warn(f"Keys of another size, which are not used: {few(wrong)}", stacklevel=2)
     assign({k: v for k, v in pairs.items() if k not in wrong}, adapter)
     if missing:
         warnings.warn(f"Missing keys when loading adapter {adapter_name!r}: {', '.join(missing[:5])}", stacklevel=2)
     return _told(model, adapter_name, peft_model_state_dict, missing, extra, wrong)
+
+
+def refuse_base_weights(model: nn.Module, adapter: Adapter, tensors: dict[str, Tensor], fit: Fit) -> None:
+    """Raise where a state dict would change weights of the base, which the adapter's config does not declare as its own."""
+    root = root_of(adapter.config)
+    there = {p.disk_path: p for p in walk(model)} if len(fit.pairs) < len(tensors) else {}
+    landed, wrong = set(fit.pairs), []
+    for key, value in tensors.items():
+        whole = key if key.startswith("base_model.") or "." not in key else root + key
+        path, _, leaf = whole.removeprefix(root).rpartition(".")
+        place = there.get(path.removesuffix(".base_layer"))
+        own = getattr(place.module, leaf, None) if place is not None and whole not in landed else None
+        if isinstance(own, Tensor) and not (
+            own.shape == value.shape and value.to(own.device, own.dtype).equal(own.detach())
+        ):
+            wrong.append(key)
+    if wrong:
+        raise CheckpointError(
+            f"The state dict holds weights of the base that the adapter's config does not train: {few(wrong)}. State them "
+            "there (bias, modules_to_save), or leave them out."
+        )
 
 
 def _told(
@@ -151,5 +183,5 @@ def load_peft_weights(
     model_id: str, device: str | None = None, key_mapping: dict[str, str] | None = None, **kwargs: object
 ) -> dict[str, Tensor]:
     """The tensors of a saved adapter, on `device` (the CPU by default), each with memory of its own."""
-    found = read_adapter(model_id, PeftConfig(), key_mapping, False, kwargs).tensors
+    found = read_adapter(model_id, PeftConfig(), key_mapping, False, kwargs, two_steps=False).tensors
     return {k: alone(t.to(device or t.device)) for k, t in found.items()}

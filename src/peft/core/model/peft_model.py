@@ -13,20 +13,19 @@ from torch import Tensor, nn
 from ...config import PeftConfig
 from ...contract.tree import tree
 from ...registry import PeftType
-from ...remote import push_folder
 from ..acting.roster import Roster
 from ..anatomy.embeddings import ask_gradients_of_embeddings, token_embeddings
 from ..anatomy.heads import prepare_head
 from ..files import sharded
 from ..injection.commit import inject
 from ..load.hotswap import reload
-from ..load.load import LoadResult, load_into, read_adapter
+from ..load.load import LoadResult, load_into, loading, read_adapter
 from ..prompts.attach import embedding_to_save, get_prompt
 from ..report.card import write_card
 from ..report.counts import trainable_and_total
 from ..report.status import TunerLayerStatus, TunerModelStatus, get_layer_status, get_model_status
 from .running import by_name, disabled, for_copies, rows, tasks
-from .saving import prompts_below, save_adapters
+from .saving import gathered_among, prompts_below, push_adapters, save_adapters
 from .tuner import Tuner
 
 if TYPE_CHECKING:
@@ -138,17 +137,13 @@ class PeftModel(nn.Module):
         return get_model_status(self)
 
     # -- running --------------------------------------------------------------------------------------------------------
-    def forward(
-        self,
-        *args: object,
-        adapter_names: Sequence[str] | None = None,
-        task_ids: Tensor | None = None,
-        **kwargs: object,
-    ) -> Any:
+    def forward(self, *args: object, **kwargs: Any) -> Any:
         """The base model's forward. adapter_names: one adapter name per row of the batch (`"__base__"` for none).
 
         task_ids: one task per row, for methods that have tasks. By position, heads take the arguments in their own order.
         """
+        # no parameters of their own: ONNX's legacy export would hand on their defaults by position
+        adapter_names, task_ids = kwargs.pop("adapter_names", None), kwargs.pop("task_ids", None)
         if len(args) > 2 and self.arguments:
             args, kwargs = by_name(self.arguments, args, kwargs)
         tuner = self.base_model
@@ -241,15 +236,15 @@ class PeftModel(nn.Module):
         save_embedding_layers: True stores the whole embeddings too (their size is printed). model_card: also write a
         README.md. path_initial_model_for_weight_conversion: anything but None writes plain low-rank pairs for adapters that
         start from the base's weights (PiSSA, OLoRA), s(B A − B₀ A₀) as one pair of twice the rank; the folder that upstream
-        reads B₀ and A₀ from is not needed. state_dict: values gathered for the whole model, where its tensors are split
-        over processes. Nothing touches the network.
+        reads B₀ and A₀ from is not needed. state_dict: values gathered for the whole model. Without it, tensors
+        that are split over processes are put together, one by one: all processes call this, and the first of those that
+        say they are the main one writes. Nothing touches the network.
         """
         if os.path.isfile(save_directory):
             raise ValueError(f"Provided path ({save_directory}) should be a directory, not a file")
         names = list(self.roster.adapters) if selected_adapters is None else list(selected_adapters)
         self.roster.known(names)
-        if not is_main_process:
-            return
+        state_dict = gathered_among(kwargs)
         folders = save_adapters(
             self.base_model,
             names,
@@ -257,7 +252,8 @@ class PeftModel(nn.Module):
             safe=safe_serialization,
             embeddings=save_embedding_layers is True,
             plain_pairs=path_initial_model_for_weight_conversion is not None,
-            gathered=sharded.gathered(self, kwargs.get("state_dict")),
+            gathered=sharded.gathered(self, state_dict),
+            main=is_main_process,
         )
         for folder in folders:
             if model_card:
@@ -268,9 +264,8 @@ class PeftModel(nn.Module):
         write_card(self.active_peft_config, output_dir)
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> CommitInfo:
-        """Upload the adapters with a model card."""
-        saving = {k: kwargs.pop(k) for k in ("safe_serialization", "selected_adapters") if k in kwargs}
-        return push_folder(lambda folder: self.save_pretrained(folder, model_card=True, **saving), repo_id, **kwargs)
+        """Upload the adapters with a model card; arguments as of `save_pretrained` and `remote.push_folder`, and `tags`."""
+        return push_adapters(self.save_pretrained, self.active_peft_config, repo_id, kwargs)
 
     @classmethod
     def from_pretrained(
@@ -293,7 +288,7 @@ class PeftModel(nn.Module):
         loaded.config.inference_mode = not is_trainable
         target = class_for(loaded.config) if cls is PeftModel else cls
         model = model.get_base_model() if isinstance(model, PeftModel) else model
-        load_into(model, loaded, adapter_name, strict=strict, autocast_adapter_dtype=autocast_adapter_dtype)
+        load_into(model, loaded, adapter_name, strict=strict, **loading(autocast_adapter_dtype, kwargs))
         self = target.__new__(target)
         nn.Module.__init__(self)
         self._wrap(model)
@@ -320,7 +315,7 @@ class PeftModel(nn.Module):
         if adapter_name in self.roster.adapters:
             reload(base, loaded, adapter_name)
         else:
-            found = load_into(base, loaded, adapter_name, strict=strict, autocast_adapter_dtype=autocast_adapter_dtype)
+            found = load_into(base, loaded, adapter_name, strict=strict, **loading(autocast_adapter_dtype, kwargs))
         if not is_trainable and (self.training or base.training):
             self.eval()
         return found

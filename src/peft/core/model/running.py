@@ -67,7 +67,7 @@ def rows(
     if any(layer.merged for layer in adapted_layers(tuner)):
         raise ValueError("Adapters are merged into the base: call unmerge_adapter() before mixing adapters in a batch.")
     tokens = None
-    if tensors and tensors[0].dim() >= 2 and kwargs.get("pixel_values") is None:
+    if tensors and tensors[0].dim() >= 2 and not tensors[0].is_nested and kwargs.get("pixel_values") is None:
         tokens = int(tensors[0].shape[1])
     with roster.using(Mix((), Rows(names, tokens)) if roster.enabled else Mix()):
         yield

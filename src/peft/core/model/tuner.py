@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -10,13 +11,14 @@ from torch import nn
 
 from ...config import PeftConfig
 from ...contract.capabilities import Penalised, Scheduled
+from ...contract.managed import present
 from ...contract.method import Method
 from ...registry import method
 from ..acting.roster import Roster
 from ..adapted.layer import Adapted, adapted_layers
 from ..injection.commit import inject
 from ..injection.merge import merge, unmerge
-from ..injection.remove import delete, unload
+from ..injection.remove import check_unloadable, delete, unload
 from ..load.combine import add_weighted_adapter
 
 
@@ -134,6 +136,7 @@ class Tuner(nn.Module):
         """
         from tqdm import tqdm
 
+        check_unloadable(self.model)
         layers = [m for m in adapted_layers(self.model)]
         bar = tqdm(total=len(layers), desc="Merging", disable=not progressbar)
         for _ in merge(self.model, adapter_names, safe=safe_merge, keep=requantize):
@@ -164,7 +167,11 @@ class Tuner(nn.Module):
         **options: Any,
     ) -> None:
         """A new adapter that combines others; by default their exact sum. See `core/load/combine.py`."""
-        add_weighted_adapter(self.model, adapters, weights, adapter_name, combination_type, **options)
+        with ExitStack() as whole:  # what is split over processes is put together meanwhile
+            for adapter in (self.roster.adapters[n] for n in adapters if n in self.roster.adapters):
+                for _, m in adapter.methods:
+                    whole.enter_context(present(m))
+            add_weighted_adapter(self.model, adapters, weights, adapter_name, combination_type, **options)
 
     def update_and_allocate(self, global_step: int) -> None:
         """After backward and before zero_grad: lets methods with a budget schedule (AdaLoRA) follow it."""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from ...errors import Refusal
+from ...kernels.node import recorded
 from .front import Front
 
 if TYPE_CHECKING:
@@ -21,6 +23,13 @@ T = TypeVar("T")
 def before(t: Tensor, n: int, fill: float) -> Tensor:
     """`t` with n columns of `fill` before its second axis."""
     return torch.cat([t.new_full((t.shape[0], n, *t.shape[2:]), fill), t], 1)
+
+
+def taken(t: Tensor, index: Tensor) -> Tensor:
+    """t[rows, columns, …] with the columns index[rows, columns] of each row."""
+    return torch.gather(
+        t, 1, index.to(t.device).reshape(*index.shape, *(1 for _ in t.shape[2:])).expand(*index.shape, *t.shape[2:])
+    )
 
 
 def tokens_of(kwargs: Arguments) -> Tensor:
@@ -61,7 +70,7 @@ def flat_mask(mask: Tensor | dict[str, Tensor] | None, length: int) -> Tensor | 
     flat = last if last.dtype == torch.bool else last == 0
     causal = torch.ones_like(mask[:, 0], dtype=torch.bool).tril(length - mask.shape[2])[..., :length]
     full = mask[:, 0, :, :length] if mask.dtype == torch.bool else mask[:, 0, :, :length] == 0
-    if not torch.compiler.is_compiling() and not torch.equal(full & flat[:, None], causal & flat[:, None]):
+    if not recorded() and not torch.equal(full & flat[:, None], causal & flat[:, None]):
         raise ValueError(
             "attention_mask has a shape of its own [rows, heads, queries, keys], in which virtual tokens have no place: "
             "pass a mask [rows, tokens]."
@@ -71,12 +80,26 @@ def flat_mask(mask: Tensor | dict[str, Tensor] | None, length: int) -> Tensor | 
 
 def refuse_packed(positions: Tensor | None, mask: object, past: int) -> None:
     """Several texts in one row would all see a prompt that stands before the first."""
-    if positions is None or mask is not None or past or torch.compiler.is_compiling():
+    if positions is None or mask is not None or past or recorded():
         return
     if bool((positions.diff(dim=-1) < 0).any()):
         raise ValueError(
             "position_ids start again within a row (packed texts, no attention_mask): virtual tokens stand before the "
             "row's first text only. Pass one text per row, padded, for prompt methods."
+        )
+
+
+def warn_of_window(cache: Cache | None, mask: Tensor | None, width: int) -> None:
+    """A window counts columns: with padding between them, a text sees its prefix a little less far than alone."""
+    found = [getattr(x, "sliding_window", None) for x in getattr(cache, "layers", ())]
+    windows = [w for w in found if isinstance(w, int)]
+    if not windows or mask is None or mask.shape[1] + width <= min(windows) or torch.compiler.is_compiling():
+        return
+    if bool((mask[:, 0] == 0).any()):
+        warnings.warn(
+            f"Attention has a window of {min(windows)} and the batch is padded on the left: in padded rows, the last "
+            "tokens that would just see the prefix do not. Texts of one length, or one per batch, are exact.",
+            stacklevel=2,
         )
 
 

@@ -2,7 +2,7 @@
 
 Several active methods stand side by side, in activation order. Rows of a batch may have different ones: the shorter
 fronts are padded and masked, and positions are counted per row. The padding lies on the left, where generation wants
-it; in bidirectional encoders, whose heads read the first position, it lies behind the text: a row of the mixed batch
+it, and so does the text's own, before the virtual tokens; in bidirectional encoders, whose heads read the first position, it lies behind the text: a row of the mixed batch
 ends, or in encoders begins, with what the row gives alone.
 """
 
@@ -44,11 +44,23 @@ class Front:
         """[rows, width]: 1 where the front holds something, 0 where it is padding, which lies on the left."""
         return (torch.arange(width, device=device) >= width - self.per_row(lengths, device)[:, None]).long()
 
-    def turn(self, t: Tensor, back: bool = False) -> Tensor:
-        """Each row of t[rows, tokens, …] with the padding of its virtual tokens moved from the left to the end."""
-        pads = self.per_row([self.S - s for s in self.soft], t.device)[:, None]
-        index = (torch.arange(t.shape[1], device=t.device) + (-pads if back else pads)) % t.shape[1]
-        return torch.gather(t, 1, index.reshape(*index.shape, *(1 for _ in t.shape[2:])).expand(t.shape))
+    def order(self, mask: Tensor | None, length: int, trailing: bool) -> Tensor | None:
+        """[rows, length]: which column of [virtual tokens; text] stands at each place of a row; None: all as they are.
+
+        mask[rows, tokens] is the text's. Its padding on the left goes before the virtual tokens; between them and the
+        text it would count in distances, in windows and in the state of recurrent layers. Where padding lies behind
+        the text (`trailing`), that of shorter fronts goes there.
+        """
+        if trailing:
+            if not self.uneven or mask is None:
+                return None
+            pads = self.per_row([self.S - s for s in self.soft], mask.device)[:, None]
+            return (torch.arange(length, device=mask.device) + pads) % length
+        if mask is None:
+            return None
+        pads = (mask.cumsum(1) == 0).sum(1, keepdim=True)
+        at = torch.arange(length, device=mask.device).expand(len(mask), -1)
+        return torch.where(at < pads, at + self.S, torch.where(at < pads + self.S, at - pads, at))
 
     def choose(self, parts: list[Tensor]) -> Tensor:
         """Each row's own from one tensor [rows, …] per group."""

@@ -20,7 +20,7 @@ from torch import nn
 from ...signatures import arguments_of
 from ..acting.roster import Roster
 from ..anatomy.language import CACHE, LAYER_CACHE, attentions, token_and_cache_stacks
-from .arguments import Arguments, Call, batch
+from .arguments import Arguments, Call, batch, taken
 from .keys_values import KeysValues
 from .virtual_tokens import VirtualTokens
 
@@ -135,7 +135,9 @@ class Prompts(VirtualTokens, KeysValues):
             mask = torch.ones(front.rows, real, device=encoded.device).long() if mask is None else mask
             if mask.shape[1] == real:
                 seen = front.visible(front.soft, front.S, mask.device).to(mask.dtype)
-                kwargs["encoder_attention_mask"] = torch.cat([seen, mask], 1)
+                order = front.order(mask, front.S + real, trailing=False)
+                wide = torch.cat([seen, mask], 1)
+                kwargs["encoder_attention_mask"] = wide if order is None else taken(wide, order)
         front.S, front.soft = 0, [0] * len(front.groups)
         front.uneven = len(set(front.keyed)) > 1
         self.lead(module, kwargs, front)

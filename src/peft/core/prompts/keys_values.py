@@ -14,13 +14,39 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ...errors import Refusal
-from ..anatomy.language import CACHE, attentions, counting, first_position, floating, layer_of, where
-from .arguments import Arguments, flat_mask, refuse_gap, refuse_packed, seen, tokens_of
+from ..anatomy.language import (
+    CACHE,
+    attentions,
+    counting,
+    first_position,
+    floating,
+    key_value_shape,
+    layer_of,
+    shares_keys,
+    where,
+)
+from .arguments import Arguments, flat_mask, refuse_gap, refuse_packed, seen, taken, tokens_of, warn_of_window
 from .front import Front
 from .state import PromptState
 
 if TYPE_CHECKING:
     from transformers import Cache
+
+
+def fitted(pair: tuple[Tensor, Tensor], shape: tuple[int, int, int] | None) -> tuple[Tensor, Tensor]:
+    """Keys and values [heads, n, width] as a layer of this shape takes them: the first of their columns."""
+    if shape is None:
+        return pair
+    heads, *widths = shape
+
+    def fit(t: Tensor, width: int) -> Tensor:
+        if (t.shape[0], t.shape[2]) == (heads, width):
+            return t
+        row = t.transpose(0, 1).reshape(t.shape[1], -1)[:, : heads * width]
+        return row.reshape(-1, heads, width).transpose(0, 1)
+
+    keys, values = (fit(t, width) for t, width in zip(pair, widths, strict=True))
+    return keys, values
 
 
 class KeysValues(PromptState):
@@ -30,8 +56,8 @@ class KeysValues(PromptState):
         """Prefixes into the cache and the mask; positions, where the model would count them wrongly."""
         tokens = tokens_of(kwargs)
         length, past = tokens.shape[1], seen(kwargs.get(CACHE))
-        given: Tensor | None = self.given if front.S else kwargs.get("position_ids")
-        made: Tensor | None = None
+        counted: Tensor | None = kwargs.get("position_ids")  # by who called the stack, front.S included
+        given = self.given if front.S else counted
         if front.P:
             total = length if not past else past - front.P + length
             refuse_packed(given, kwargs.get("attention_mask"), past)
@@ -41,6 +67,7 @@ class KeysValues(PromptState):
                 self.lent = kwargs.get(CACHE) is None and kwargs.get("use_cache") is False
                 kwargs[CACHE] = self.roomy(kwargs.get(CACHE), front)
                 refuse_gap(module, kwargs[CACHE], front)
+                warn_of_window(kwargs[CACHE], mask, front.P)
                 self.fill(kwargs[CACHE], attentions(module), front, dtype)
             if mask is None and front.uneven:
                 mask = torch.ones(front.rows, total, device=tokens.device).long()
@@ -48,10 +75,11 @@ class KeysValues(PromptState):
                 kwargs["attention_mask"] = torch.cat(
                     [front.visible(front.keyed, front.P, mask.device).to(mask.dtype), mask], 1
                 )
-            made = given + front.P if given is not None and not front.uneven and not front.S else None
         elif front.S and not past and kwargs.get(CACHE) is not None:
             kwargs[CACHE] = self.roomy(kwargs[CACHE], front)
-        if front.uneven:
+        if not front.uneven and (not front.width or (front.S and counted is not None)):
+            made = counted + front.P if counted is not None and front.P else None
+        else:
             made = self.positions(module, kwargs, front, length, past, given)
         if made is not None:
             kwargs["position_ids"] = made
@@ -61,27 +89,41 @@ class KeysValues(PromptState):
     ) -> Tensor | None:
         """[rows, length]: positions as each row would have them alone. None where the model's own count is right."""
         how = counting(module)
-        if how == "own":
+        if front.uneven and how == "own":
             raise Refusal(
                 "adapter_names",
                 type(module).__name__,
                 "its rows have different numbers of virtual tokens, and it counts positions itself (no position_ids)",
             )
-        if how != "given":
+        if front.uneven and how != "given":
             kwargs.pop("position_ids", None)
             return None
-        device, index = kwargs["attention_mask"].device, torch.arange(length, device=kwargs["attention_mask"].device)
+        if how != "given" or (given is not None and given.dim() != 2):
+            return given + front.P if given is not None and not front.uneven and not front.S else None
+        tokens, mask = tokens_of(kwargs), kwargs.get("attention_mask")
+        device, first = tokens.device, first_position(module)
         if self.trailing:
-            return index + front.per_row(front.keyed, device)[:, None] + first_position(module)
-        own = front.per_row([s + p for s, p in zip(front.soft, front.keyed, strict=True)], device)
-        counted = index[None] + (past or front.P) - (front.width - own)[:, None]
-        counted = counted.clamp(min=0) + first_position(module)
-        if given is not None and given.dim() == 2:
-            own = given.to(device).expand(front.rows, -1) + front.per_row(front.keyed, device)[:, None]
-            own = F.pad(own, (length - own.shape[1], 0))
-            plain = front.per_row(front.soft, device)[:, None] == 0
-            counted = torch.where(plain, own, counted)
-        return counted
+            if not front.uneven:
+                return given + front.P if given is not None and not front.S else None
+            return torch.arange(length, device=device) + front.per_row(front.keyed, device)[:, None] + first
+        if given is not None:
+            keyed = front.per_row(front.keyed, device)[:, None]
+            text = given.to(device).expand(front.rows, -1) + front.per_row(front.soft, device)[:, None] + keyed
+            if past or not front.S:
+                return text
+            index = (
+                torch.arange(front.S, device=device) - front.per_row([front.S - s for s in front.soft], device)[:, None]
+            )
+            made = torch.cat([index.clamp(min=0) + keyed, text], 1)
+            return made if self.order is None else taken(made, self.order)
+        if not torch.is_tensor(mask) or mask.dim() != 2:
+            return None
+        made = (mask.long().cumsum(1) - 1)[:, -length:]
+        if front.uneven:  # a row of the base counts as the base does, its padding included
+            own = front.per_row([s + p for s, p in zip(front.soft, front.keyed, strict=True)], device)[:, None]
+            plain = torch.arange(length, device=device) + (past or front.P) - front.width
+            made = torch.where(own == 0, plain, made)
+        return made.clamp(min=0) + first
 
     def fill(self, cache: Cache, modules: Iterable[nn.Module], front: Front, dtype: torch.dtype) -> None:
         """Each layer's prefix into the cache; shared by the batch until the cache lays out its own memory."""
@@ -89,17 +131,17 @@ class KeysValues(PromptState):
         done: set[int] = set()
         for module in modules:
             layer = layer_of(module)
-            if layer is None or layer in done:
+            if layer is None or layer in done or shares_keys(module):
                 continue
             done.add(layer)
-            device = where(module)
+            device, shape = where(module), key_value_shape(module)
             parts: list[list[Tensor | None]] = []
             for methods in front.groups:
-                pairs = [m("keys_values", layer) for m in methods if m.keyed]
+                pairs = [fitted(m("keys_values", layer), shape) for m in methods if m.keyed]
                 parts.append([torch.cat([p[i] for p in pairs], 1) if pairs else None for i in (0, 1)])
-            like = next(t for part in parts for t in part if t is not None)
             states = []
             for i in (0, 1):
+                like = next(t for t in (part[i] for part in parts) if t is not None)
                 each = [
                     like.new_zeros(like.shape[0], 0, like.shape[2]) if (t := part[i]) is None else t for part in parts
                 ]

@@ -33,6 +33,7 @@ class PromptState:
         self.awaited = False  # and the stack's has not run yet
         self.lent = False  # this call's cache is ours: the caller asked for none
         self.given: Tensor | None = None  # position_ids that the caller gave
+        self.order: Tensor | None = None  # which column of [virtual tokens; text] stands where, in each row
         self.tasks: Tensor | None = None
 
     def front(self, rows: int) -> Front | None:

@@ -12,10 +12,17 @@ from torch.nn import functional as F
 
 from ...errors import Refusal
 from ..anatomy.embeddings import token_embeddings
-from ..anatomy.language import CACHE, decoder_ids, token_and_cache_stacks
-from .arguments import Arguments, before, flat_mask, refuse_packed, seen, spread, tokens_of
+from ..anatomy.language import CACHE, decoder_ids, identity_inputs, token_and_cache_stacks
+from .arguments import Arguments, before, flat_mask, refuse_packed, seen, spread, taken, tokens_of
 from .front import Front
 from .state import PromptState
+
+BESIDE_TOKENS = (
+    ("token_type_ids", 0),
+    ("mm_token_type_ids", 0),
+    ("per_layer_inputs", 0),
+)  # a value per token, and a virtual one's
+LABELS = ("labels", "shift_labels")
 
 
 class VirtualTokens(PromptState):
@@ -30,23 +37,25 @@ class VirtualTokens(PromptState):
         refuse_packed(self.given, kwargs.get("attention_mask"), past)
         mask = flat_mask(kwargs.get("attention_mask"), length if not past else past - front.width + length)
         if not past:
-            for name, fill in (("input_ids", self.filler), ("inputs_embeds", 0), ("token_type_ids", 0)):
+            for name, fill in (("input_ids", self.filler), ("inputs_embeds", 0), *BESIDE_TOKENS):
                 if torch.is_tensor(kwargs.get(name)):
                     kwargs[name] = before(kwargs[name], S, fill)
-            for name in ("labels", "shift_labels"):
+            for name in LABELS:
                 labels = kwargs.get(name)
                 if torch.is_tensor(labels) and labels.shape == tokens.shape[:2] and not labels.is_floating_point():
                     kwargs[name] = before(labels, S, -100)
+        real = length if not past else past - front.width + length
         if mask is None and front.uneven:
-            real = length if not past else past - front.width + length
             mask = torch.ones(front.rows, real, device=tokens.device).long()
+        self.order = front.order(mask, S + real, self.trailing)
         if mask is not None:
             kwargs["attention_mask"] = torch.cat([front.visible(front.soft, S, mask.device).to(mask.dtype), mask], 1)
-        if self.trailing and front.uneven:
-            for name in ("input_ids", "inputs_embeds", "token_type_ids", "labels", "shift_labels", "attention_mask"):
+        if self.order is not None:
+            names = ("input_ids", "inputs_embeds", "attention_mask", *(n for n, _ in BESIDE_TOKENS), *LABELS)
+            for name in names if not past else ("attention_mask",):
                 t = kwargs.get(name)
-                if torch.is_tensor(t) and t.shape[:2] == (front.rows, length + S):
-                    kwargs[name] = front.turn(t)
+                if torch.is_tensor(t) and t.shape[:2] == self.order.shape:
+                    kwargs[name] = taken(t, self.order)
         rows = self.roster.mix.rows
         if rows is not None and rows.tokens is not None and not past and not self.is_encoder_decoder:
             rows.tokens = length + S
@@ -55,15 +64,29 @@ class VirtualTokens(PromptState):
         """The virtual tokens themselves, in the room that `widen` made."""
         if seen(kwargs.get(CACHE)):
             return
-        x = kwargs.get("inputs_embeds")
+        ids, x = kwargs.get("input_ids"), kwargs.get("inputs_embeds")
+        looked_up = kwargs.get("per_layer_inputs")
+        if looked_up is None:
+            looked_up = identity_inputs(module, ids, x if x is None else x[:, front.S :])
         if x is None:
             table = token_embeddings(module)
             assert table is not None
-            x = table(kwargs["input_ids"])
-        turned = self.trailing and front.uneven
-        x = front.turn(x, back=True) if turned else x
-        x = torch.cat([self.soft(front, x), x[:, front.S :]], 1)
-        kwargs["input_ids"], kwargs["inputs_embeds"] = None, front.turn(x) if turned else x
+            x = table(ids)
+        kwargs["input_ids"], kwargs["inputs_embeds"] = None, self.put(front, self.soft(front, x), x)
+        if looked_up is not None:  # virtual tokens have no entry there
+            nothing = looked_up.new_zeros(front.rows, front.S, *looked_up.shape[2:])
+            if looked_up.shape[1] == x.shape[1] - front.S:
+                looked_up = torch.cat([nothing, looked_up], 1)
+                looked_up = looked_up if self.order is None else taken(looked_up, self.order)
+            kwargs["per_layer_inputs"] = self.put(front, nothing, looked_up)
+
+    def put(self, front: Front, values: Tensor, x: Tensor) -> Tensor:
+        """x[rows, columns, …] with values[rows, S, …] where the virtual tokens stand."""
+        if self.order is None:
+            return torch.cat([values, x[:, front.S :]], 1)
+        order = self.order.to(x.device)
+        chosen = (order < front.S).reshape(*order.shape, *(1 for _ in x.shape[2:]))
+        return torch.where(chosen, taken(values, order.clamp(max=front.S - 1)), x)
 
     def soft(self, front: Front, x: Tensor, decoder: bool = False) -> Tensor:
         """[rows, S, d]: each row's virtual tokens, padded on the left."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from typing import Any
 
 import yaml
@@ -11,8 +12,11 @@ from ...config import PeftConfig
 from ...registry import method
 
 
-def write_card(config: PeftConfig, folder: str | os.PathLike[str]) -> None:
-    """Write README.md into `folder`, naming base model, method and version; the text of an existing one stays."""
+def write_card(config: PeftConfig, folder: str | os.PathLike[str], further: str | Iterable[str] = ()) -> None:
+    """Write README.md into `folder`, naming base model, method and version; the text of an existing one stays.
+
+    further: tags beside those that name the method and the base.
+    """
     path = os.path.join(folder, "README.md")
     data, text = split(path)
     cls = method(config.peft_type)
@@ -21,7 +25,10 @@ def write_card(config: PeftConfig, folder: str | os.PathLike[str]) -> None:
     tags = [tags] if isinstance(tags, str) else list(tags)
     own = [f"base_model:adapter:{base}"] if base else []
     own += [getattr(config.peft_type, "value", str(config.peft_type)).lower(), "peft"]
-    data.update(library_name="peft", tags=list(dict.fromkeys([*tags, *own])))
+    data.update(
+        library_name="peft",
+        tags=list(dict.fromkeys([*tags, *own, *([further] if isinstance(further, str) else further)])),
+    )
     if base and not os.path.isdir(base):  # the hub refuses folders of this machine
         data["base_model"] = base
     version = f"- PEFT {config.peft_version}"
