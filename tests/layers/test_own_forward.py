@@ -153,18 +153,6 @@ def test_a_forward_on_the_instance_is_a_forward_of_its_own():
         assert close(model.merge_and_unload()(x), out)
 
 
-def test_a_subclass_that_computes_what_its_parent_does_keeps_factored_adapters():
-    from transformers.models.falcon.modeling_falcon import FalconLinear
-    from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbedding
-
-    class Renamed(nn.Linear):
-        pass
-
-    assert [
-        kind_of(m).name for m in (FalconLinear(4, 4), Renamed(4, 4), Gemma3TextScaledWordEmbedding(9, 4, 0, 2.0))
-    ] == [*("linear", "linear", "embedding")]
-
-
 def test_what_keeps_codes_is_refused_by_name_and_passed_over_by_all_linear():
     class Coded(nn.Linear):
         def __init__(self):

@@ -48,7 +48,7 @@ def test_what_once_failed_is_built():
 
     for name in ("mamba", "falcon"):
         model, inputs = build(name, MODEL_MAPPING)
-        assert sum(p.numel() for p in model.parameters()) < 1e6
+        assert sum(p.numel() for p in model.parameters()) < 1e7
         with torch.no_grad():
             assert tensors(model(**inputs))
 

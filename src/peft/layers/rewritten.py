@@ -22,6 +22,9 @@ class Rewritten(LayerKind[C]):
         W = self.native(self.read(module), module)
         return {"weight": W} if bias is None else {"weight": W, "bias": bias}
 
+    def merge_refusal(self, module: C) -> str:
+        return ""
+
     def buffers(self, module: C) -> dict[str, Tensor]:
         return {}  # what the weight is computed from, not a state of its own
 

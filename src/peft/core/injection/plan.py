@@ -6,7 +6,6 @@ them in. What is found wrong while planning leaves the model as it was.
 
 from __future__ import annotations
 
-import copy
 import functools
 import hashlib
 import warnings
@@ -24,7 +23,7 @@ from ...contract.kind import LayerKind
 from ...contract.method import Method
 from ...contract.site import Site
 from ...contract.tree import Composite
-from ...errors import NoMatchingPeftModuleError, Refusal
+from ...errors import Refusal
 from ...registry import companions, method, wrappers
 from ..acting.mix import BASE
 from ..acting.on_model import roster_of
@@ -330,24 +329,3 @@ def _build(items: list[Item], plan: Plan, init: bool, meta: bool) -> None:
                 for p in m.parameters():
                     p.data = p.data.to(number)
             site.device, site.dtype = device, number
-
-
-class DryRun(list[Item]):
-    """The rows of a plan, and what it passes over: path -> why."""
-
-    def __init__(self, found: Plan) -> None:
-        super().__init__(found.items)
-        self.passed_over = found.passed_over
-
-
-def dry_run(model: nn.Module, config: PeftConfig) -> DryRun:
-    """What `config` would adapt, as rows with .path, .kind, .shape, .parameters; raises what get_peft_model would.
-
-    `.passed_over` of the result: the linear layers that `all-linear` cannot adapt, and why.
-    """
-    base = getattr(model, "base_model", model)
-    base = getattr(base, "model", base) if roster_of(model) is not None and hasattr(base, "model") else model
-    rows = DryRun(plan(base, copy.deepcopy(config), name="%dry", init=False, meta=True))
-    if not rows:
-        raise NoMatchingPeftModuleError("the config targets nothing")
-    return rows
