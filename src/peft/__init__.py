@@ -33,6 +33,9 @@ if TYPE_CHECKING:
     from .core.injection.dry_run import (
         dry_run as dry_run,
     )
+    from .core.injection.schedules import (
+        update_and_allocate as update_and_allocate,
+    )
     from .core.model.functions import (
         get_peft_model as get_peft_model,
         get_peft_model_state_dict as get_peft_model_state_dict,
@@ -102,6 +105,7 @@ _HOMES = {
     """,
     "config": "PeftConfig PromptLearningConfig",
     "core.injection.dry_run": "dry_run",
+    "core.injection.schedules": "update_and_allocate",
     "core.model.functions": """
         get_peft_model get_peft_model_state_dict inject_adapter_in_model load_peft_weights
         set_peft_model_state_dict

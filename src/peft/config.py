@@ -191,7 +191,8 @@ class PeftConfig:
         """Read a config from a folder or the hub. Keyword arguments that are fields override the file's values."""
         strict = bool(kwargs.pop("strict", False))
         remote = {k: kwargs.pop(k) for k in HUB_KWARGS if k in kwargs}
-        kwargs = {k: v for k, v in kwargs.items() if k not in CODE_KWARGS}
+        unsaid = [k for k in ("proxies",) if kwargs.get(k) is None]  # transformers passes it on all the same
+        kwargs = {k: v for k, v in kwargs.items() if k not in (*CODE_KWARGS, *unsaid)}
         path = find_file(str(pretrained_model_name_or_path), CONFIG_NAME, subfolder, remote)
         if path is None:
             raise ValueError(f"Can't find '{CONFIG_NAME}' at '{pretrained_model_name_or_path}'")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -67,21 +68,32 @@ def set_exact_adapter_math(model: nn.Module, exact: bool = True) -> None:
 
 @contextmanager
 def rescale_adapter_scale(model: nn.Module, multiplier: float) -> Iterator[None]:
-    """Within, the active adapters' strength times `multiplier`; restored afterwards."""
+    """Within, the active adapters' strength times `multiplier`; restored afterwards, in whatever order several end.
+
+    Strengths are the adapters' own, so this holds for all threads.
+    """
     if not isinstance(multiplier, (int, float)) or isinstance(multiplier, bool):
         raise TypeError(f"multiplier should be of type float, got {type(multiplier)}")
     roster = roster_of(model)
     if roster is None or not roster.adapters:
         raise ValueError("This model has no adapters to rescale.")
     methods = [m for n in roster.chosen for _, m in roster.adapters[n].methods]
-    before = [m.multiplier for m in methods]
-    try:
+    mine = object()
+    with roster.gate.change():
         for m in methods:
-            m.multiplier *= multiplier
+            at_rest, factors = m.__dict__.setdefault("_rescaled", (m.multiplier, {}))
+            factors[mine] = multiplier
+            m.multiplier = math.prod(factors.values(), start=at_rest)
+    try:
         yield
     finally:
-        for m, value in zip(methods, before, strict=True):
-            m.multiplier = value
+        with roster.gate.change():
+            for m in methods:
+                at_rest, factors = m.__dict__["_rescaled"]
+                del factors[mine]
+                m.multiplier = math.prod(factors.values(), start=at_rest)
+                if not factors:
+                    del m.__dict__["_rescaled"]
 
 
 @contextmanager

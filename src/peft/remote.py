@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 CODE_KWARGS = ("trust_remote_code", "code_revision")  # of a base model; libraries pass them on to its adapters, too
 HUB_KWARGS = (
     *("cache_dir", "endpoint", "etag_timeout", "force_download", "headers", "library_name", "library_version"),
-    *("local_dir", "local_files_only", "repo_type", "revision", "token", "use_auth_token", "user_agent"),
+    *("local_dir", "local_files_only", "proxies", "repo_type", "revision", "token", "use_auth_token", "user_agent"),
 )
 PUSH_KWARGS = ("commit_description", "commit_message", "create_pr", "private", "revision", "token", "use_auth_token")
 # Where other libraries put the parts of a base that they place anew: here it stays where it is.
@@ -51,6 +51,8 @@ def find_file(model_id: str, name: str, subfolder: str | None, remote: Mapping[s
 
     args: dict[str, Any] = {k: v for k, v in remote.items() if k in HUB_KWARGS}
     _use_token(args)
+    if args.pop("proxies", None):  # transformers passes None
+        raise TypeError("proxies: the hub's client takes a proxy from the environment, as HTTPS_PROXY.")
     try:
         return hf_hub_download(model_id, name, subfolder=subfolder, **args)
     except EntryNotFoundError:

@@ -25,6 +25,10 @@ def wide(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         (events.RowsRead(42, None), "42 rows to train on, none held out"),
         (events.RowsRead(42, 12), "42 rows to train on, 12 held out"),
+        (
+            events.Adopted(Path("run")),
+            "run was written by an earlier version, which kept no list of its files: they stay, also those that are used up.",
+        ),
         (events.GoingOn(3, 9), "Going on from step 3 of 9."),
         (events.BaseScored({"accuracy": 0.5, "rows": 12}), "base held-out accuracy 0.5000"),
         (events.StopAsked(), "Stopping after this step; its state will be saved."),

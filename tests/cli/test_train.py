@@ -21,7 +21,8 @@ from tests.helpers.small_models import TEMPLATE, causal
 def test_a_causal_lm_from_rows_to_a_merged_model(peft: Any, home: Path) -> None:
     out = peft(*causal(home, output="run"))
     assert "model.layers.*.self_attn.q_proj" in out and "held-out accuracy" in out and "rank of the update" in out
-    assert sorted(p.name for p in Path("run").iterdir()) == ["adapter", "job.yaml", "loss.png", "metrics.json"]
+    made = [".peft-output.json", "adapter", "job.yaml", "loss.png", "metrics.json"]
+    assert sorted(p.name for p in Path("run").iterdir()) == made
     assert {p.name for p in Path("run/adapter").iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
     metrics = json.loads(Path("run/metrics.json").read_text())
     assert metrics["steps"] == 12 and metrics["counts"]["rank"] == 4

@@ -10,10 +10,12 @@ import io
 
 import pytest
 import torch
+from torch import nn
 from torch.autograd import forward_ad
 
 from peft import registry
 from tests.helpers.cells import NOISE, Cell, close, refusal
+from tests.helpers.prompts import every_method, prompted
 
 METHODS = {n: m for n, m in registry.methods().items() if m.form != "prompt"}
 VARIANTS = [Cell(n, dict(c), "linear", e) for n, m in METHODS.items() for c in m.examples for e in ("bias", "sequence")]
@@ -231,3 +233,46 @@ def test_autocast(cell):
     assert close(y.detach().float(), expected, 6e-2)
     y.float().square().sum().backward()
     assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in trained(model).values())
+
+
+class Logits(nn.Module):
+    """A language model as a function of token ids."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.model(input_ids=ids, use_cache=False).logits
+
+
+@every_method
+@torch.backends.mkldnn.flags(enabled=False)  # its LSTM has no forward mode
+def test_prompt_methods_in_every_way(method, example):
+    """A trace, forward-mode derivatives, those of derivatives, an ensemble: of a model behind a prompt."""
+    ids = torch.arange(12).view(2, 6)
+    model = Logits(prompted(method, example))
+    model.model.get_base_model().set_attn_implementation("eager")  # torch's fused one has no forward mode
+    y = model(ids)
+    assert close(
+        torch.jit.trace(model, (ids,), check_trace=False)(ids.flip(1)).detach(), model(ids.flip(1)).detach(), 1e-5
+    )
+    state = trained(model)
+    tangents = {n: torch.randn_like(p) for n, p in state.items()}
+
+    def call(state):
+        return torch.func.functional_call(model, state, (ids,))
+
+    with forward_ad.dual_level():
+        got = forward_ad.unpack_dual(call({n: forward_ad.make_dual(p, tangents[n]) for n, p in state.items()})).tangent
+    v = torch.randn_like(y)
+    reverse = torch.autograd.grad(y, list(state.values()), v, create_graph=True)
+    by_reverse = sum((g * t).sum() for g, t in zip(reverse, tangents.values(), strict=True))
+    assert torch.allclose((v * got).sum(), by_reverse, rtol=1e-3, atol=1e-3)
+    sum(g.square().sum() for g in reverse).backward()
+    if any(isinstance(m, nn.LSTM) for m in model.modules()):
+        return  # torch cannot vectorise one
+    with torch.no_grad():
+        both = {n: torch.stack([p, p + tangents[n]]) for n, p in state.items()}
+        others = {n: p + tangents[n] for n, p in state.items()}
+        assert close(torch.func.vmap(call)(both), torch.stack([call(state), call(others)]), 1e-4)

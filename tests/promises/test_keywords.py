@@ -151,7 +151,9 @@ def test_what_a_download_is_asked_for_reaches_the_hub(folder, monkeypatch):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         PeftModel.from_pretrained(llama(), "me/mine", subfolder="s", use_auth_token="t", **wanted)
-        PeftConfig.from_pretrained("me/mine", subfolder="s", token="t", **wanted)
+        PeftConfig.from_pretrained("me/mine", subfolder="s", token="t", proxies=None, **wanted)
+    with pytest.raises(TypeError, match="HTTPS_PROXY"):
+        PeftConfig.from_pretrained("me/mine", proxies={"https": "x"})
     assert len(asked) >= 3 and all(a == {"subfolder": "s", "token": "t", **wanted} for a in asked)
 
 

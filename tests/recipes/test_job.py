@@ -9,6 +9,7 @@ import pytest
 
 from peft.errors import UserError
 from peft.recipes import job
+from peft.recipes.outputs import MARKER, Output
 
 
 def test_numbers_and_lists_on_the_command_line() -> None:
@@ -76,3 +77,37 @@ def test_the_same_layers_written_otherwise_are_the_same_run() -> None:
     other["config"]["layers_to_transform"] = [1, 2]
     assert one.differences(other) == ["config.layers_to_transform"]
     assert one.differences(other | {"config": None}) == ["config"]
+
+
+def test_a_record_has_full_paths_and_means_its_own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("rows.jsonl", "zero.json"):
+        Path(name).touch()
+    Path("base").mkdir()
+    data = job.Data(train="rows.jsonl", eval="owner/set:test")
+    given = job.Job(model="base", data=data, trainer={"deepspeed": "zero.json", "optim": "base"}, output="run")
+    found = given.located()
+    assert found["model"] == str(tmp_path / "base") and found["output"] == str(tmp_path / "run")
+    assert found["data"]["train"] == str(tmp_path / "rows.jsonl") and found["data"]["eval"] == "owner/set:test"
+    assert found["trainer"] == {"deepspeed": str(tmp_path / "zero.json"), "optim": "base"}
+    assert given.model == "base" and given.differences(found) == given.differences(given.as_dict()) == []
+    assert given.differences(found | {"model": "other"}) == ["model"]
+    with Output(tmp_path / "run", "peft train") as output:
+        output.begin()
+        output.write("job.yaml", job.yaml.safe_dump(found))
+    Path("run").rename("moved")
+    monkeypatch.chdir("/")
+    read = job.read(tmp_path / "moved" / "job.yaml", {})
+    assert read.output == str(tmp_path / "moved") and read.data.train == str(tmp_path / "rows.jsonl")
+    assert job.read(tmp_path / "moved" / "job.yaml", {"output": "there"}).output == "there"
+
+
+@pytest.mark.parametrize("content", ["", " \n", "\0" * 100])
+def test_an_empty_job_file_is_told_as_such(tmp_path: Path, content: str) -> None:
+    file = tmp_path / "job.yaml"
+    file.write_text(content)
+    with pytest.raises(UserError, match=r"job\.yaml is empty\."):
+        job.read(file, {})
+    (tmp_path / MARKER).touch()
+    with pytest.raises(UserError, match="empty, as a crash while it was written"):
+        job.read(file, {})

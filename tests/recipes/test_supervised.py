@@ -49,12 +49,3 @@ def test_steps_and_logs_are_told() -> None:
     assert told == [Step(2, 4), Step(3, 4), TrainingEnded()]
     assert isinstance(logged, Logged) and logged.numbers == {"loss": 0.5} and logged.seconds_left >= 0
     assert logged.memory["peak"] > 0
-
-
-def test_the_newest_complete_checkpoint_is_taken(tmp_path: Path) -> None:
-    assert training.last_checkpoint(tmp_path / "nowhere") is None
-    for step in (2, 10, 9):
-        (tmp_path / f"checkpoint-{step}").mkdir()
-        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").touch()
-    (tmp_path / "checkpoint-11").mkdir()  # cut short: the state is written last
-    assert training.last_checkpoint(tmp_path) == tmp_path / "checkpoint-10"

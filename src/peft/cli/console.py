@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import logging
 import os
+import re
 from collections.abc import Callable, Iterable
 from typing import ParamSpec, TypeVar
 
@@ -30,6 +32,37 @@ T = TypeVar("T")
 BAD_INPUT = (ValueError, TypeError, KeyError, OSError, RuntimeError, ImportError, NotImplementedError, yaml.YAMLError)
 
 
+# What the system says when it cannot write, and what to do about it.
+SYSTEM = {
+    errno.ENOSPC: "The disk is full. Free some space and run the same command again.",
+    errno.EDQUOT: "Your quota on this disk is used up. Free some space and run the same command again.",
+    errno.EFBIG: "The file would be larger than this system allows.",
+    errno.EROFS: "That disk can only be read. Give a place that can be written to.",
+    errno.EACCES: "You may not read or write there. Change the permissions, or give another place.",
+    errno.EPERM: "You may not read or write there. Change the permissions, or give another place.",
+}
+# How libraries that write by themselves tell it: safetensors quotes the system, torch's archives say only this.
+QUOTED = re.compile(r"os error (\d+)|[Ee]rrno (\d+)")
+TORCH_WRITES = ("PytorchStreamWriter failed", "inline_container.cc")
+
+
+def system_error(error: BaseException | None) -> OSError | None:
+    """The refusal of the operating system that an error is about, however a library has wrapped it."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        if isinstance(error, OSError) and error.errno in SYSTEM:
+            return error
+        quoted = QUOTED.search(str(error))
+        number = int(quoted[1] or quoted[2]) if quoted else 0
+        if number in SYSTEM:
+            return OSError(number, os.strerror(number))
+        if isinstance(error, RuntimeError) and any(word in str(error) for word in TORCH_WRITES):
+            return OSError(errno.ENOSPC, "a file could not be written to its end")
+        error = error.__cause__ or error.__context__
+    return None
+
+
 def command(function: Callable[P, T]) -> Callable[P, T]:
     """Turns the errors of bad input into one message and exit code 2. PEFT_TRACEBACK=1 shows where they come from."""
 
@@ -41,9 +74,16 @@ def command(function: Callable[P, T]) -> Callable[P, T]:
             return function(*args, **kwargs)
         except typer.Exit:  # a RuntimeError to Python, and no error
             raise
-        except BAD_INPUT as error:
-            # str() of a KeyError is the repr of its message
-            message = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+        except Exception as error:
+            refused = None if isinstance(error, UserError) else system_error(error)
+            if refused is not None:
+                at = f"{refused.filename}: " if refused.filename else ""
+                message = f"{at}{refused.strerror}. {SYSTEM[refused.errno or 0]}"
+            elif isinstance(error, BAD_INPUT):
+                # str() of a KeyError is the repr of its message
+                message = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+            else:
+                raise
             errors.print(f"[bold red]Error:[/] {escape(message.strip() or type(error).__name__)}", soft_wrap=True)
             if not isinstance(error, UserError):
                 errors.print("[dim](PEFT_TRACEBACK=1 shows where this comes from)[/]")

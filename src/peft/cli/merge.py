@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import glob
 import os
-import shutil
+import secrets
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,6 +14,7 @@ import typer
 
 from .. import recipes
 from ..errors import UserError
+from ..recipes.outputs import Output
 from .console import command, console, facts, quiet_libraries, size
 from .predict import Adapter, Base, Dtype
 
@@ -21,6 +25,8 @@ if TYPE_CHECKING:
 
 # How far logits may differ, as a share of the largest: rounding of the dtype over a deep model, no more.
 TOLERANCE = {"float32": 1e-3, "float16": 2e-2, "bfloat16": 6e-2}
+
+COMMAND = "peft merge"
 
 
 @command
@@ -37,7 +43,7 @@ def merge(
     import torch
 
     quiet_libraries()
-    if output.exists():
+    if os.path.lexists(output):
         raise UserError(f"{output} exists already. Name a folder that does not; nothing is overwritten.")
     saved = recipes.saved.open_adapter(adapter)
     with console.status("loading base and adapter"):
@@ -49,15 +55,13 @@ def merge(
     with console.status("merging"):
         merged = loaded.model.merge_and_unload()
     precision = str(next(p for p in merged.parameters() if p.is_floating_point()).dtype).removeprefix("torch.")
-    aside = output.with_name(output.name + ".part")
-    shutil.rmtree(aside, ignore_errors=True)
-    try:
+    with new_folder(output) as made, made.written("") as part:
         with console.status("writing"):
-            merged.save_pretrained(str(aside))
-            loaded.task.tokenizer.save_pretrained(str(aside))
+            merged.save_pretrained(str(part))
+            loaded.task.tokenizer.save_pretrained(str(part))
         del merged
         with console.status("loading what was written"):
-            again = recipes.bases.load_base(recipes.bases.Source(str(aside)), type(loaded.task).auto, precision).eval()
+            again = recipes.bases.load_base(recipes.bases.Source(str(part)), type(loaded.task).auto, precision).eval()
         found = logits(again, batch)
         allowed = TOLERANCE.get(precision, 1e-3) * max(1.0, live.abs().max().item())
         difference = (found - live).abs().max().item()
@@ -66,9 +70,6 @@ def merge(
                 f"The merged model does not compute what base and adapter do: logits differ by {difference:.3g}, "
                 f"{allowed:.3g} would be rounding in {precision}. Nothing was written. A higher --dtype may help."
             )
-        os.replace(aside, output)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
     facts(
         [
             ("merged model", f"{output} ({size(recipes.record.folder_size(output))}, {precision})"),
@@ -79,6 +80,35 @@ def merge(
     )
     if moved == 0:
         console.print("[yellow]The adapter changes nothing on this text: is it trained?[/]")
+
+
+@contextlib.contextmanager
+def new_folder(output: Path) -> Iterator[Output]:
+    """A folder beside `output` with our marker in it, which is called `output` at the end, or is removed on an error.
+
+    What merges that were killed have left beside `output` is removed, too, as far as their markers say it is theirs.
+    """
+    target, made = output.absolute(), [p for p in output.absolute().parents if not p.exists()]
+    target.parent.mkdir(parents=True, exist_ok=True)
+    for left in target.parent.glob(f".{glob.escape(target.name)}.*.part"):
+        with contextlib.suppress(UserError, OSError), Output(left, COMMAND) as folder:
+            if folder.marked:
+                folder.discard()
+    folder = Output(target.with_name(f".{target.name}.{secrets.token_hex(4)}.part"), COMMAND)
+    done = False
+    try:
+        with folder:
+            folder.begin()
+            yield folder
+            os.rename(folder.folder, target)
+            done = True
+    finally:
+        if not done:
+            with contextlib.suppress(OSError):
+                folder.discard()
+            for above in made:
+                with contextlib.suppress(OSError):
+                    above.rmdir()
 
 
 def probe(loaded: Loaded, text: str) -> dict[str, Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -31,6 +32,7 @@ def predict(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Write the rows with their predictions as JSONL.")
     ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace that file if it exists.")] = False,
     model: Base = None,
     dtype: Dtype = "auto",
     template: Template = None,
@@ -43,6 +45,8 @@ def predict(
     quiet_libraries()
     if bool(texts) == bool(data):
         raise UserError("Give either --text (repeat it for more) or --data.")
+    if output is not None:
+        check_output(output, overwrite)
     saved = recipes.saved.open_adapter(adapter)
     rows = recipes.data.rows(data) if data else None
     given = {"template": template, "choices": choice}
@@ -57,15 +61,37 @@ def predict(
             scores = task.evaluate(loaded.model, rows, batch_size)
             console.print("  ".join(f"{k} {v:.4f}" if isinstance(v, float) else f"{k} {v}" for k, v in scores.items()))
     if output is not None:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        with output.open("w", encoding="utf-8") as file:
-            file.writelines(
-                json.dumps({**row, **answer}, ensure_ascii=False, default=str) + "\n"
-                for row, answer in zip(rows, found)
-            )
+        lines = (json.dumps({**row, **answer}, ensure_ascii=False, default=str) for row, answer in zip(rows, found))
+        if is_stream(output):
+            output.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+        else:
+            with recipes.writing.aside(output) as part, part.open("w", encoding="utf-8") as file:
+                file.writelines(f"{line}\n" for line in lines)
+                check_output(output, overwrite)  # nobody has made it in the meantime
         console.print(f"{len(found)} rows written to {output}")
     else:
         _show([row[task.data.text] for row in rows], found)
+
+
+def is_stream(output: Path) -> bool:
+    """A terminal, a pipe or the like, which is written into and never replaced."""
+    special = output.exists() and not output.is_symlink() and not output.is_file() and not output.is_dir()
+    return special or output.absolute().parent == Path("/dev")  # where even the standard output is a link
+
+
+def check_output(output: Path, overwrite: bool) -> None:
+    """The file may be written: nothing is lost by it but what the caller gives up."""
+    if is_stream(output):
+        return
+    if output.is_symlink():
+        raise UserError(f"{output} is a link to {os.path.realpath(output)}. Name the file itself.")
+    if output.is_dir():
+        raise UserError(f"{output} is a folder. Name a file to write the rows to.")
+    if output.exists() and not overwrite:
+        raise UserError(f"{output} exists already. Name another file, or give --overwrite to replace it.")
+    above = next(p for p in output.absolute().parents if p.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise UserError(f"{output} cannot be written: {above} is no folder that you may write to.")
 
 
 def _show(texts: Sequence[object], found: Sequence[Answer]) -> None:

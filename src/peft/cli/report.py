@@ -48,6 +48,11 @@ def lines(event: events.Event) -> list[str]:
     match event:
         case events.RowsRead(train, held_out):
             return [f"{train} rows to train on, {'none' if held_out is None else held_out} held out"]
+        case events.Adopted(folder):
+            return [
+                f"{escape(str(folder))} was written by an earlier version, which kept no list of its files: they stay, also "
+                "those that are used up."
+            ]
         case events.GoingOn(step, steps):
             return [f"Going on from step {step} of {steps}."]
         case events.BaseScored(found):

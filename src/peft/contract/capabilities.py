@@ -67,6 +67,13 @@ class Scheduled:
         """Called once per optimiser step, after backward, with the adapter's methods by path."""
         raise NotImplementedError(f"{cls.__name__}.after_step")
 
+    def progress(self) -> dict[str, Any]:
+        """What it has learnt on the way that no file of an adapter holds: tensors and plain values, for a checkpoint."""
+        return {}
+
+    def take_up(self, progress: dict[str, Any]) -> None:
+        """Go on from what `progress` gave."""
+
 
 class NeedsTokens:
     """It trains words that the base's vocabulary may lack."""

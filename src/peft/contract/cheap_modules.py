@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 Self = TypeVar("Self", bound="CheapModule")
@@ -90,6 +91,19 @@ for _cls, _table in (
 ):
     for _name, _later in _table.items():
         setattr(_cls, _name, _later)
+
+
+@contextmanager
+def made_on_the_cpu() -> Iterator[None]:
+    """Tensors without a device of their own are made on the CPU, whatever the caller's default is.
+
+    Under `torch.device("meta")` nothing could be drawn. Parameters state their device: that of the weight they act on.
+    """
+    if torch.get_default_device().type == "cpu":
+        yield
+        return
+    with torch.device("cpu"):
+        yield
 
 
 @contextmanager

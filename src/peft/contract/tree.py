@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from .cheap_modules import CheapModule, Uncalled
 from .method import Method
@@ -21,6 +23,26 @@ class Part:
     disk_path: str  # the part's path below the composite, as upstream writes it to disk; "" is the composite's own
 
 
+# what others call the module that they wrap: FSDP 1, torch.compile, activation checkpointing
+WRAPPED = ("_fsdp_wrapped_module", "_orig_mod", "_checkpoint_wrapped_module")
+_MARK = re.compile(rf"(?:(?<=\.)|^)(?:{'|'.join(WRAPPED)})(?:\.|$)")
+
+
+def wraps_as(module: nn.Module) -> str:
+    """The name under which a module of torch holds the one that it runs in its own way; "" where it is none of those."""
+    held = module._modules
+    if len(held) == 1:
+        (name,) = held
+        if name in WRAPPED or (name == "module" and isinstance(module, (nn.DataParallel, DistributedDataParallel))):
+            return name
+    return ""
+
+
+def without_wrappers(name: str) -> str:
+    """A dotted name without the steps that those wrappers add."""
+    return _MARK.sub("", name).removesuffix(".") if "_mod" in name else name
+
+
 class Wrapper(CheapModule):
     """What this library hangs in the place of a module of the base model."""
 
@@ -31,7 +53,7 @@ class AdapterContainer(Uncalled):
     """The container whose children are `<adapter>`, and `%<part>`: a container of the companions of that sort."""
 
     def put(self, name: str, method: nn.Module) -> None:
-        self._modules[name] = method
+        self.__dict__["_modules"] = {**self._modules, name: method}  # replaced: another thread may be walking it
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Something puts a stand-in around what hangs here (FSDP's units): from now on it is what is called."""
@@ -45,11 +67,10 @@ class AdapterContainer(Uncalled):
         """Tell who calls what hangs here."""
         layer = self.__dict__.get("layer")
         if layer is not None:
-            table = layer.methods
-            table.update({n: tuple(value if m is held else m for m in ms) for n, ms in table.items()})
+            layer.methods = {n: tuple(value if m is held else m for m in ms) for n, ms in layer.methods.items()}
 
     def drop(self, name: str) -> None:
-        del self._modules[name]
+        self.__dict__["_modules"] = {n: m for n, m in self._modules.items() if n != name}
 
 
 def tree(module: nn.Module, wrappers: bool = False) -> Iterator[nn.Module]:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..core.acting.adapted_layer import AdaptedLayer
 from ..core.acting.roster import Roster
 from ..errors import Refusal
-from ..kernels.node import recorded
+from ..kernels.node import recorded, with_zero_gradients
 from .stacked import Stacked
 
 DOWN = "down_proj"
@@ -37,12 +37,29 @@ class Experts(Stacked):
         index, weights = index.flatten(0, -2), weights.flatten(0, -2)  # [T, k]
         row = self.rows_of(roster, x.shape[0], x.device)
         out = torch.zeros_like(x)
+        idle = set(range(len(self.of(DOWN))))
         for e, token, weight in self._routes(index, weights):
+            idle.discard(e)
             chosen = x if token is None else x[token]
             y = self.expert(e, chosen, row if row is None or token is None else row[token])
             y = (y * weight[:, None]).to(out.dtype)
             out = out + y if token is None else out.index_add(0, token, y)
+        if idle and torch.is_grad_enabled():
+            out = self._with_idle(out, x[:0], None if row is None else row[:0], idle)
         return out.reshape(hidden.shape)
+
+    def _with_idle(self, out: Tensor, none: Tensor, row: Tensor | None, idle: set[int]) -> Tensor:
+        """The output with gradients of zero, not None, for the adapters of experts without tokens: distributed training
+        waits for every parameter's."""
+        parts = [p for n in self.single for e in idle if isinstance(p := self.of(n)[e], AdaptedLayer) and p.acting]
+        mix = parts[0].roster.mix if parts else None
+        names = () if mix is None else mix.active if mix.rows is None else mix.rows.distinct
+        methods = [m for part in parts for m in part.active_methods(names)]
+        if all(m.never_gathered for m in methods):
+            return with_zero_gradients(out, [p for m in methods for p in m.parameters() if p.requires_grad])
+        for e in idle:  # their tensors are there during calls only
+            out = out + self.expert(e, none, row).sum()
+        return out
 
     def _routes(self, index: Tensor, weights: Tensor) -> Iterator[tuple[int, Tensor | None, Tensor]]:
         """(expert, its tokens, their weights); in a compiled graph, whose shapes are fixed, all tokens with weight 0
@@ -57,7 +74,7 @@ class Experts(Stacked):
         ends = torch.bincount(flat, minlength=experts)[:experts].cumsum(0).tolist()
         start = 0
         for e, end in enumerate(ends):
-            if end > start or torch.is_grad_enabled():  # without tokens its adapters have gradients of zero, not none
+            if end > start:
                 pairs = order[start:end]
                 yield e, pairs // index.shape[1], weights.reshape(-1)[pairs]
             start = end

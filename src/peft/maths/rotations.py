@@ -21,11 +21,11 @@ def in_full_precision(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
     @functools.wraps(function)
     def wide(*args: Any) -> Tensor:
-        dtype, device = torch.float32, "cpu"
-        for a in args:
-            if isinstance(a, Tensor):
-                dtype, device = torch.promote_types(dtype, a.dtype), a.device.type
-        args = tuple(a.to(dtype) if isinstance(a, Tensor) else a for a in args)
+        dtype, device = torch.float32, args[0].device.type
+        if any(isinstance(a, Tensor) and a.dtype is not dtype for a in args):
+            for a in args:
+                dtype = torch.promote_types(dtype, a.dtype) if isinstance(a, Tensor) else dtype
+            args = tuple(a.to(dtype) if isinstance(a, Tensor) else a for a in args)
         if not torch.is_autocast_enabled(device):
             return function(*args)
         with torch.autocast(device, enabled=False):

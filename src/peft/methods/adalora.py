@@ -62,7 +62,7 @@ class AdaLoraConfig(LoraConfig):
             warnings.warn(f"AdaLoRA makes no use of {', '.join(unused)}; the rank is `init_r`.", stacklevel=3)
 
 
-class AdaLora(Penalised, Scheduled, Pruned):
+class AdaLora(Penalised, Pruned, Scheduled):
     peft_type = "ADALORA"
     config_class = AdaLoraConfig
     summary = "LoRA as a singular value decomposition whose ranks move to the layers that need them."

@@ -11,9 +11,23 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from . import bases, data, events, job, likelihood, record, run, saved, stopping
+    from . import bases, data, events, job, likelihood, outputs, record, run, saved, stopping, writing
 
-PARTS = ("bases", "data", "events", "job", "likelihood", "record", "run", "saved", "stopping", "tasks", "trainers")
+PARTS = (
+    "bases",
+    "data",
+    "events",
+    "job",
+    "likelihood",
+    "outputs",
+    "record",
+    "run",
+    "saved",
+    "stopping",
+    "tasks",
+    "trainers",
+    "writing",
+)
 
 
 def __getattr__(name: str) -> ModuleType:

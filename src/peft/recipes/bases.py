@@ -13,12 +13,14 @@ from typing import TYPE_CHECKING, Protocol, TypeAlias
 import torch
 
 from ..errors import UserError
+from .writing import digest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from ..core.model.peft_model import PeftModel
 
+SMALL = 16 << 20  # bytes: files that are read whole to tell whether they have changed
 Model: TypeAlias = "PreTrainedModel | PeftModel"  # what tasks run: a base, or a base with adapters
 
 
@@ -65,9 +67,21 @@ def resolve(spec: str) -> Source:
         if repository.count("/") == 1 and not spec.startswith((".", "/", "~")):
             return Source(repository, name)  # owner/repository/file.gguf on the hub
         raise UserError(f"There is no GGUF file {spec!r}. Check the path, relative to the current folder.")
-    if spec.startswith((".", "/", "~")):
+    if spec.startswith((".", "/", "~")) or "\\" in spec or spec.endswith("/") or spec.count("/") > 1:
         raise UserError(f"There is no folder or GGUF file {spec!r}. Check the path, relative to the current folder.")
     return _package(spec) or Source(spec)
+
+
+def digests(source: Source) -> dict[str, str]:
+    """What tells a model on this disk from another: its files by their full paths, small ones with the digest of their
+    bytes, large ones with their size."""
+    folder = Path(source.path)
+    files = [folder / source.gguf] if source.gguf else sorted(folder.glob("*"))
+    return {
+        str(f.absolute()): digest(f) if f.stat().st_size <= SMALL else f"{f.stat().st_size} bytes"
+        for f in files
+        if f.suffix in (".json", ".safetensors", ".bin", ".gguf", ".model", ".txt") and f.is_file()
+    }
 
 
 def _folder(folder: Path, spec: str) -> Source:
@@ -116,7 +130,21 @@ def load_config(source: Source) -> PreTrainedConfig:
 def _config(source: Source) -> PreTrainedConfig:
     from transformers import AutoConfig
 
-    return AutoConfig.from_pretrained(source.path, **source.arguments)
+    try:
+        return AutoConfig.from_pretrained(source.path, **source.arguments)
+    except Exception as error:
+        if Path(source.path).exists() or not _is_about_the_hub(error):
+            raise
+        raise UserError(
+            f"There is no folder {source.path!r} in {Path.cwd()}, no installed package of that name that ships a model, and "
+            f"the model hub does not give it either: {str(error).strip() or type(error).__name__}"
+        ) from None
+
+
+def _is_about_the_hub(error: Exception) -> bool:
+    """Errors of the hub's client, however it speaks to the network."""
+    known = ("huggingface_hub", "httpx", "httpcore", "requests", "urllib3")
+    return isinstance(error, OSError) or any(c.__module__.split(".")[0] in known for c in type(error).__mro__)
 
 
 def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:

@@ -8,6 +8,7 @@ from typing import Any, Protocol, TypeAlias, overload
 
 from ..errors import UserError, nearest
 from .job import Data
+from .writing import digest
 
 READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
 
@@ -86,6 +87,12 @@ def rows(name: str, subset: str | None = None, split: str = "train") -> Rows:
     if not len(found):
         raise UserError(f"{name!r} has no rows.")
     return found
+
+
+def digests(data: Data) -> dict[str, str]:
+    """The files that a job's rows come from, by their full paths, each with the digest of its bytes."""
+    files = [Path(v).expanduser() for v in (data.train, data.eval) if isinstance(v, str) and v]
+    return {str(f.absolute()): digest(f) for f in files if f.is_file()}
 
 
 def check_columns(part: Rows, data: Data, *, target: bool = True) -> None:

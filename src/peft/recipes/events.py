@@ -108,6 +108,13 @@ class BaseScored:
 
 
 @dataclass(frozen=True)
+class Adopted:
+    """The output folder is one of an earlier version: the run goes on, and what that version wrote is left there."""
+
+    folder: Path
+
+
+@dataclass(frozen=True)
 class GoingOn:
     """An interrupted run is taken up after this step."""
 
@@ -184,6 +191,7 @@ Event = (
     | Progress
     | Plan
     | BaseScored
+    | Adopted
     | GoingOn
     | Step
     | Logged

@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING, TypedDict, TypeVar
 import yaml
 
 from ..errors import UserError, nearest
+from .outputs import MARKER
 
 if TYPE_CHECKING:
     from ..config import Fields
 
 # Keys that may differ between an interrupted run and the one that continues it.
-NOT_PART_OF_THE_RUN = ("output", "keep_checkpoints", "show")
+NOT_PART_OF_THE_RUN = ("output", "keep_checkpoints", "checkpoint_minutes", "show")
+NAME = "job.yaml"  # the record of a job in the folder of its run
 LAYERS = "layers_to_transform"  # the field of configs that takes ranges in a job
 
 
@@ -62,14 +64,24 @@ class Job:
     evaluate_before: bool = True  # score the held-out rows with the base model too
     show: int = 2  # answers to held-out rows to print at the end
     keep_checkpoints: bool = False  # they are removed when the run has finished
+    checkpoint_minutes: float = 3  # a checkpoint is written at least this often, besides those of `trainer.save_steps`
 
     def as_dict(self) -> Fields:
         return dataclasses.asdict(self)
 
+    def located(self) -> Fields:
+        """As `as_dict`, with the full paths of files and folders, so that it means the same read from anywhere."""
+        found = self.as_dict()
+        found["model"] = located(self.model)
+        found["data"] |= {n: located(v) for n, v in found["data"].items() if n in ("train", "eval") and v is not None}
+        found["trainer"] = {n: located(v) if str(v).endswith(".json") else v for n, v in found["trainer"].items()}
+        return found | {"output": str(Path(self.output).expanduser().absolute())}
+
     def differences(self, other: Fields) -> list[str]:
-        """The keys, dotted, in which `other` is another run than this one; ranges of layers may be written otherwise."""
-        found = _differing(_with_layers(self.as_dict()), _with_layers(other))
-        return [k for k in found if k.split(".")[0] not in NOT_PART_OF_THE_RUN]
+        """The keys, dotted, in which `other` is another run than this one; ranges of layers may be written otherwise, and
+        so may paths: in full, or as this job has them."""
+        found = (_differing(_with_layers(own), _with_layers(other)) for own in (self.located(), self.as_dict()))
+        return min(([k for k in keys if k.split(".")[0] not in NOT_PART_OF_THE_RUN] for keys in found), key=len)
 
 
 class Flags(TypedDict, total=False):
@@ -90,17 +102,28 @@ Part = TypeVar("Part", Job, Data)
 
 
 def read(path: Path | None, flags: Flags) -> Job:
-    """The job in a YAML file (if any) with flags laid over it. Data files are looked for beside the YAML file first."""
+    """The job in a YAML file (if any) with flags laid over it. Data files are looked for beside the YAML file first.
+
+    The record that a run keeps of its job means that run's folder as its output, wherever the folder has gone since.
+    """
     raw: Fields = {}
     if path is not None:
         if not path.is_file():
             raise UserError(
                 f"There is no job file {str(path)!r}. Name a YAML file, or give flags (--model, --train ...)."
             )
-        found = parse(path.read_text(encoding="utf-8"), str(path))
+        text = path.read_text(encoding="utf-8")
+        if not text.strip("\0 \n\r\t"):
+            raise UserError(
+                f"The job file {path} is empty{', as a crash while it was written leaves it' if _is_record(path) else ''}. "
+                "Give the job by flags or by another file."
+            )
+        found = parse(text, str(path))
         if not isinstance(found, dict):
             raise UserError(f"{path} holds {type(found).__name__}, expected keys such as `model:`, `data:`, `method:`.")
         raw = found
+        if _is_record(path):
+            raw["output"] = str(path.absolute().parent)
     data = dict(raw.pop("data", None) or {})
     for name in ("train", "eval"):
         beside = path.parent / data[name] if path is not None and isinstance(data.get(name), str) else None
@@ -118,6 +141,18 @@ def read(path: Path | None, flags: Flags) -> Job:
     if not job.model:
         raise UserError("No model. Give --model (or `model:` in the job file): a hub id, a folder or a GGUF file.")
     return job
+
+
+def located(name: object) -> object:
+    """The full path where `name` is that of a file or folder that exists; everything else as it is."""
+    if not isinstance(name, str) or not name:
+        return name
+    path = Path(name).expanduser()
+    return str(path.absolute()) if path.exists() else name
+
+
+def _is_record(path: Path) -> bool:
+    return path.name == NAME and (path.absolute().parent / MARKER).is_file()
 
 
 def assignments(pairs: list[str], flag: str) -> Fields:

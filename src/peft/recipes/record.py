@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -46,7 +45,7 @@ def plot(history: Sequence[Mapping[str, float]], path: Path, title: str, on_even
         axes.set(xlabel="step", ylabel="loss", title=title)
         axes.grid(alpha=0.3)
         axes.legend()
-        figure.savefig(path, dpi=120)
+        figure.savefig(path, dpi=120, format="png")
     return drawn
 
 
@@ -61,12 +60,9 @@ def versions() -> dict[str, str]:
     return found
 
 
-def write(path: Path, content: Mapping[str, object]) -> None:
-    """JSON, written aside and renamed, so that a crash leaves the old file or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(path.name + ".part")
-    aside.write_text(json.dumps(content, indent=2, default=str) + "\n", encoding="utf-8")
-    os.replace(aside, path)
+def as_json(content: Mapping[str, object]) -> str:
+    """The text of a JSON file."""
+    return json.dumps(content, indent=2, default=str) + "\n"
 
 
 def folder_size(folder: Path) -> int:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import shutil
+import contextlib
+import json
 import time
 import uuid
 from collections.abc import Mapping
@@ -20,6 +21,7 @@ from . import bases, data, record, saved
 from .bases import Model
 from .data import Rows
 from .events import (
+    Adopted,
     Answered,
     BaseScored,
     Counted,
@@ -35,9 +37,10 @@ from .events import (
     working,
 )
 from .job import Job, check_fields
+from .outputs import Output
 from .stopping import Stopper, memory
 from .tasks import find
-from .trainers import supervised
+from .trainers import checkpoints, supervised
 from .trainers.supervised import AdapterTrainer
 
 if TYPE_CHECKING:
@@ -61,7 +64,12 @@ RESERVED = {
     "seed": "`seed`",
     "resume_from_checkpoint": "the same command again",
     "disable_tqdm": "no flag",
+    "save_only_model": "`keep_checkpoints`",
 }
+COMMAND = "peft train"
+RESULTS = (saved.ADAPTER, saved.METRICS, saved.PLOT)
+FILES = (*RESULTS, *(f"{saved.ADAPTER}/{n}" for n in ("adapter_config.json", "adapter_model.safetensors")))
+BEFORE = f"{checkpoints.FOLDER}/before.json"  # the base's scores, for a run that goes on
 
 
 class Run:
@@ -70,12 +78,15 @@ class Run:
     def __init__(self, job: Job, on_event: OnEvent = ignore) -> None:
         import transformers
 
-        self.job, self.output, self.on_event = job, Path(job.output), on_event
+        self.job, self.output, self.on_event = job, Path(job.output).expanduser(), on_event
         check_fields(job.trainer, transformers.TrainingArguments, "trainer", reserved=RESERVED)
+        if not 0 < job.checkpoint_minutes < float("inf"):
+            raise UserError(f"checkpoint_minutes is {job.checkpoint_minutes}: expected a number above 0.")
         saved.method(job.method)
         self.source = bases.resolve(job.model)
         self.kind = find.find(job.task, bases.load_config(self.source), self.source.gguf is not None)
         job.task = find.SHORT[self.kind.type]
+        self.read = data.digests(job.data) | bases.digests(self.source)  # what a run that goes on must find unchanged
         self.train_rows, self.held_out = data.load(job.data, job.seed)
         on_event(RowsRead(len(self.train_rows), len(self.held_out) if self.held_out else None))
         job.data.choices = self.kind.find_labels(job.data, self.train_rows)
@@ -98,8 +109,8 @@ class Run:
         if bases.device().type == "cpu":
             usual["dataloader_pin_memory"] = False
         given = usual | DEFAULTS | self.job.trainer
-        checkpoints = str(self.output / saved.CHECKPOINTS)
-        return transformers.TrainingArguments(**given, output_dir=checkpoints, seed=self.job.seed, disable_tqdm=True)
+        folder = str(self.output.absolute() / checkpoints.FOLDER)
+        return transformers.TrainingArguments(**given, output_dir=folder, seed=self.job.seed, disable_tqdm=True)
 
     def dry_run(self) -> Plan:
         """What would be adapted; reads the base's config, not its weights."""
@@ -122,15 +133,28 @@ class Run:
     # -- the run ------------------------------------------------------------------------------------------------------
     def train(self, *, restart: bool = False, stop_after: int | None = None) -> Finished | Stopped:
         """Trains to the end, or until it is stopped. The same job goes on where it stopped; `restart` begins anew."""
+        started = time.monotonic()
+        writes = self.arguments.process_index == 0
+        output = Output(self.output, COMMAND, writes=writes, foreign=saved.is_old_run)
+        with self.arguments.main_process_first(local=False):
+            output.__enter__()
+        with contextlib.closing(output):
+            return self._train(output, restart, stop_after, started)
+
+    def _train(self, output: Output, restart: bool, stop_after: int | None, started: float) -> Finished | Stopped:
         import transformers
 
-        started = time.monotonic()
-        checkpoint = self._begin(restart)
+        if (
+            not restart and output.notes.get("state") == "saved" and output.is_own(saved.METRICS)
+        ):  # all but the tidying was done
+            return self._tidied(output, json.loads(output.path(saved.METRICS).read_text(encoding="utf-8")))
+        with self.arguments.main_process_first(local=False):
+            checkpoint = self._begin(output, restart)
         transformers.set_seed(self.job.seed)
         with working("loading the base model", self.on_event):
             base = bases.load_base(self.source, self.kind.auto, self.job.dtype, **self.task.model_arguments())
         self.on_event(self._plan(base))
-        before = self._before(base)
+        before = self._before(output, base)
         transformers.set_seed(self.job.seed)
         model = peft.get_peft_model(base, self.config)
         # what the adapter's config tells others to load: as the job names it, a folder by its full path
@@ -145,50 +169,106 @@ class Run:
         if self.held_out and self.arguments.eval_strategy != "no":
             held_out = self._encoded(self.held_out)
         stopper = Stopper(stop_after, self.on_event)
-        hooks = [supervised.Teller(self.on_event), supervised.Schedule(), stopper]
-        loop = supervised.trainer(model, self.arguments, encoded, held_out, self.task.collator(), hooks)
-        with stopper:
-            loop.train(resume_from_checkpoint=checkpoint)
+        keeper = checkpoints.Keeper(60 * self.job.checkpoint_minutes, stopper, output)
+        hooks = [supervised.Teller(self.on_event), supervised.Schedule(), stopper, keeper]
+        collator = self.task.collator()
+        loop = supervised.trainer(model, self.arguments, encoded, held_out, collator, hooks, output, started)
+        if checkpoint is not None and (checkpoints.step_of(Path(checkpoint).name) or 0) >= self.steps:
+            loop.take_up_the_end(checkpoint)
+        else:
+            with stopper:
+                loop.train(resume_from_checkpoint=checkpoint)
         if stopper.stopped:
             stopped = Stopped(loop.state.global_step, loop.state.max_steps, stopper.asked)
             self.on_event(stopped)
             return stopped
-        return self._finish(model, loop, before, counts, started)
+        return self._finish(output, model, loop, before, counts)
 
-    def _begin(self, restart: bool) -> str | None:
+    def _begin(self, output: Output, restart: bool) -> str | None:
         """Prepares the output folder; the checkpoint to go on from, if a run was interrupted there."""
-        checkpoints, made = self.output / saved.CHECKPOINTS, self.output / saved.JOB
+        if not output.writes:
+            output.read()
+            return str(found) if (found := checkpoints.last(output)) is not None else None
+        if restart and output.adopted:
+            raise UserError(
+                f"{self.output} holds a run of a version that kept no list of what it wrote, so nothing there is removed. "
+                "Empty the folder yourself, or give another --output."
+            )
+        made = self._written_job(output)
         if restart:
-            for name in (saved.ADAPTER, saved.CHECKPOINTS):
-                shutil.rmtree(self.output / name, ignore_errors=True)
-            for name in (saved.JOB, saved.METRICS, saved.PLOT):
-                (self.output / name).unlink(missing_ok=True)
-        if (self.output / saved.METRICS).exists():
+            output.refuse_what_is_in_the_way(*FILES, checkpoints.FOLDER)
+            self._check_record(output, made)
+            output.remove(*RESULTS, checkpoints.FOLDER, saved.JOB)
+            output.notes = {}
+        elif output.path(saved.METRICS).exists() and (output.adopted or output.listed(saved.METRICS)):
             raise UserError(
                 f"{self.output} holds a finished run. Give another --output, or --restart to train it anew."
             )
-        checkpoint = supervised.last_checkpoint(checkpoints)
+        output.refuse_what_is_in_the_way(*FILES)
+        checkpoint = checkpoints.last(output)
+        if checkpoint is not None or output.adopted:
+            self._check_same(output, made)
+        else:
+            self._check_record(output, made)
+        if output.adopted:
+            self.on_event(Adopted(self.output))
         if checkpoint is not None:
-            other = self.job.differences(yaml.safe_load(made.read_text(encoding="utf-8"))) if made.exists() else []
-            if other:
-                raise UserError(
-                    f"{self.output} holds an interrupted run of another job: it differs in {', '.join(other)}. "
-                    "Give the same job to go on, another --output, or --restart to discard it."
-                )
-            self.on_event(GoingOn(int(checkpoint.name.rpartition("-")[2]), self.steps))
-        self.output.mkdir(parents=True, exist_ok=True)
-        made.write_text(yaml.safe_dump(self.job.as_dict(), sort_keys=False, allow_unicode=True), encoding="utf-8")
+            self.on_event(GoingOn(checkpoints.step_of(checkpoint.name) or 0, self.steps))
+        text = yaml.safe_dump(self.job.located(), sort_keys=False, allow_unicode=True)
+        known, now = (output.notes.get("job"), output.notes.get("read")), (text, self.read)
+        output.begin(job=text, read=self.read, adopted=output.adopted, state="begun")
+        if checkpoint is None and known != now:
+            output.remove(BEFORE)  # the scores of another job
+        if not output.path(saved.JOB).exists() or output.is_own(saved.JOB):
+            output.write(saved.JOB, text)
+        output.keep_folder(checkpoints.FOLDER)
         return str(checkpoint) if checkpoint is not None else None
 
-    def _before(self, base: Model) -> dict[str, float] | None:
+    def _written_job(self, output: Output) -> object:
+        """What the record of the job in the folder says; None where there is none."""
+        file = output.path(saved.JOB)
+        if not file.is_file():
+            return None
+        try:
+            return yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+        except yaml.YAMLError:
+            return {}
+
+    def _check_record(self, output: Output, made: object) -> None:
+        """A record that somebody has changed is not written over, unless it says what this job says."""
+        if not isinstance(made, dict) or not made or self.job.differences(made):
+            output.refuse_what_is_in_the_way(saved.JOB)
+
+    def _check_same(self, output: Output, made: object) -> None:
+        """The run to go on with is one of this job, on the same rows and the same base."""
+        recorded = yaml.safe_load(str(output.notes["job"])) if "job" in output.notes else made
+        if not isinstance(recorded, dict) or not recorded:
+            raise UserError(
+                f"{output.path(saved.JOB)} is empty or cut short, so it is not known which job was interrupted here. Give "
+                "another --output, or put the file back."
+            )
+        other = self.job.differences(recorded)
+        if other:
+            raise UserError(
+                f"{self.output} holds an interrupted run of another job: it differs in {', '.join(other)}. "
+                "Give the same job to go on, another --output, or --restart to discard it."
+            )
+        read = dict(output.notes.get("read") or {})
+        for name, found in self.read.items():
+            if read.get(name, found) != found:
+                raise UserError(
+                    f"{name} has changed since the run in {self.output} began, which is to go on. Put the file back as it "
+                    "was, give another --output, or --restart to train anew on what it holds now."
+                )
+
+    def _before(self, output: Output, base: Model) -> dict[str, float] | None:
         """The base's scores on the held-out rows; an interrupted run has them already."""
         if not self.held_out or not self.job.evaluate_before:
             return None
-        kept = self.output / saved.CHECKPOINTS / "before.json"
-        if kept.exists():
-            return yaml.safe_load(kept.read_text(encoding="utf-8"))
+        if output.is_own(BEFORE) or (output.adopted and output.path(BEFORE).is_file()):
+            return json.loads(output.path(BEFORE).read_text(encoding="utf-8"))
         found = self.task.evaluate(base, self.held_out, self.arguments.per_device_eval_batch_size)
-        record.write(kept, found)
+        output.write(BEFORE, record.as_json(found))
         self.on_event(BaseScored(found))
         return found
 
@@ -198,40 +278,51 @@ class Run:
 
     def _finish(
         self,
+        output: Output,
         model: PeftModel,
         loop: AdapterTrainer,
         before: Mapping[str, float] | None,
         counts: Counted,
-        started: float,
     ) -> Finished:
-        folder, plot, metrics_file = (self.output / n for n in (saved.ADAPTER, saved.PLOT, saved.METRICS))
-        model.save_pretrained(str(folder))
-        trained = time.monotonic() - started
+        folder = output.path(saved.ADAPTER)
+        with output.written(saved.ADAPTER) as part:
+            model.save_pretrained(str(part), is_main_process=output.writes)
+        trained = loop.seconds
         after = None
         if self.held_out:
             after = self.task.evaluate(model, self.held_out, self.arguments.per_device_eval_batch_size)
         history = loop.state.log_history
-        plotted = record.plot(history, plot, f"{self.job.method} on {self.job.model}", self.on_event)
+        if output.writes:
+            with output.written(saved.PLOT) as part:
+                record.plot(history, part, f"{self.job.method} on {self.job.model}", self.on_event)
         losses = [row["loss"] for row in history if "loss" in row]
         metrics: Metrics = {
-            "job": self.job.as_dict(),
+            "job": self.job.located(),
             "counts": counts,
             "adapter_bytes": record.folder_size(folder),
             "before": before,
             "after": after,
             "steps": loop.state.global_step,
             "final_loss": losses[-1] if losses else None,
-            "seconds": {"total": time.monotonic() - started, "until_saved": trained},
+            "seconds": {"total": loop.seconds, "until_saved": trained},
             "memory_bytes": memory(),
             "history": history,
             "versions": record.versions(),
         }
-        record.write(metrics_file, metrics)
-        if not self.job.keep_checkpoints:
-            shutil.rmtree(self.output / saved.CHECKPOINTS, ignore_errors=True)
-        finished = Finished(metrics, folder, metrics_file, plot if plotted else None)
-        self.on_event(finished)
+        output.notes["state"] = "saved"
+        output.write(saved.METRICS, record.as_json(metrics))
+        finished = self._tidied(output, metrics)
         self._show(model)
+        return finished
+
+    def _tidied(self, output: Output, metrics: Metrics) -> Finished:
+        """The end of a run whose results are written: its checkpoints go."""
+        if not self.job.keep_checkpoints:
+            output.remove(checkpoints.FOLDER)
+        output.begin(state="finished")
+        adapter, plot, metrics_file = (self.output / n for n in (saved.ADAPTER, saved.PLOT, saved.METRICS))
+        finished = Finished(metrics, adapter, metrics_file, plot if output.listed(saved.PLOT) else None)
+        self.on_event(finished)
         return finished
 
     def _show(self, model: PeftModel) -> None:

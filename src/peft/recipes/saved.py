@@ -20,14 +20,27 @@ from ..core.anatomy.patterns import for_path
 from ..errors import UserError, nearest
 from . import bases
 from .events import OnEvent, ignore
-from .job import LAYERS, Data, Job, check_fields, layers
+from .job import LAYERS, NAME, Data, Job, check_fields, layers
 from .tasks import find
 from .tasks.base import Task
 
 if TYPE_CHECKING:
     from ..core.model.peft_model import PeftModel
 
-ADAPTER, JOB, METRICS, PLOT, CHECKPOINTS = "adapter", "job.yaml", "metrics.json", "loss.png", "checkpoints"
+ADAPTER, JOB, METRICS, PLOT = "adapter", NAME, "metrics.json", "loss.png"
+OLD_FIELDS = {
+    "model",
+    "task",
+    "method",
+    "config",
+    "data",
+    "trainer",
+    "output",
+    "dtype",
+    "seed",
+    "evaluate_before",
+    "show",
+}
 ROOTS = ("base_model.model.", "base_model.")  # what adapter keys begin with
 
 
@@ -92,7 +105,31 @@ def open_adapter(path: str) -> Saved:
         raise UserError(f"{file} is not JSON: {error}") from None
     made = folder.parent / JOB
     raw = yaml.safe_load(made.read_text(encoding="utf-8")) if folder.name == ADAPTER and made.is_file() else None
+    if (
+        made.is_file()
+        and folder.name == ADAPTER
+        and (not isinstance(raw, dict) or not isinstance(raw.get("data"), dict))
+    ):
+        raise UserError(
+            f"{made} does not hold the job that made this adapter (a crash may have cut it short), so it is not known how "
+            f"rows became prompts. Put it back, or delete it and give --template and --choice."
+        )
     return Saved(folder, content, Job(**(raw | {"data": Data(**raw["data"])})) if raw else None)
+
+
+def is_old_run(folder: Path) -> bool:
+    """Whether a folder without a marker is that of a run which wrote none: its job's record names every field."""
+    file = folder / JOB
+    if not file.is_file() or any(p.is_symlink() for p in (file, folder / "checkpoints", folder / ADAPTER)):
+        return False
+    try:
+        text = file.read_text(encoding="utf-8")
+        raw = yaml.safe_load(text)
+    except (yaml.YAMLError, UnicodeDecodeError):
+        return False
+    if not text.strip("\0 \n"):  # a crash while it was written leaves it so
+        return any((folder / "checkpoints").glob("checkpoint-*/trainer_state.json"))
+    return isinstance(raw, dict) and raw.keys() >= OLD_FIELDS and isinstance(raw["data"], dict)
 
 
 @dataclass
@@ -174,7 +211,12 @@ def load(
     spec = model or saved.config.get("base_model_name_or_path") or (saved.job.model if saved.job else None)
     if not spec:
         raise UserError(f"The adapter in {saved.folder} does not name its base model. Give --model.")
-    source = bases.resolve(spec)
+    try:
+        source = bases.resolve(spec)
+    except UserError as error:
+        if model:
+            raise
+        raise UserError(f"{error} The adapter in {saved.folder} names it as its base; --model names another.") from None
     kind = find.find(saved.config.get("task_type"), bases.load_config(source), source.gguf is not None)
     known = saved.job.data if saved.job else Data()
     known = Data(**({**known.__dict__} | {k: v for k, v in (data or {}).items() if v is not None}))

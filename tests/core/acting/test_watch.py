@@ -1,4 +1,4 @@
-"""What a call's arguments say of its tokens, and that a watched model puts it into the mix for as long as it runs."""
+"""What a call's arguments say of its tokens, and that a watched model keeps it for as long as it runs."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Net(nn.Module):
         self.__dict__["roster"] = roster
 
     def forward(self, input_ids, attention_mask=None):
-        return self.roster.mix.span
+        return self.roster.span
 
 
 def test_a_watched_model_has_the_span_during_its_call_alone():
@@ -56,6 +56,6 @@ def test_a_watched_model_has_the_span_during_its_call_alone():
     assert net(IDS) is None
     watch(net, roster)
     watch(net, roster)
-    assert net(IDS) == Span(2, 3) and net(IDS).outer is None and roster.mix.span is None
+    assert net(IDS) == Span(2, 3) and net(IDS).outer is None and roster.span is None
     unwatch(net)
     assert net(IDS) is None and not net._forward_hooks and not net._forward_pre_hooks

@@ -8,7 +8,8 @@ from torch import nn
 
 from peft import get_peft_model
 from peft.contract.managed import like, split
-from peft.core.files.sharded import WRAPPERS, bare, flat, gathered, hollow, unreadable, unwrapped_name
+from peft.contract.tree import WRAPPED
+from peft.core.files.sharded import bare, flat, gathered, hollow, unreadable, unwrapped_name
 from tests.helpers.tiny_llama import llama, lora
 
 
@@ -33,7 +34,7 @@ def holding(name: str, module: nn.Module) -> nn.Module:
 
 def test_what_wrappers_hold_is_found_through_several_of_them():
     inner = around = nn.Linear(2, 2)
-    for name in (*WRAPPERS, "module"):
+    for name in (*WRAPPED, "module"):
         around = holding(name, around)
     assert bare(around) is inner
     assert bare(nn.Sequential(inner)) is not inner, "a model of one layer is no wrapper"

@@ -129,9 +129,9 @@ def test_each_layer_has_its_own_prefix_shared_by_the_rows_and_padded_on_the_left
 def test_a_cache_that_nobody_asked_for_is_lent():
     model = make.build("llama_gqa")
     prefix = front([Kept(model, [5, 6])])
-    assert led(model, prefix, input_ids=IDS, use_cache=False)[0].lent
-    assert not led(model, prefix, input_ids=IDS, use_cache=True)[0].lent
-    assert not led(model, prefix, input_ids=IDS, use_cache=False, past_key_values=DynamicCache())[0].lent
+    assert led(model, prefix, input_ids=IDS, use_cache=False)[0].call.lent
+    assert not led(model, prefix, input_ids=IDS, use_cache=True)[0].call.lent
+    assert not led(model, prefix, input_ids=IDS, use_cache=False, past_key_values=DynamicCache())[0].call.lent
 
 
 @pytest.mark.parametrize(("longest", "room"), [(8, 10), (20, 22)])

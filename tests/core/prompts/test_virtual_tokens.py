@@ -126,7 +126,7 @@ def test_room_is_made_in_all_that_the_call_is_given():
     assert kwargs["token_type_ids"].tolist() == [[1, 0, 0, 1, 1, 1], [0, 0, 1, 1, 1, 1]]
     for name in ("labels", "shift_labels"):
         assert kwargs[name].tolist() == widened(-100)
-    assert kwargs["other"] is other and "position_ids" not in kwargs and state.given is positions
+    assert kwargs["other"] is other and "position_ids" not in kwargs and state.call.given is positions
 
 
 @pytest.mark.parametrize("labels", [torch.tensor([0, 1]), torch.zeros(2, 3).long(), torch.zeros(2, 4)])
@@ -169,10 +169,10 @@ def test_layers_that_see_flattened_tokens_are_told_of_the_virtual_ones():
 def test_each_row_has_its_tasks_prompt():
     model = make.build("llama_gqa")
     state, prompt, x = prompts(model), Words(model, [5, 6]), torch.zeros(4, 1, 16)
-    state.tasks = torch.tensor([3.0, 1.0])
+    state.call.tasks = torch.tensor([3.0, 1.0])
     plain = prompt("prompt", None)
     found = state.soft(front([prompt], rows=4), x)  # two beams a row
     assert torch.equal(found, torch.stack([plain + 3, plain + 3, plain + 1, plain + 1]))
-    state.tasks = torch.tensor([1.0, 2.0, 3.0])
+    state.call.tasks = torch.tensor([1.0, 2.0, 3.0])
     with pytest.raises(ValueError, match="task_ids has 3 entries for 4 rows"):
         state.soft(front([prompt], rows=4), x)

@@ -26,6 +26,9 @@ class AdaptedLayer(Wrapper):
     adapters: AdapterContainer
     methods: dict[str, tuple[Method, ...]]
     merged_adapters: list[str]
+    off: (
+        tuple[object, frozenset[str]] | None
+    )  # what is switched off here alone, for as long as the roster has that object
     former: set[str]  # names that adapters no longer here had: their views are empty
 
     @property
@@ -34,7 +37,22 @@ class AdaptedLayer(Wrapper):
 
     def active_methods(self, names: Sequence[str]) -> list[Method]:
         table = self.methods
-        return [m for name in names if name in table for m in table[name]]
+        found = [m for name in names if name in table for m in table[name]]
+        return found if self.off is None else self._on(found)
+
+    def _on(self, methods: Sequence[Method]) -> list[Method]:
+        """Those of the methods that are not switched off here."""
+        off = self.switched_off
+        if "" in off:
+            return []
+        there = self.adapters._modules
+        hidden = {id(m) for field in off if (c := there.get(f"%{field}")) is not None for m in c._modules.values()}
+        return [m for m in methods if id(m) not in hidden]
+
+    @property
+    def switched_off(self) -> frozenset[str]:
+        """The config fields whose companions are switched off at this layer alone; "" for all that hangs here."""
+        return self.off[1] if self.off is not None and self.off[0] is self.roster.off_by_layer else frozenset()
 
     def compose(self, methods: Sequence[Method], dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
         """(W', b') of these methods together."""
@@ -48,7 +66,7 @@ class AdaptedLayer(Wrapper):
         """Whether the next forward differs from the base layer's."""
         mix = self.roster.mix
         names = mix.active if mix.rows is None else mix.rows.distinct
-        return not self.merged_adapters and any(n in self.methods for n in names)
+        return not self.merged_adapters and bool(self.active_methods(names))
 
 
 def has_adapted_layers(model: nn.Module) -> bool:

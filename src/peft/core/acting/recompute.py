@@ -7,36 +7,24 @@ the mix of its forward back. What checkpoints otherwise is told when the mix has
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import ParamSpec, TypeVar
 
 import torch
 from torch import nn
 
+from .calls import Calls
 from .mix import Mix
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
 
-class Recompute:
+class Recompute(Calls):
     """The mix that acts now, and how recomputes find the mix of their forward."""
 
-    def __init__(self) -> None:
-        self.mix = Mix()
-        self._bound = False  # inside a block whose recompute remembers its mix
-        self._seen: Mix | None = None  # the mix of the last forward outside a backward
-
-    @contextmanager
-    def using(self, mix: Mix) -> Iterator[None]:
-        before, self.mix = self.mix, mix
-        try:
-            yield
-        finally:
-            self.mix = before
-            if mix.rows is not None:
-                mix.rows.scratch.clear()
+    _seen: Mix | None = None  # the mix of the last forward outside a backward, of any thread
 
     def bound(self, checkpoint: Callable[..., T]) -> Callable[..., T]:
         """A checkpointing function whose recompute runs under the mix that its forward saw."""
@@ -45,19 +33,19 @@ class Recompute:
 
         @functools.wraps(checkpoint)
         def run(function: Callable[..., object], *args: object, **kwargs: object) -> T:
-            return checkpoint(self._under(self.mix, function), *args, **kwargs)
+            return checkpoint(self._under(self._whole(), function), *args, **kwargs)
 
         run.__dict__["_peft_bound"] = self
         return run
 
     def _under(self, mix: Mix, function: Callable[P, T]) -> Callable[P, T]:
         def under(*args: P.args, **kwargs: P.kwargs) -> T:
-            was, self._bound = self._bound, True
+            was, self.here.bound = self.here.bound, True
             try:
                 with self.using(mix):
                     return function(*args, **kwargs)
             finally:
-                self._bound = was
+                self.here.bound = was
 
         return under
 
@@ -68,13 +56,21 @@ class Recompute:
             if checkpoint is not None:
                 module.__dict__["_gradient_checkpointing_func"] = self.bound(checkpoint)
 
+    def _whole(self) -> Mix:
+        """The mix, with the tokens that the running call holds."""
+        mix, span = self.mix, self.here.span
+        return mix if span is None or mix.span is not None else replace(mix, span=span)
+
     def check_recompute(self) -> None:
         """A recompute that nothing bound, under another mix than the last forward's, would be silently wrong."""
+        mix = self._whole()
         if torch._C._current_graph_task_id() == -1:
-            self._seen = self.mix
-        elif not self._bound and self._seen is not None and self.mix != self._seen:
+            self.here.seen = self._seen = mix
+            return
+        seen = self.here.seen or self._seen  # on a device, backward runs in a thread that has seen no forward
+        if not self.here.bound and seen is not None and mix != seen:
             raise RuntimeError(
-                f"A checkpointed block is recomputed in backward with adapters {list(self.mix.active)}, but its forward "
-                f"ran with {list(self._seen.active)}. Call backward() before switching adapters, or enable checkpointing "
+                f"A checkpointed block is recomputed in backward with adapters {list(mix.active)}, but its forward "
+                f"ran with {list(seen.active)}. Call backward() before switching adapters, or enable checkpointing "
                 "through model.gradient_checkpointing_enable(), whose blocks remember their adapters."
             )

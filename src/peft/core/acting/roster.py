@@ -1,6 +1,8 @@
 """The adapters of a model and which of them act: one object shared by all adapted layers.
 
-Switching replaces one immutable `Mix`; no module is visited. A forward reads the mix once per layer.
+Switching replaces one immutable `Mix`; no module is visited. A forward reads the mix once per layer. What a context
+changes for a call lies over the model's own mix (`calls`): a switch that is made inside it is the model's, shows to all
+others at once, and in that call when the context closes.
 """
 
 from __future__ import annotations
@@ -115,7 +117,7 @@ class Configs(dict[str, PeftConfig]):
 
     def pop(self, name: str, default: Any = None) -> Any:
         config = super().pop(name, default)
-        self.roster.forget(name)
+        self.roster.forget(name, everywhere=False)
         return config
 
 
@@ -126,12 +128,15 @@ class Roster(Recompute):
         super().__init__()
         self.chosen: tuple[str, ...] = ()  # what acts when nothing is disabled
         self.asked: tuple[str, ...] = ()  # what was asked for: layer by layer, that may name adapters of other models
-        self.enabled = True
         self.adapters: dict[str, Adapter] = {}
         self.training: set[str] = set()  # the names of those that train
+        self.uneven = False  # a layer was told by itself what trains there
         self.forgotten: set[str] = set()  # names that are free, though layers may still hold something under them
         self.configs: dict[str, PeftConfig] = Configs(self)  # the same configs, as `peft_config` shows them
         self.composites: dict[str, Composite] = {}  # disk path -> stand-in that translates its parts' keys
+        self.unmerged: tuple[str, ...] | None = None  # what stands for merged weights while a call has the bare base
+        self.paused = 0  # how many such calls there are
+        self.off_by_layer = object()  # layers that hold this very object are switched off by themselves
         self.exact = False  # adapters compute in their parameters' dtype, not in the layer's
         self.untied = False  # a merge had to untie the word embeddings
 
@@ -156,26 +161,37 @@ class Roster(Recompute):
         """The same for names of which some may be adapters of another part of a pipeline."""
         self.asked = tuple(dict.fromkeys(names))
         self.chosen = tuple(n for n in self.asked if n in self.adapters or n == BASE)
-        if self.enabled:
-            self.mix = Mix(self.chosen)
+        self.switch()
 
     def enable(self, enabled: bool) -> None:
-        self.enabled = enabled
-        self.mix = Mix(self.chosen) if enabled else Mix()
+        """For the model as a whole: layers that were switched off by themselves are as all others again."""
+        self.own_enabled = enabled
+        self.off_by_layer = object()
+        self.chosen = tuple([*self.chosen])  # another object: what layers remember is of those that were on
+        self.switch()
+
+    def switch(self) -> None:
+        """Let what is chosen act; while a call has the bare base of a merged model, what was merged."""
+        self.own = Mix(self.chosen if self.unmerged is None else self.unmerged) if self.own_enabled else Mix()
 
     def trains_only(self, names: Sequence[str], inference_mode: bool = False) -> bool:
         """Whether exactly these are chosen, and train (or, with inference_mode, none does)."""
         wanted = set() if inference_mode else {n for n in names if n in self.adapters}
-        return self.asked == tuple(dict.fromkeys(names)) and self.training == wanted
+        return self.asked == tuple(dict.fromkeys(names)) and self.training == wanted and not self.uneven
 
-    def forget(self, name: str) -> None:
-        """The name is free, and where the adapter acted alone, the first of the others acts."""
-        self.forgotten.add(name)
+    def forget(self, name: str, everywhere: bool = True) -> None:
+        """The name is free, and where the adapter acted alone, the first of the others acts. everywhere: no layer holds
+        anything of it any more."""
         if name not in self.adapters:
             return
+        if not everywhere:
+            self.forgotten.add(name)
         del self.adapters[name]
         self.training.discard(name)
         dict.pop(self.configs, name, None)
+        if self.unmerged is not None:
+            self.unmerged = tuple(n for n in self.unmerged if n != name)
+            self.switch()
         if name in self.asked:
             self.activate_present([n for n in self.asked if n != name] or list(self.adapters)[:1])
 
@@ -188,6 +204,7 @@ class Roster(Recompute):
         """Let the named adapters train and freeze the others."""
         self.known(names)
         wanted = set() if inference_mode else set(names)
+        self.uneven = False
         for name in (*self.training.difference(wanted), *wanted):
             if name != BASE:
                 self.set_trainable(name, name in wanted)

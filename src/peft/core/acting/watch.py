@@ -1,11 +1,10 @@
-"""Every module of the base model whose forward takes `input_ids` is watched: during its call the mix carries a `Span`,
+"""Every module of the base model whose forward takes `input_ids` is watched: during its call its thread has a `Span`,
 which a checkpointed recompute finds again, as it finds the adapters.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 
 import torch
 from torch import nn
@@ -44,19 +43,19 @@ def read(arguments: Mapping[str, object], outer: Span | None) -> Span:
 
 
 class Watch:
-    """Hooks that put the span of a call into the mix and take it out again; picklable, unlike closures."""
+    """Hooks that keep the span of a call while it runs; picklable, unlike closures."""
 
     def __init__(self, roster: Roster, names: tuple[str, ...]) -> None:
         self.roster, self.names = roster, names
 
     def enter(self, module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
-        mix = self.roster.mix
-        self.roster.mix = replace(mix, span=read({**dict(zip(self.names, args, strict=False)), **kwargs}, mix.span))
+        here = self.roster.here
+        here.span = read({**dict(zip(self.names, args, strict=False)), **kwargs}, here.span)
 
     def leave(self, module: nn.Module, args: tuple[object, ...], output: object) -> None:
-        mix = self.roster.mix
-        if mix.span is not None:
-            self.roster.mix = replace(mix, span=mix.span.outer)
+        here = self.roster.here
+        if here.span is not None:
+            here.span = here.span.outer
 
 
 def watch(model: nn.Module, roster: Roster) -> None:

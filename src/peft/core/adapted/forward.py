@@ -33,31 +33,34 @@ from .calls import Args, Kwargs, Output, nested, on_first, over_sequences, seque
 class Forward(AdaptedLayer):
     """How a layer runs with the adapters that act, and what they compose."""
 
-    _last: tuple[tuple[str, ...] | None, Sequence[Method]]  # the names that acted last, and their methods
+    # the names that acted last, the table they were looked up in, and their methods
+    _last: tuple[tuple[str, ...] | None, object, Sequence[Method]]
     _input_name: str
 
     def forward(self, *args: object, rows: Tensor | None = None, **kwargs: object) -> Output:
         """The base layer's forward with the acting adapters. `rows`: the batch row of each input, where x lost it."""
-        mix = self.roster.mix
+        compiling = torch.compiler.is_compiling()
+        mix = self.roster.mix if compiling else self.roster.outside_graphs()
         if mix.rows is not None and not self.merged_adapters:
             return self._mixed(mix.rows, rows, args, kwargs)
-        methods = () if self.merged_adapters else self._acting(mix.active)
+        methods = () if self.merged_adapters else self._acting(mix.active, compiling)
         if not methods:
             return self.kind.run(self.base_layer, *args, **kwargs)
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        if torch.is_grad_enabled() and not compiling:
             self.roster.check_recompute()
         if len(args) == 1 and not kwargs and (y := fused.run(self, methods, args[0])) is not None:
             return y
         return self._run(methods, args, kwargs)
 
-    def _acting(self, names: tuple[str, ...]) -> Sequence[Method]:
+    def _acting(self, names: tuple[str, ...], compiling: bool) -> Sequence[Method]:
         """`active_methods`, remembered for as long as the same names act and nothing is attached or detached."""
-        if torch.compiler.is_compiling():
+        if compiling:
             return self.active_methods(names)
-        known, methods = self._last
-        if known is not names:
+        known, table, methods = self._last
+        if known is not names or table is not self.methods:
+            table = self.methods
             methods = self.active_methods(names)
-            self.__dict__["_last"] = (names, methods)
+            self.__dict__["_last"] = (names, table, methods)
         return methods
 
     def _input(self, args: Args, kwargs: Kwargs) -> tuple[Tensor, Callable[[Tensor], tuple[Args, Kwargs]]]:
@@ -174,7 +177,7 @@ class Forward(AdaptedLayer):
         y = self.kind.channels_last(y).contiguous()
         if not can(m, TakesSpan):
             return self.kind.channels_back(m("after", y, x))
-        span = self.roster.mix.span
+        span = self.roster.span
         if span is not None and index is not None:
             span = span.take(index, axis)
         return self.kind.channels_back(m("after", y, x, span))
@@ -189,14 +192,14 @@ class Forward(AdaptedLayer):
     def _mixed(self, rows: Rows, row: Tensor | None, args: Args, kwargs: Kwargs) -> Output:
         """Per-row adapters: the base call once where no adapter changes what goes into it."""
         x, call = self._input(args, kwargs)
-        if self.methods.keys().isdisjoint(rows.distinct):
+        table = {n: self.active_methods((n,)) for n in rows.distinct}
+        if not any(table.values()):
             return self.kind.run(self.base_layer, *args, **kwargs)
         if nested(x) and (self.geometry.pointwise or self.geometry.indexed):
-            acting = (m for n in rows.distinct for m in self.methods.get(n, ()))
+            acting = (m for held in table.values() for m in held)
             return self._sequences(acting, x, call, sequence_of(x))
-        if (y := fused.run_rows(self, rows, row, x)) is not None:
+        if (y := fused.run_rows(self, table, rows, row, x)) is not None:
             return y
-        table = {n: list(self.methods.get(n, ())) for n in rows.distinct}
         groups, undo = rows.of(row) if row is not None else rows.groups(x.shape[0], self.path, x.device)
 
         def joined(fn: Callable[[list[Method], Tensor], Output]) -> Output:

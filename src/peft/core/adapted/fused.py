@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -46,15 +46,18 @@ def run(layer: AdaptedLayer, methods: Sequence[Method], x: Any) -> Tensor | None
     return y
 
 
-def run_rows(layer: AdaptedLayer, rows: Rows, row: Tensor | None, x: Tensor) -> Tensor | None:
-    """The same with an adapter per row of the batch. row: the batch row of each of x's rows, where x lost it."""
+def run_rows(
+    layer: AdaptedLayer, table: Mapping[str, Sequence[Method]], rows: Rows, row: Tensor | None, x: Tensor
+) -> Tensor | None:
+    """The same with an adapter per row of the batch, whose methods here are in `table`. row: the batch row of each of
+    x's rows, where x lost it."""
     base = _base(layer, x)
     if base is None or x.dim() < 2:
         return None
     terms, where, op = [], [], layer.op
     drops: list[float] = []
     for name, at in rows.places(x, layer.path) if row is None else rows.places_of(row, x):
-        for m in layer.methods.get(name, ()):
+        for m in table[name]:
             term = m.fused_term(op) if m.never_gathered and m.bias_change() is None else None
             if not isinstance(term, Thin) or term.rows is not None:
                 return None

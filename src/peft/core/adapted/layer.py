@@ -28,6 +28,25 @@ class Companions(AdapterContainer, Switch):
         self.roster, self.merged_adapters = layer.roster, []
         self.__dict__["layer"] = layer  # no child of this
 
+    def is_off(self) -> bool:
+        return bool(self.layer.switched_off & {"", self.field})
+
+    @property
+    def active_adapters(self) -> list[str]:
+        return [n for n in self.roster.chosen if any(True for _ in self.of(n))]
+
+    def turn(self, on: bool) -> None:
+        self.layer.switch(self.field, on)
+
+    def of(self, name: str) -> Iterator[Method]:
+        here = {id(m) for m in self._modules.values()}
+        return (m for m in self.layer.methods.get(name, ()) if id(m) in here)
+
+    @property
+    def field(self) -> str:
+        """The config field that brings them."""
+        return next(n[1:] for n, c in self.layer.adapters._modules.items() if c is self)
+
     def merge(self, safe_merge: bool = False, adapter_names: Sequence[str] | None = None) -> None:
         self.layer.merge(safe_merge, adapter_names)
 
@@ -66,7 +85,8 @@ class Adapted(Switch, UpstreamLayer):
             merged_adapters=[],
             record={},
             _kept=None,
-            _last=(None, ()),
+            off=None,
+            _last=(None, None, ()),
             _input_name=first_parameter(base_layer),
             training=base_layer.training,
         )
@@ -76,13 +96,13 @@ class Adapted(Switch, UpstreamLayer):
         if field and f"%{field}" not in self.adapters._modules:
             self.adapters.put(f"%{field}", Companions(self))
         self._container(field).put(escape(adapter), method)
-        self.set(_last=(None, ()))
-        held = self.methods
-        held[adapter] = (*held.get(adapter, ()), method)
+        held = self.methods  # replaced, never changed: a call in another thread may be reading it
+        self.set(methods={**held, adapter: (*held.get(adapter, ()), method)})
 
     def detach(self, adapter: str) -> None:
-        self._last = (None, ())
-        for m in (inner for outer in self.methods.pop(adapter, ()) for inner in outer.nested()):
+        gone = self.methods.get(adapter, ())
+        self.set(methods={n: held for n, held in self.methods.items() if n != adapter}, _last=(None, None, ()))
+        for m in (inner for outer in gone for inner in outer.nested()):
             self.former.update((*m.table.layer_names(), *m.shown.names))
         for field in ("", *self.brought_by):
             container = self._container(field)
@@ -90,6 +110,27 @@ class Adapted(Switch, UpstreamLayer):
                 container.drop(escape(adapter))
             if field and not container._modules:
                 self.adapters.drop(f"%{field}")
+
+    def is_off(self) -> bool:
+        return "" in self.switched_off
+
+    @property
+    def active_adapters(self) -> list[str]:
+        here = self.roster
+        return list(here.asked) if self.targeted else [n for n in here.chosen if n in self.methods]
+
+    def turn(self, on: bool) -> None:
+        self.switch("", on)
+
+    def of(self, name: str) -> Iterator[Method]:
+        return iter(self.methods.get(name, ()))
+
+    def switch(self, field: str, on: bool) -> None:
+        """Switch the companions that a config field brought on or off at this layer, or with "" all that hangs here."""
+        if self.merged and not on:
+            self.unmerge()
+        rest = self.switched_off - {field} if on else self.switched_off | {field}
+        self.set(off=(self.roster.off_by_layer, rest) if rest else None, _last=(None, None, ()))
 
     def held(self) -> Iterator[tuple[str, Method]]:
         own = {id(m): m for methods in self.methods.values() for m in methods}

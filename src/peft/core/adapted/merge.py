@@ -87,7 +87,8 @@ class Merging(Forward):
 
     def merge(self, safe_merge: bool = False, adapter_names: Sequence[str] | None = None) -> None:
         """Write the adapters into the base weight. Checks for NaN and inf always; `safe_merge` is kept for callers."""
-        self.merge_also(list(adapter_names if adapter_names is not None else self.roster.chosen))
+        with self.roster.gate.change():
+            self.merge_also(list(adapter_names if adapter_names is not None else self.roster.chosen))
 
     def merge_also(
         self, names: Sequence[str], keep: bool = True, tied: frozenset[int] | set[int] = frozenset()
@@ -103,7 +104,7 @@ class Merging(Forward):
         if record:
             managed.settle([self.kind.holder(self.base_layer)])
             self.check_writable(tied)
-        self.unmerge()
+        self.restore()
         if not record:
             return False
         then = [entry for entries in record.values() for entry in entries]
@@ -138,6 +139,10 @@ class Merging(Forward):
 
     def unmerge(self) -> None:
         """Bring back the very bits of the base weight."""
+        with self.roster.gate.change():
+            self.restore()
+
+    def restore(self) -> None:
         if self._kept is not None:
             original, kept = self._kept
             self.base_layer = self.kind.restore(original, kept)

@@ -21,7 +21,10 @@ def escape(name: str) -> str:
 
 
 class Switch:
-    """What other libraries find in a model and switch its adapters by; it acts on the whole model."""
+    """What other libraries find in a model and switch its adapters by.
+
+    Which adapters act is one choice for the whole model. Whether they act can be said of each place alone.
+    """
 
     roster: Roster
     merged_adapters: list[str]
@@ -36,20 +39,43 @@ class Switch:
 
     @property
     def active_adapters(self) -> list[str]:
+        """The active adapters, as they were asked for; where only companions hang, those that have one here."""
         return list(self.roster.asked)
 
     @property
     def disable_adapters(self) -> bool:
-        return not self.roster.enabled
+        return not self.roster.enabled or self.is_off()
 
     @disable_adapters.setter
     def disable_adapters(self, disabled: bool) -> None:
-        self.roster.enable(not disabled)
+        self.enable_adapters(not disabled)
 
     _active_adapter, _disable_adapters = active_adapter, disable_adapters  # where upstream's layers keep the two
 
     def enable_adapters(self, enabled: bool) -> None:
-        self.roster.enable(enabled)
+        """Let the adapters act here, or not, and train or not; all other places stay as they are.
+
+        Where they are disabled in the model as a whole, one place that is enabled enables the model.
+        """
+        if enabled and not self.roster.own_enabled:
+            self.roster.enable(True)
+        self.turn(enabled)
+        for name in self.roster.adapters:
+            for m in self.of(name):
+                train(m, enabled and name in self.roster.training)
+        self.roster.uneven = True
+
+    def is_off(self) -> bool:
+        """Whether what hangs here was switched off here alone."""
+        return False
+
+    def turn(self, on: bool) -> None:
+        """Switch what hangs here on or off."""
+        raise NotImplementedError(f"{type(self).__name__}.turn")
+
+    def of(self, name: str) -> Iterator[Method]:
+        """An adapter's methods here."""
+        raise NotImplementedError(f"{type(self).__name__}.of")
 
     def set_adapter(self, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
         """Activate for the whole model, training the named adapters: the mix is one object for all layers.
@@ -70,3 +96,10 @@ class Switch:
     def held(self) -> Iterator[tuple[str, Method]]:
         """(name below this module, method) of what hangs here."""
         return iter(())
+
+
+def train(method: Method, on: bool) -> None:
+    """Let what trains of a method train, or not."""
+    for attr, p in method.named_parameters():
+        if attr not in method.table.frozen and (p.is_floating_point() or p.is_complex()):
+            p.requires_grad_(on)

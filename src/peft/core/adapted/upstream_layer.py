@@ -13,6 +13,7 @@ from ...errors import Refusal
 from ..acting.raw_reads import asks_for_parameter, reader
 from . import views
 from .merge import Merging, merge_dtype
+from .switch import train
 
 SET_FIRST = ("base_layer", "methods", "adapters", "roster", "merged_adapters", "former")  # what looking up a view reads
 
@@ -66,7 +67,8 @@ class UpstreamLayer(Merging):
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         for name in [adapter_names] if isinstance(adapter_names, str) else adapter_names:
             for m in self.methods.get(name, ()):
-                m.requires_grad_(requires_grad)
+                train(m, requires_grad)
+        self.roster.uneven = True
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Take the adapter out of this layer; out of the last one, it is gone from the model."""

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import regex
 
 from ...config_values import shown
+from ...contract.tree import without_wrappers
 from ...errors import ConfigError
 
 V = TypeVar("V")
@@ -26,6 +27,7 @@ MOST = 2**17  # patterns of a table
 
 def means(pattern: str, path: str) -> bool:
     """Whether a target name means this path: the whole path or its last components."""
+    pattern = without_wrappers(pattern)
     return path == pattern or path.endswith("." + pattern)
 
 
@@ -46,7 +48,7 @@ def matcher(patterns: Collection[str] | str | None, field: str = "a pattern") ->
     if isinstance(patterns, str):
         fits = expression(patterns, field)
         return lambda path: fits.run("fullmatch", path) is not None
-    names = frozenset(patterns)
+    names = frozenset(map(without_wrappers, patterns))
     return lambda path: any(end in names for end in endings(path))
 
 

@@ -14,7 +14,7 @@ from torch import nn
 
 from ...config import TunerConfig
 from ...config_values import shown
-from ...contract.tree import Composite
+from ...contract.tree import Composite, without_wrappers
 from ...errors import NoMatchingPeftModuleError, near
 from .heads import output_heads
 from .patterns import Expression, endings, expression, matcher, means
@@ -96,7 +96,7 @@ def find(model: nn.Module, config: TunerConfig, strict: bool = True) -> list[Pla
             unmatched = [t for t in targets or [] if t not in ends]
             if unmatched:
                 known = {end for p in places for end in endings(p.path)}
-                unmatched = [t for t in unmatched if t not in known]
+                unmatched = [t for t in unmatched if without_wrappers(t) not in known]
             if unmatched and (strict or not chosen):
                 _fail("target_modules", unmatched, places)
             elif unmatched:

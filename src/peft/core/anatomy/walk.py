@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from ...contract.kind import LayerKind
-from ...contract.tree import AdapterContainer, Composite, Wrapper
+from ...contract.tree import AdapterContainer, Composite, Wrapper, wraps_as
 from ...registry import WHEN_KINDS_CHANGE, kinds
 from ..acting.adapted_layer import AdaptedLayer
 
@@ -58,11 +58,13 @@ class Place:
 
 
 def walk(model: nn.Module) -> Iterator[Place]:
-    """All modules below `model`, by base path; goes through wrappers.
+    """All modules below `model`, by base path; goes through wrappers, torch's too (compiled, checkpointed, FSDP 1).
 
     A module made of several weights is followed by its parts (of a stand-in that is not installed yet), never by its
     children: it reads their weights raw, so wrapping them would do nothing.
     """
+    while (inside := wraps_as(model)) and model._modules[inside] is not None:
+        model = model._modules[inside]  # type: ignore[assignment]
     yield from _children(model, "", "")
 
 
@@ -70,7 +72,10 @@ def _children(module: nn.Module, path: str, disk_path: str) -> Iterator[Place]:
     for attr, child in list(module._modules.items()):
         if child is None or isinstance(child, AdapterContainer):
             continue
-        place = Place(f"{path}{attr}", module, attr, f"{disk_path}{attr}")
+        parent, held = module, attr
+        while (inside := wraps_as(child)) and (wrapped := child._modules[inside]) is not None:
+            parent, held, child = child, inside, wrapped  # torch's wrappers are no step of a path
+        place = Place(f"{path}{attr}", parent, held, f"{disk_path}{attr}")
         yield place
         yield from _below(child, place)
 

@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal, TypedDict
 
 from torch import Tensor, nn
 
 from ...config import PeftConfig
+from ...contract.managed import class_of
 from ...errors import LONGEST_NAME, CheckpointError
 from ...local_files import json_object
 from ..acting.roster import Adapter
 from ..anatomy.embeddings import vocab_size
+from .sharded import bare
 
 Fingerprint = TypedDict(
     "Fingerprint", {"class": str, "vocab_size": int | None, "shapes": dict[str, list[int]]}, total=False
 )
 SAID: tuple[tuple[Literal["class", "vocab_size"], str], ...] = (("class", "a"), ("vocab_size", "vocabulary size"))
+
+OUTER = ("OptimizedModule", "DistributedDataParallel", "DataParallel", "FullyShardedDataParallel", "CheckpointWrapper")
+PUT_IN_FRONT = ("FSDP", "DDP", "Replicate", "Parametrized")  # of a class's name, by what makes a class of its own of it
 
 FREE = ("base_model_name_or_path", "revision", "inference_mode", "peft_version", "auto_mapping")  # of a config: fields
 # that are no property of the weights, so that the JSON may change them
@@ -31,17 +37,39 @@ def fingerprint(model: nn.Module, adapter: Adapter) -> Fingerprint:
         g = m.geometry
         if disk_path and not g.weightless:
             shapes[disk_path] = [g.out, g.fan_in]
-    return {"class": type(model).__name__, "vocab_size": vocab_size(model), "shapes": shapes}
+    model = bare(model)
+    return {"class": known_class(model).__name__, "vocab_size": vocab_size(model), "shapes": shapes}
+
+
+def known_class(model: nn.Module) -> type[nn.Module]:
+    """The class of a model without wrappers; of transformers' models theirs, whatever was derived from it on the spot."""
+    cls = class_of(model)
+    theirs = (c for c in cls.__mro__ if c.__module__.startswith("transformers.models."))
+    first = next((c for c in theirs if issubclass(c, nn.Module) and not c.__name__.endswith("PreTrainedModel")), cls)
+    return first if issubclass(first, nn.Module) else cls
+
+
+def same_class(saved: str, model: nn.Module) -> bool:
+    """Whether a file's word for a class means the model's: also with the marks that sharding makes of it in older files,
+    in other capitals, or by an older name that transformers keeps."""
+    here = known_class(bare(model))
+    if saved in OUTER or saved.casefold() == here.__name__.casefold():
+        return True
+    if saved.removeprefix(next((p for p in PUT_IN_FRONT if saved.startswith(p)), "")) == here.__name__:
+        return True
+    return getattr(sys.modules.get("transformers"), saved, None) is here
 
 
 def fill_base(config: PeftConfig, model: nn.Module) -> None:
     """base_model_name_or_path, and auto_mapping where no task type says the class."""
+    model = bare(model)
     if config.base_model_name_or_path is None:
         config.base_model_name_or_path = getattr(model, "name_or_path", None) or getattr(
             getattr(model, "config", None), "_name_or_path", None
         )
     if config.task_type is None and config.auto_mapping is None:
-        config.auto_mapping = {"base_model_class": type(model).__name__, "parent_library": type(model).__module__}
+        cls = class_of(model)
+        config.auto_mapping = {"base_model_class": cls.__name__, "parent_library": cls.__module__}
 
 
 # -- reading ----------------------------------------------------------------------------------------------------------------
@@ -97,6 +125,8 @@ def check_base(model: nn.Module, loaded: Loaded, adapter: Adapter, ignore_sizes:
     here = fingerprint(model, adapter)
     for what, say in SAID[: 1 if ignore_sizes else None]:
         if loaded.base.get(what) is not None and here[what] is not None and loaded.base[what] != here[what]:
+            if what == "class" and same_class(loaded.base["class"], model):
+                continue
             raise CheckpointError(
                 f"{loaded.source}: the adapter was trained on {say} {str(loaded.base[what])[:LONGEST_NAME]}, this model has {say} {here[what]}. "
                 "Load it on the right base, or pass strict=False to try all the same."

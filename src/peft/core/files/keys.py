@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ...config import PeftConfig
 from ...contract import managed
 from ...contract.method import Method
+from ...contract.tree import without_wrappers
 from ...errors import LONGEST_NAME, CheckpointError, near
 from ...registry import method as method_of
 from ..acting.roster import Adapter, Roster
@@ -151,7 +152,7 @@ def modules_in_file(tensors: Iterable[str], config: PeftConfig) -> set[str] | No
     """The paths of the modules that a file's tensors belong to; None where it holds raw parameters' adapters, too."""
     if getattr(config, "target_parameters", None):
         return None
-    bodies = (k.removeprefix(ROOT) for k in tensors)
+    bodies = (sharded.unwrapped_name(k).removeprefix(ROOT) for k in tensors)
     mark = f".{method_of(config.peft_type).prefix}"
     return {b.rpartition(mark)[0] for b in bodies if mark in b}
 
@@ -161,7 +162,8 @@ def fit(
 ) -> tuple[dict[str, tuple[FileTensor, Tensor]], list[str], list[str]]:
     """Match a file's tensors to an adapter's tensors: (pairs, keys missing in the file, keys nobody takes)."""
     root = root_of(adapter.config)
-    tensors = {_with_root(k, root): v for k, v in tensors.items()}
+    inside = any(disk_path.startswith("module.") for disk_path, _ in adapter.methods)
+    tensors = {_with_root(k, root, inside): v for k, v in tensors.items()}
     tensors = _translate(roster, tensors, adapter, "from_disk")
     for disk_path, method in adapter.methods:
         prefix = f"{root}{disk_path}." if disk_path else ""
@@ -180,8 +182,14 @@ def fit(
     return pairs, missing, [k for k in tensors if k not in wanted and not k.startswith(again)]
 
 
-def _with_root(key: str, root: str) -> str:
-    """Files of injected models and of diffusers lack the prefix of the PeftModel wrapper."""
+def _with_root(key: str, root: str, inside: bool) -> str:
+    """Files of injected models and of diffusers lack the prefix of the PeftModel wrapper, and the steps of torch's wrappers
+    are in some. inside: the base has a part called `module`, so that this step is none of them."""
+    key = without_wrappers(key)
+    if not inside:
+        key = key.removeprefix("module.")
+        if key.startswith(ROOT + "module."):
+            key = ROOT + key.removeprefix(ROOT + "module.")
     if key.startswith("base_model.") or "." not in key:
         return key
     return root + key

@@ -10,8 +10,10 @@ from collections.abc import Callable, Iterable, Mapping
 
 from torch import Tensor, nn
 
+from ...contract.managed import flat as kept_flat
 from ...contract.managed import partitioned, split
 from ...contract.method import Method
+from ...contract.tree import WRAPPED, without_wrappers
 from ...errors import CheckpointError
 from ..acting.on_model import base_of
 
@@ -20,16 +22,12 @@ def unwrapped(model: nn.Module) -> nn.Module:
     return base_of(bare(model))
 
 
-WRAPPERS = ("_fsdp_wrapped_module", "_orig_mod", "_checkpoint_wrapped_module")  # in the names of what they wrap
-
-
 Gathered = Callable[[Method, str], Tensor | None]
 
 
 def unwrapped_name(name: str) -> str:
     """A name in a state dict without the steps that wrappers add."""
-    steps = [s for s in name.split(".") if s not in WRAPPERS]
-    return ".".join(steps[1:] if steps[:1] == ["module"] else steps)
+    return without_wrappers(name).removeprefix("module.")
 
 
 def bare(model: nn.Module) -> nn.Module:
@@ -37,7 +35,7 @@ def bare(model: nn.Module) -> nn.Module:
     while True:
         held = model.__dict__.get("_modules", {})
         inner = next(
-            (held[n] for n in (*WRAPPERS, "module") if len(held) == 1 and isinstance(held.get(n), nn.Module)), None
+            (held[n] for n in (*WRAPPED, "module") if len(held) == 1 and isinstance(held.get(n), nn.Module)), None
         )
         if inner is None:
             return model
@@ -62,8 +60,10 @@ def gathered(model: nn.Module, state_dict: Mapping[str, Tensor] | None) -> Gathe
 
 
 def flat(model: nn.Module) -> bool:
-    """Whether FSDP 1 holds parameters of this model."""
-    return any(hasattr(type(m), "summon_full_params") for m in model.modules())
+    """Whether FSDP 1 holds the parameters of adapters in this model: those that came later are nobody's."""
+    return any(hasattr(type(m), "summon_full_params") for m in model.modules()) and any(
+        kept_flat(m) for m in model.modules() if isinstance(m, Method)
+    )
 
 
 def unreadable(t: Tensor) -> str:

@@ -8,7 +8,7 @@ its entries' mean scores. A pruned part has its gate at 0 and stays in memory; f
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -82,6 +82,17 @@ class Pruned(Method):
         """`kept` in terms of the initial parts, of which earlier pruning may have dropped some."""
         left = iter(self.kept.tolist())
         return [held and next(left) for held in self.pattern]
+
+    # -- in a checkpoint ----------------------------------------------------------------------------------------------
+    def progress(self) -> dict[str, Any]:
+        importance = {n: [t.detach().cpu() for t in pair] for n, pair in self.importance.items()}
+        return {"kept": self.kept.cpu(), "pattern": list(self.pattern), "importance": importance}
+
+    def take_up(self, progress: dict[str, Any]) -> None:
+        at = self.kept.device
+        self.kept = progress["kept"].to(at)
+        importance = {n: (mean.to(at), deviation.to(at)) for n, (mean, deviation) in progress["importance"].items()}
+        self.set(pattern=list(progress["pattern"]), importance=importance)
 
     # -- on disk ------------------------------------------------------------------------------------------------------
     def stored(self, attr: str, tensor: Tensor) -> Tensor:

@@ -19,6 +19,8 @@ from ..adapted.layer import Adapted, adapted_layers
 from ..anatomy.walk import Place
 from ..prompts.attach import attach
 from .plan import Plan, plan
+from .schedules import watch as watch_schedule
+from .shared import together
 
 
 def commit(model: nn.Module, plan: Plan) -> Roster:
@@ -31,16 +33,17 @@ def commit(model: nn.Module, plan: Plan) -> Roster:
                 if p is not None:
                     p.requires_grad = False
     model.__dict__["_peft_roster"] = roster
-    if plan.name in roster.forgotten:
+    if roster.forgotten:  # left behind where loading adapters of these names had failed
         for wrapped in adapted_layers(model):
-            if plan.name in wrapped.methods:
-                wrapped.detach(plan.name)  # left behind where loading an adapter of this name had failed
-        roster.forgotten.discard(plan.name)
+            for name in roster.forgotten.intersection(wrapped.methods):
+                wrapped.detach(name)
+        roster.forgotten.clear()
     dtype = _floating(model)
     for item in plan.items:
         assert item.method is not None
         if item.place is None:
-            attach(model, roster, plan.name, item.method)
+            with roster.gate.change():
+                attach(model, roster, plan.name, item.method)
             continue
         place, owner = item.place, item.place.owner
         if owner is not None:
@@ -57,14 +60,17 @@ def commit(model: nn.Module, plan: Plan) -> Roster:
         if item.method.training != layer.training:
             item.method.train(layer.training)
     first = not roster.adapters
-    roster.adapters[plan.name] = plan.adapter()
+    roster.adapters[plan.name] = adapter = plan.adapter()
+    together(roster, adapter)
     roster.configs[plan.name] = plan.config
     roster.composites.update(plan.composites())
     if first:
         roster.activate([plan.name])
     roster.set_trainable(plan.name, plan.name in roster.chosen and not plan.config.inference_mode)
+    watch_schedule(roster, plan.name)
     if any(issubclass(item.cls, TakesSpan) for item in plan.items):
-        watch(model, roster)
+        with roster.gate.change():  # hooks, which a call may just be walking through
+            watch(model, roster)
     if any(item.place is not None and item.place.composite is not None for item in plan.items):
         modules = list(tree(model))  # stand-ins stand where modules stood
     for kind in kinds().values():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 
 from torch import nn
 
@@ -21,6 +22,15 @@ def merge(model: nn.Module, names: list[str] | None = None, safe: bool = False, 
     roster = roster_of(model)
     if roster is None:
         raise ValueError("This model has no adapters to merge.")
+    with roster.gate.change():
+        if roster.paused:
+            raise ValueError(
+                "Merging while disable_adapter() has taken merged adapters out of the base: close it first."
+            )
+        yield from _merge(model, roster, names, safe, keep)
+
+
+def _merge(model: nn.Module, roster: Roster, names: list[str] | None, safe: bool, keep: bool) -> Iterator[str]:
     wanted = list(names) if names is not None else list(roster.chosen)
     roster.known(wanted)
     for name in wanted:
@@ -66,9 +76,44 @@ def _untie_config(model: nn.Module, roster: Roster) -> None:
 
 def unmerge(model: nn.Module) -> None:
     """Restore the kept weights of every merged layer, and tied weights with them."""
-    for layer in adapted_layers(model):
-        layer.unmerge()
     roster = roster_of(model)
-    if roster is not None and roster.untied:
-        state_tied(model)
-        roster.untied = False
+    with nullcontext() if roster is None else roster.gate.change():
+        for layer in adapted_layers(model):
+            layer.restore()
+        if roster is not None and roster.untied:
+            state_tied(model)
+            roster.untied = False
+        if roster is not None and roster.unmerged is not None:
+            roster.unmerged = None
+            roster.switch()
+
+
+def pause(model: nn.Module) -> bool:
+    """Take merged adapters out of the base until `resume` was called as often; all other calls run them unmerged.
+    Returns False, and does nothing, where none is merged."""
+    roster = roster_of(model)
+    if roster is None or not (roster.paused or any(layer.merged for layer in adapted_layers(model))):
+        return False
+    with roster.gate.change():
+        if not roster.paused:
+            merged = tuple(dict.fromkeys(n for layer in adapted_layers(model) for n in layer.merged_adapters))
+            unmerge(model)
+            roster.unmerged = merged
+            roster.switch()
+        roster.paused += 1
+    return True
+
+
+def resume(model: nn.Module) -> None:
+    """Undo one `pause`; with the last one, write what was merged into the base again."""
+    roster = roster_of(model)
+    if roster is None:
+        return
+    with roster.gate.change():
+        roster.paused -= 1
+        if roster.paused or roster.unmerged is None:
+            return
+        merged, roster.unmerged = [n for n in roster.unmerged if n in roster.adapters], None
+        roster.switch()
+        for _ in merge(model, merged):
+            pass

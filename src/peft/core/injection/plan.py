@@ -18,12 +18,13 @@ from torch import nn
 
 from ...config import PeftConfig, TunerConfig
 from ...contract.capabilities import Companion, Derives, Follows
+from ...contract.cheap_modules import made_on_the_cpu
 from ...contract.geometry import Geometry
 from ...contract.kind import LayerKind
 from ...contract.method import Method
 from ...contract.site import Site
 from ...contract.tree import Composite
-from ...errors import Refusal
+from ...errors import Refusal, printable
 from ...registry import companions, method, wrappers
 from ..acting.mix import BASE
 from ..acting.on_model import roster_of
@@ -90,7 +91,12 @@ class Plan:
 
 
 def check_name(roster: Roster | None, name: str) -> None:
-    if not isinstance(name, str) or not name or name in (".", "..") or "/" in name or "\\" in name or "\0" in name:
+    if (
+        not isinstance(name, str)
+        or name in ("", ".", "..")
+        or any(c in name for c in "/\\\n\t")
+        or printable(name) != name
+    ):
         raise ValueError(f"Adapter name {name!r}: expected a name that a folder may have.")
     if name == BASE:
         raise ValueError(
@@ -111,6 +117,7 @@ def seed_for(seed: int, path: str) -> int:
     return int.from_bytes(hashlib.blake2b(f"{seed}:{path}".encode(), digest_size=7).digest(), "big")
 
 
+@made_on_the_cpu()
 def plan(
     model: nn.Module,
     config: PeftConfig,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 from torch import nn
 
 from ...contract import managed
@@ -9,6 +11,7 @@ from ...contract.tree import Composite, tree
 from ...errors import Refusal
 from ...registry import kinds
 from ..acting.on_model import base_of, forget_adapters, roster_of
+from ..acting.roster import Roster
 from ..adapted.calls import move_recorders
 from ..adapted.layer import Adapted, adapted_layers
 from ..prompts.attach import detach
@@ -17,16 +20,20 @@ from ..prompts.attach import detach
 def delete(model: nn.Module, name: str) -> None:
     """Remove an adapter everywhere; the base layers of places without adapters stay wrapped until `unload`."""
     roster = roster_of(model)
-    if roster is None or name not in roster.adapters:
-        raise ValueError(f"Adapter {name} does not exist. Loaded: {sorted(roster.adapters) if roster else 'none'}.")
-    for layer in adapted_layers(model):
-        if name in layer.merged_adapters:
-            raise ValueError(f"Adapter {name} is merged into {layer.path}: call unmerge_adapter() before deleting it.")
-    for layer in adapted_layers(model):
-        layer.detach(name)
-    if roster.adapters[name].whole_model:
-        detach(model, roster, name)
-    roster.forget(name)
+    with nullcontext() if roster is None else roster.gate.change():
+        if roster is None or name not in roster.adapters:
+            raise ValueError(f"Adapter {name} does not exist. Loaded: {sorted(roster.adapters) if roster else 'none'}.")
+        for layer in adapted_layers(model):
+            if name in layer.merged_adapters:
+                raise ValueError(
+                    f"Adapter {name} is merged into {layer.path}: call unmerge_adapter() before deleting it."
+                )
+        whole = roster.adapters[name].whole_model
+        roster.forget(name)  # first: who begins a call from now on does without it
+        for layer in adapted_layers(model):
+            layer.detach(name)
+        if whole:
+            detach(model, roster, name)
 
 
 def check_unloadable(model: nn.Module) -> None:
@@ -46,6 +53,11 @@ def unload(model: nn.Module) -> nn.Module:
         if unit is not model and (base_of(unit) is model or getattr(unit, "model", None) is model):
             managed.hand_over(unit, model)
     roster = roster_of(model)
+    with nullcontext() if roster is None else roster.gate.change():
+        return _unload(model, roster)
+
+
+def _unload(model: nn.Module, roster: Roster | None) -> nn.Module:
     for parent in list(model.modules()):
         for attr, child in list(parent._modules.items()):
             while isinstance(child, (Adapted, Composite)):

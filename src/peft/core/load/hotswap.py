@@ -31,10 +31,11 @@ from ..adapted.layer import adapted_layers
 from ..files import header
 from ..files.header import Loaded, check_base
 from ..files.keys import assign, check_fit, modules_in_file
-from ..files.sharded import unwrapped
+from ..files.sharded import unwrapped, unwrapped_name
 from ..injection.commit import commit
 from ..injection.plan import Plan, plan
 from ..injection.remove import delete
+from ..injection.shared import refill, rewriting
 from .load import Fit, checked, read_adapter
 
 T = TypeVar("T")
@@ -64,7 +65,7 @@ def hotswap_adapter_from_state_dict(
     parameter_prefix: str = "",
 ) -> None:
     """The same from tensors, named as in a file or with the adapter's name inside (`…lora_A.default.weight`)."""
-    tensors = {_without(k.removeprefix("_orig_mod."), adapter_name): v for k, v in state_dict.items()}
+    tensors = {_without(unwrapped_name(k), adapter_name): v for k, v in state_dict.items()}
     loaded = Loaded(copy.deepcopy(config), tensors, source="The state dict")
     swap(model, loaded, adapter_name, modules_in_file(tensors, config))
 
@@ -88,7 +89,7 @@ def reload(model: nn.Module, loaded: Loaded, name: str) -> None:
                 return
             fit.fit(base, held, False)
             check_fit(fit.pairs, fit.missing, fit.extra, loaded.source)
-    assign(fit.pairs, adapter)
+    refill(roster, adapter, fit.pairs)
 
 
 def _without(key: str, adapter: str) -> str:
@@ -127,19 +128,20 @@ def swap(model: nn.Module, loaded: Loaded, name: str, only: set[str] | None = No
         )
     new, planned = fit.adapter, fit.planned
     assign(fit.pairs, new)
-    if old.padded:
-        _into_padded(old, new, name)
-        return
-    alike = _alike(old.methods, new.methods)
-    if not alike:
-        _check_whole(old, name)
-    for _, m in old.methods:
-        m.multiplier = 1.0
-    if alike:
-        _copy((a for _, a in old.methods), (b for _, b in new.methods))
-        roster.configs[name] = old.config = loaded.config
-    else:
-        _replace(model, roster, name, planned)
+    with roster.gate.change():
+        if old.padded:
+            _into_padded(old, new, name)
+            return
+        if not (alike := _alike(old.methods, new.methods)):
+            _check_whole(old, name)
+        for _, m in old.methods:
+            m.multiplier = 1.0
+        if alike:
+            with rewriting(roster, old):
+                _copy((a for _, a in old.methods), (b for _, b in new.methods))
+            roster.configs[name] = old.config = loaded.config
+        else:
+            _replace(model, roster, name, planned)
 
 
 def _check_whole(adapter: Adapter, name: str) -> None:
@@ -286,9 +288,10 @@ def prepare_model_for_compiled_hotswap(
             (m for s, m in adapter.methods if m is not own.get(s)),
         )
         plans.append((name, planned))
-    for name, planned in plans:
-        _replace(model, roster, name, planned)
-        roster.adapters[name].padded = True
+    with roster.gate.change():
+        for name, planned in plans:
+            _replace(model, roster, name, planned)
+            roster.adapters[name].padded = True
 
 
 def _ranks(config: Any) -> list[int]:

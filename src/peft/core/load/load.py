@@ -8,13 +8,13 @@ import os
 import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 
-from ...config import PeftConfig
+from ...config import PeftConfig, TunerConfig
 from ...contract.capabilities import NeedsTokens
-from ...contract.cheap_modules import uninterrupted
+from ...contract.cheap_modules import made_on_the_cpu, uninterrupted
 from ...errors import CheckpointError, about_a_file
 from ...registry import companions, method
 from ...remote import CODE_KWARGS, HUB_KWARGS, PLACING_KWARGS, refuse_others
@@ -23,8 +23,8 @@ from ..acting.roster import Adapter, Roster
 from ..anatomy.embeddings import vocab_size
 from ..anatomy.heads import prepare_head
 from ..files.adapter_files import read, warn
-from ..files.header import Loaded, check_base
-from ..files.keys import ROOT, FileTensor, assign, check_keys, check_values, few, fit
+from ..files.header import Fingerprint, Loaded, check_base
+from ..files.keys import ROOT, FileTensor, assign, check_keys, check_values, few, fit, modules_in_file
 from ..files.older_keys import translate
 from ..injection.commit import commit
 from ..injection.plan import Plan, plan
@@ -48,6 +48,7 @@ class LoadResult:
         return iter((self.missing_keys, self.unexpected_keys))
 
 
+@made_on_the_cpu()
 def read_adapter(
     model_id: str | os.PathLike[str],
     config: PeftConfig | None,
@@ -73,18 +74,43 @@ def read_adapter(
         **remote,
     )
     if key_mapping:
-
-        def renamed(key: str) -> str:
-            body = key.removeprefix(ROOT)
-            for pattern, replacement in key_mapping.items():
-                body, n = re.subn(pattern, replacement, body)
-                if n:
-                    break
-            return ROOT + body
-
-        loaded.read_values()  # whose keys are the file's
-        loaded.tensors = {renamed(k): v for k, v in loaded.tensors.items()}
+        rename(loaded, key_mapping)
     return loaded
+
+
+def rename(loaded: Loaded, key_mapping: Mapping[str, str]) -> None:
+    """Rename what a file says of modules, as where its base is a part of another model here.
+
+    A file of which keys change goes just where they lead, whatever else its target names would match in this model; its
+    base's class says nothing then, but the sizes of its weights do.
+    """
+
+    def renamed(key: str) -> str:
+        body = key.removeprefix(ROOT)
+        for pattern, replacement in key_mapping.items():
+            body, n = re.subn(pattern, replacement, body)
+            if n:
+                break
+        return body
+
+    loaded.read_values()  # whose keys are the file's
+    before = loaded.tensors
+    loaded.tensors = {ROOT + renamed(k): v for k, v in before.items()}
+    if loaded.tensors.keys() == before.keys():
+        return
+    config = loaded.config = copy.deepcopy(loaded.config)
+    old = modules_in_file(before, config) or set()
+    if old and getattr(config, "target_modules", None):
+        assert isinstance(config, TunerConfig)
+        config.target_modules = sorted(map(renamed, old))
+        config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
+        for name in ("rank_pattern", "alpha_pattern"):
+            if patterns := getattr(config, name, None):
+                setattr(config, name, {renamed(k) if k in old else k: v for k, v in patterns.items()})
+    if loaded.base:
+        shapes = loaded.base.get("shapes", {})
+        kept = {k: v for k, v in loaded.base.items() if k != "class"}
+        loaded.base = cast(Fingerprint, {**kept, "shapes": {renamed(k): v for k, v in shapes.items()}})
 
 
 def loading(autocast_adapter_dtype: bool, kwargs: Mapping[str, object]) -> dict[str, bool]:

@@ -21,8 +21,9 @@ from ...config import PeftConfig
 from ...errors import CheckpointError
 from ..acting.on_model import roster_of
 from ..files.header import Loaded
-from ..files.keys import ROOT, assign, check_fit, check_values
+from ..files.keys import ROOT, check_fit, check_values
 from ..injection.remove import delete
+from ..injection.shared import refill
 from .embeddings import split_off
 from .hotswap import swap
 from .load import fit_any_layout
@@ -122,7 +123,7 @@ def fill(
     report.unexpected_keys.update(extra)
     mismatched: set[Any] = report.mismatched_keys  # stated there as pairs of one number each
     mismatched.update((_shown(k, name), pairs[k][1].shape, pairs[k][0].disk_shape) for k in wrong)
-    assign({k: v for k, v in pairs.items() if k not in wrong}, adapter)
+    refill(roster, adapter, {k: v for k, v in pairs.items() if k not in wrong})
 
 
 def _shown(key: str, name: str) -> str:

@@ -14,11 +14,12 @@ from ..acting.roster import Adapter
 from ..anatomy.walk import walk
 from ..files import sharded
 from ..files.header import Loaded
-from ..files.keys import ROOT, assign, check_values, few, modules_in_file, root_of, state_dict_of
+from ..files.keys import ROOT, check_values, few, modules_in_file, root_of, state_dict_of
 from ..files.sharded import unwrapped
 from ..files.tensors import alone
 from ..injection.commit import inject
 from ..injection.plan import Plan
+from ..injection.shared import refill
 from ..load.embeddings import embedding_tensors
 from ..load.load import Fit, LoadResult, read_adapter
 from .peft_model import PeftModel, class_for
@@ -43,7 +44,8 @@ def get_peft_model(
         model.add_adapter(adapter_name, peft_config, low_cpu_mem_usage, autocast_adapter_dtype)
         model.set_adapter(adapter_name)
         return model
-    peft_config.base_model_name_or_path = getattr(model, "name_or_path", None) or peft_config.base_model_name_or_path
+    named = getattr(sharded.bare(model), "name_or_path", None)
+    peft_config.base_model_name_or_path = named or peft_config.base_model_name_or_path
     if revision is not None:
         peft_config.revision = revision
     cls: type[PeftModel] = PeftMixedModel if mixed else class_for(peft_config)
@@ -134,7 +136,7 @@ def set_peft_model_state_dict(
         return _told(model, adapter_name, peft_model_state_dict, missing, extra)
     if wrong:
         warnings.warn(f"Keys of another size, which are not used: {few(wrong)}", stacklevel=2)
-    assign({k: v for k, v in pairs.items() if k not in wrong}, adapter)
+    refill(roster, adapter, {k: v for k, v in pairs.items() if k not in wrong})
     if missing:
         warnings.warn(f"Missing keys when loading adapter {adapter_name!r}: {', '.join(missing[:5])}", stacklevel=2)
     return _told(model, adapter_name, peft_model_state_dict, missing, extra, wrong)

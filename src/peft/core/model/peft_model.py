@@ -24,7 +24,7 @@ from ..prompts.attach import embedding_to_save, get_prompt
 from ..report.card import write_card
 from ..report.counts import trainable_and_total
 from ..report.status import TunerLayerStatus, TunerModelStatus, get_layer_status, get_model_status
-from .running import by_name, disabled, for_copies, rows, tasks
+from .running import by_name, call, disabled, for_copies
 from .saving import gathered_among, prompts_below, push_adapters, save_adapters
 from .tuner import Tuner
 
@@ -147,7 +147,7 @@ class PeftModel(nn.Module):
         if len(args) > 2 and self.arguments:
             args, kwargs = by_name(self.arguments, args, kwargs)
         tuner = self.base_model
-        with rows(tuner, adapter_names, args, kwargs), tasks(tuner, task_ids):
+        with call(tuner, adapter_names, task_ids, args, kwargs):
             return tuner(*args, **kwargs)
 
     def generate(
@@ -160,7 +160,7 @@ class PeftModel(nn.Module):
         if adapter_names is not None:
             adapter_names = for_copies(adapter_names, args, kwargs)
         tuner = self.base_model
-        with rows(tuner, adapter_names, (), {}), tasks(tuner, task_ids):
+        with call(tuner, adapter_names, task_ids):
             return tuner.generate(*args, **kwargs)
 
     def get_prompt(self, batch_size: int, task_ids: Tensor | None = None, max_cache_len: int | None = None) -> Any:

@@ -85,19 +85,30 @@ def tasks(tuner: Tuner, task_ids: Tensor | None) -> Iterator[None]:
 
 
 @contextmanager
-def disabled(tuner: Tuner) -> Iterator[None]:
-    """Within, no adapter acts; merged ones are taken out of the base and written into it again."""
-    roster = tuner.roster
-    merged = list(dict.fromkeys(n for layer in adapted_layers(tuner) for n in layer.merged_adapters))
-    was, mix = roster.enabled, roster.mix
-    if merged:
-        tuner.unmerge_adapter()
-    roster.enable(False)
-    try:
+def call(
+    tuner: Tuner,
+    names: Sequence[str] | None = None,
+    task_ids: Tensor | None = None,
+    args: Sequence[object] = (),
+    kwargs: Mapping[str, object] | None = None,
+) -> Iterator[None]:
+    """One call of the model: from here on nobody else's switching or loading changes what it computes with.
+
+    names: an adapter per row of the batch; task_ids: a task per row.
+    """
+    with tuner.roster.gate.call(), rows(tuner, names, args, kwargs or {}), tasks(tuner, task_ids), tuner.steady():
         yield
+
+
+@contextmanager
+def disabled(tuner: Tuner) -> Iterator[None]:
+    """Within, no adapter acts in this call; merged ones are taken out of the base for as long as anybody is within, and
+    act unmerged for all others."""
+    roster = tuner.roster
+    paused = tuner.pause_merging()
+    try:
+        with roster.using(Mix(), enabled=False, held=True):
+            yield
     finally:
-        roster.enable(was)
-        if was and mix.rows is not None:
-            roster.mix = mix
-        if merged:
-            tuner.merge_adapter(merged)
+        if paused:
+            tuner.resume_merging()

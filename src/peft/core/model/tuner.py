@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 
 from ...config import PeftConfig
-from ...contract.capabilities import Penalised, Scheduled
+from ...contract.capabilities import Penalised
 from ...contract.managed import present
-from ...contract.method import Method
 from ...registry import method
+from ..acting.mix import Mix
 from ..acting.roster import Roster
 from ..adapted.layer import Adapted, adapted_layers
 from ..injection.commit import inject
-from ..injection.merge import merge, unmerge
+from ..injection.merge import merge, pause, resume, unmerge
 from ..injection.remove import check_unloadable, delete, unload
+from ..injection.schedules import update_and_allocate
 from ..load.combine import add_weighted_adapter
 
 
@@ -39,11 +40,31 @@ class Tuner(nn.Module):
         return roster
 
     def forward(self, *args: object, **kwargs: object) -> Any:
-        out = self.model(*args, **kwargs)
-        return add_penalties(self.roster, out) if self.training and torch.is_grad_enabled() else out
+        roster = self.roster
+        with roster.gate.call(), self.steady():
+            out = self.model(*args, **kwargs)
+            return add_penalties(roster, out) if self.training and torch.is_grad_enabled() else out
 
     def generate(self, *args: object, **kwargs: object) -> Any:
-        return self.model.generate(*args, **kwargs)  # type: ignore[operator]
+        with self.roster.gate.call(), self.steady():
+            return self.model.generate(*args, **kwargs)  # type: ignore[operator]
+
+    def steady(self) -> AbstractContextManager[None]:
+        """Within, whoever acts now acts, whatever the model is switched to meanwhile."""
+        roster = self.roster
+        roster.known(roster.mix.active)  # a context may have been opened before its adapter was deleted
+        return roster.steady()
+
+    @contextmanager
+    def use_adapter(self, adapter_name: str | Sequence[str]) -> Iterator[None]:
+        """Within, this adapter (or several together) acts in the calls of this thread or task, and in no others.
+
+        Neither what trains nor the model's own choice changes (`set_adapter` does that). A disabled model stays so.
+        """
+        names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
+        self.roster.known(names)
+        with self.roster.using(Mix(tuple(dict.fromkeys(names))) if self.roster.enabled else Mix(), held=True):
+            yield
 
     # -- which adapters act -------------------------------------------------------------------------------------------
     @property
@@ -80,6 +101,9 @@ class Tuner(nn.Module):
         self.roster.enable(True)
 
     def disable_adapter_layers(self) -> None:
+        """No adapter acts any more; merged ones are taken out of the base."""
+        if any(layer.merged for layer in adapted_layers(self.model)):
+            self.unmerge_adapter()
         self.roster.enable(False)
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
@@ -121,6 +145,13 @@ class Tuner(nn.Module):
 
     def unmerge_adapter(self) -> None:
         unmerge(self.model)
+
+    def pause_merging(self) -> bool:
+        """Take merged adapters out of the base until `resume_merging` was called as often; False: none is merged."""
+        return pause(self.model)
+
+    def resume_merging(self) -> None:
+        resume(self.model)
 
     def merge_and_unload(
         self,
@@ -174,12 +205,8 @@ class Tuner(nn.Module):
             add_weighted_adapter(self.model, adapters, weights, adapter_name, combination_type, **options)
 
     def update_and_allocate(self, global_step: int) -> None:
-        """After backward and before zero_grad: lets methods with a budget schedule (AdaLoRA) follow it."""
-        for name in self.roster.chosen:
-            adapter = self.roster.adapters[name]
-            table: dict[str, Method] = {disk_path: m.nested()[-1] for disk_path, m in adapter.own()}
-            if issubclass(cls := method(adapter.config.peft_type), Scheduled):
-                cls.after_step(table, adapter.config, global_step)
+        """After the optimizer's step and before zero_grad: lets methods with a budget schedule (AdaLoRA) follow it."""
+        update_and_allocate(self.model, global_step)
 
     def __getattr__(self, name: str) -> Any:
         try:

@@ -32,6 +32,15 @@ class Encoders(AdapterContainer, Switch):
         self.roster, self.merged_adapters = prompts.roster, []
         self.__dict__["prompts"] = prompts
 
+    def is_off(self) -> bool:
+        return self.prompts.off is self.roster.off_by_layer
+
+    def turn(self, on: bool) -> None:
+        self.prompts.off = None if on else self.roster.off_by_layer
+
+    def of(self, name: str) -> Iterator[Method]:
+        return (m for n, m in self.prompts.methods.items() if n == name)
+
     def held(self) -> Iterator[tuple[str, Method]]:
         return ((n, m) for n, m in self._modules.items() if isinstance(m, Method))
 
@@ -73,7 +82,7 @@ def attach(model: nn.Module, roster: Roster, name: str, method: Method) -> None:
         model.add_module(ENCODERS, Encoders(prompts))
         prompts.install(model)
     _encoders(model).put(escape(name), method)
-    prompts.methods[name] = method
+    prompts.methods = {**prompts.methods, name: method}
     method.train(model.training)
 
 
@@ -82,7 +91,7 @@ def detach(model: nn.Module, roster: Roster, name: str) -> None:
     prompts = hooks_of(model)
     if prompts is None or name not in prompts.methods:
         return
-    del prompts.methods[name]
+    prompts.methods = {n: m for n, m in prompts.methods.items() if n != name}
     _encoders(model).drop(escape(name))
     if not prompts.methods:
         prompts.remove(model)
@@ -98,7 +107,7 @@ def get_prompt(model: nn.Module, rows: int, tasks: Tensor | None = None) -> Tens
         raise ValueError("No prompt method is active: there is no prompt to get.")
     last = token_and_cache_stacks(model)[1]
     if front.S:
-        prompts.tasks = tasks
+        prompts.call.tasks = tasks
         pieces = [m("prompt", tasks) for m in front.groups[0] if m.inputs]
         return torch.cat([p.expand(rows, -1, -1) for p in pieces], 1)
     cache = prompts.empty_cache()

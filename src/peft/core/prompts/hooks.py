@@ -61,18 +61,18 @@ class Prompts(VirtualTokens, KeysValues):
     def enter_model(self, module: nn.Module, args: tuple[object, ...], kwargs: Arguments) -> Call:
         """Make room for virtual tokens in all that the model and its head are given."""
         kwargs = self.by_name(module, args, kwargs)
-        self.entered, self.given, self.tasks = False, None, kwargs.pop("task_ids", None)
+        self.call.entered, self.call.given, self.call.tasks = False, None, kwargs.pop("task_ids", None)
         front = self.front(batch(kwargs))
         if front is not None and front.S:
             self.widen(kwargs, front)
-            self.entered = True
-        self.awaited = front is not None
+            self.call.entered = True
+        self.call.awaited = front is not None
         return (), kwargs
 
     def leave_model(self, module: nn.Module, args: tuple[object, ...], output: object) -> None:
         """A model that runs its token stack past its `__call__` would ignore the prompts."""
-        if self.awaited:
-            self.entered = self.awaited = False
+        if self.call.awaited:
+            self.call.entered = self.call.awaited = False
             raise RuntimeError(
                 f"{type(module).__name__} ran without calling {type(token_and_cache_stacks(module)[0]).__name__}: prompts have no way in."
             )
@@ -84,18 +84,18 @@ class Prompts(VirtualTokens, KeysValues):
         if front is None:
             return None
         if front.S:
-            if not self.entered:
+            if not self.call.entered:
                 self.widen(kwargs, front)
             self.place(module, kwargs, front)
-        self.entered = self.awaited = False
+        self.call.entered = self.call.awaited = False
         self.lead(module, kwargs, front)
         return (), kwargs
 
     def leave_stack(self, module: nn.Module, args: tuple[object, ...], output: object) -> object:
         """A cache that only carried the prefix in is not the caller's: a next call would continue after this text."""
-        if not self.lent:
+        if not self.call.lent:
             return None
-        self.lent = False
+        self.call.lent = False
         if not isinstance(output, dict) or CACHE not in output:
             return None
         return type(output)(**{k: v for k, v in output.items() if k != CACHE})
@@ -107,7 +107,7 @@ class Prompts(VirtualTokens, KeysValues):
         the encoder's output, goes without them, as upstream's does.
         """
         kwargs = self.by_name(module, args, kwargs)
-        self.given, self.tasks = None, kwargs.pop("task_ids", None)
+        self.call.given, self.call.tasks = None, kwargs.pop("task_ids", None)
         front = self.front(batch(kwargs))
         if front is not None and kwargs.get("encoder_outputs") is None and kwargs.get(CACHE) is None:
             self.before_decoder(module, kwargs, front)

@@ -57,14 +57,14 @@ class KeysValues(PromptState):
         tokens = tokens_of(kwargs)
         length, past = tokens.shape[1], seen(kwargs.get(CACHE))
         counted: Tensor | None = kwargs.get("position_ids")  # by who called the stack, front.S included
-        given = self.given if front.S else counted
+        given = self.call.given if front.S else counted
         if front.P:
             total = length if not past else past - front.P + length
             refuse_packed(given, kwargs.get("attention_mask"), past)
             mask = flat_mask(kwargs.get("attention_mask"), total)
             if not past:
                 dtype = tokens.dtype if tokens.is_floating_point() else floating(module)
-                self.lent = kwargs.get(CACHE) is None and kwargs.get("use_cache") is False
+                self.call.lent = kwargs.get(CACHE) is None and kwargs.get("use_cache") is False
                 kwargs[CACHE] = self.roomy(kwargs.get(CACHE), front)
                 refuse_gap(module, kwargs[CACHE], front)
                 warn_of_window(kwargs[CACHE], mask, front.P)
@@ -115,7 +115,7 @@ class KeysValues(PromptState):
                 torch.arange(front.S, device=device) - front.per_row([front.S - s for s in front.soft], device)[:, None]
             )
             made = torch.cat([index.clamp(min=0) + keyed, text], 1)
-            return made if self.order is None else taken(made, self.order)
+            return made if self.call.order is None else taken(made, self.call.order)
         if not torch.is_tensor(mask) or mask.dim() != 2:
             return None
         made = (mask.long().cumsum(1) - 1)[:, -length:]

@@ -31,10 +31,10 @@ class VirtualTokens(PromptState):
     def widen(self, kwargs: Arguments, front: Front) -> None:
         """Room for `front.S` tokens before the text, or, when the cache has them already, in the mask."""
         S, past = front.S, seen(kwargs.get(CACHE))
-        self.given = kwargs.pop("position_ids", None)
+        self.call.given = kwargs.pop("position_ids", None)
         tokens = tokens_of(kwargs)
         length = tokens.shape[1]
-        refuse_packed(self.given, kwargs.get("attention_mask"), past)
+        refuse_packed(self.call.given, kwargs.get("attention_mask"), past)
         mask = flat_mask(kwargs.get("attention_mask"), length if not past else past - front.width + length)
         if not past:
             for name, fill in (("input_ids", self.filler), ("inputs_embeds", 0), *BESIDE_TOKENS):
@@ -47,15 +47,15 @@ class VirtualTokens(PromptState):
         real = length if not past else past - front.width + length
         if mask is None and front.uneven:
             mask = torch.ones(front.rows, real, device=tokens.device).long()
-        self.order = front.order(mask, S + real, self.trailing)
+        self.call.order = front.order(mask, S + real, self.trailing)
         if mask is not None:
             kwargs["attention_mask"] = torch.cat([front.visible(front.soft, S, mask.device).to(mask.dtype), mask], 1)
-        if self.order is not None:
+        if self.call.order is not None:
             names = ("input_ids", "inputs_embeds", "attention_mask", *(n for n, _ in BESIDE_TOKENS), *LABELS)
             for name in names if not past else ("attention_mask",):
                 t = kwargs.get(name)
-                if torch.is_tensor(t) and t.shape[:2] == self.order.shape:
-                    kwargs[name] = taken(t, self.order)
+                if torch.is_tensor(t) and t.shape[:2] == self.call.order.shape:
+                    kwargs[name] = taken(t, self.call.order)
         rows = self.roster.mix.rows
         if rows is not None and rows.tokens is not None and not past and not self.is_encoder_decoder:
             rows.tokens = length + S
@@ -77,20 +77,20 @@ class VirtualTokens(PromptState):
             nothing = looked_up.new_zeros(front.rows, front.S, *looked_up.shape[2:])
             if looked_up.shape[1] == x.shape[1] - front.S:
                 looked_up = torch.cat([nothing, looked_up], 1)
-                looked_up = looked_up if self.order is None else taken(looked_up, self.order)
+                looked_up = looked_up if self.call.order is None else taken(looked_up, self.call.order)
             kwargs["per_layer_inputs"] = self.put(front, nothing, looked_up)
 
     def put(self, front: Front, values: Tensor, x: Tensor) -> Tensor:
         """x[rows, columns, …] with values[rows, S, …] where the virtual tokens stand."""
-        if self.order is None:
+        if self.call.order is None:
             return torch.cat([values, x[:, front.S :]], 1)
-        order = self.order.to(x.device)
+        order = self.call.order.to(x.device)
         chosen = (order < front.S).reshape(*order.shape, *(1 for _ in x.shape[2:]))
         return torch.where(chosen, taken(values, order.clamp(max=front.S - 1)), x)
 
     def soft(self, front: Front, x: Tensor, decoder: bool = False) -> Tensor:
         """[rows, S, d]: each row's virtual tokens, padded on the left."""
-        tasks = self.tasks if self.tasks is not None else self.roster.mix.tasks
+        tasks = self.call.tasks if self.call.tasks is not None else self.roster.mix.tasks
         if tasks is not None:
             tasks = torch.stack(spread(list(tasks.reshape(-1)), front.rows, "task_ids")).to(x.device)
         parts = []

@@ -1,10 +1,12 @@
-"""transformers' Trainer with two changes: batches that resume exactly, and logits only where the loss reads them.
+"""transformers' Trainer with three changes: batches, losses and states that resume exactly, checkpoints that are whole or
+not there, and logits only where the loss reads them.
 
 Its callbacks tell the run's events and keep methods informed that change with the steps.
 """
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,7 +24,9 @@ from ..bases import Model
 from ..data import Rows
 from ..events import Logged, OnEvent, Step, TrainingEnded
 from ..likelihood import takes
+from ..outputs import Output
 from ..stopping import memory
+from . import checkpoints
 
 Inputs: TypeAlias = dict[str, Any]  # a model's arguments by name: a batch's tensors, and numbers beside them
 
@@ -53,7 +57,18 @@ class LengthGroups(Sampler[int]):
 
 
 class AdapterTrainer(Trainer):
-    """The Trainer of `peft train`."""
+    """The Trainer of `peft train`. It writes checkpoints into `output`, of which it keeps `limit`."""
+
+    def __init__(self, output: Output, limit: int | None, started: float, **given: Any) -> None:
+        super().__init__(**given)
+        self.output, self.limit = output, limit
+        self.heard = checkpoints.Heard()
+        self.started, self.earlier = started, 0.0  # seconds that the run took before it was interrupted
+
+    @property
+    def seconds(self) -> float:
+        """What the run has taken so far, without the time in which it was interrupted."""
+        return self.earlier + time.monotonic() - self.started
 
     def _get_train_sampler(self, train_dataset: Dataset[object] | None = None) -> Sampler[int] | None:
         dataset: Any = train_dataset if train_dataset is not None else self.train_dataset
@@ -64,6 +79,88 @@ class AdapterTrainer(Trainer):
 
     def compute_loss(self, model: nn.Module, inputs: Inputs, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor, Any]:
         return super().compute_loss(model, answers_only(self.accelerator.unwrap_model(model), inputs), *args, **kwargs)
+
+    # -- losses -------------------------------------------------------------------------------------------------------
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        loss = super().training_step(*args, **kwargs)
+        self.heard.add(loss, self.state.global_step, filtered=self.args.logging_nan_inf_filter)
+        return loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if self.args.world_size == 1 and "loss" in logs:
+            logs["loss"] = self.heard.mean(self.state.global_step)
+        if self.args.world_size == 1 and "train_loss" in logs:
+            logs["train_loss"] = self.heard.overall(self.state.global_step)
+        super().log(logs, start_time)
+
+    # -- checkpoints --------------------------------------------------------------------------------------------------
+    @property
+    def _sharded(self) -> bool:
+        return self.is_deepspeed_enabled or self.is_fsdp_enabled
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any, **more: Any) -> None:
+        """As transformers does it, but aside: the checkpoint takes its place when all of it is on the disk."""
+        name = f"checkpoint-{self.state.global_step}"
+        parts, place = self.output.staging / "parts", self.output.path(f"{checkpoints.FOLDER}/{name}")
+        kept, push = self.args.output_dir, self.args.push_to_hub
+        self.args.output_dir, self.args.push_to_hub = str(parts), False
+        try:
+            super()._save_checkpoint(model, trial, **more)
+            if self.args.should_save:
+                if (self.state.best_model_checkpoint or "").startswith(str(parts)):
+                    self.state.best_model_checkpoint = str(place)
+                    self.state.save_to_json(str(parts / name / checkpoints.STATE))
+                self._save_exactly(parts / name)
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                self.output.publish(parts / name, f"{checkpoints.FOLDER}/{name}")
+                best = self.state.best_model_checkpoint if self.args.load_best_model_at_end else None
+                self.output.remove(*checkpoints.outdated(self.output, self.limit, best))
+        finally:
+            self.args.output_dir, self.args.push_to_hub = kept, push
+            if self.args.should_save:
+                shutil.rmtree(parts, ignore_errors=True)
+        if push:
+            self._push_from_checkpoint(str(place))
+
+    def _save_exactly(self, folder: Path) -> None:
+        heard = {"sum": self.heard.sum, "total": self.heard.total, "logged_at": self.heard.logged_at}
+        state = {"heard": heard, "seconds": self.seconds}
+        if not self._sharded:
+            state |= checkpoints.snapshot(self.accelerator.unwrap_model(self.model))
+        torch.save(state, folder / checkpoints.EXACT)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        exact = Path(resume_from_checkpoint) / checkpoints.EXACT
+        found = torch.load(exact, map_location="cpu", weights_only=True) if exact.is_file() else {}
+        if "heard" in found:
+            heard = found["heard"]
+            self.heard.sum = None if heard["sum"] is None else heard["sum"].to(self.args.device)
+            self.heard.total, self.heard.logged_at = heard["total"], heard["logged_at"]
+            self.earlier = found["seconds"]
+        if "parameters" in found:
+            checkpoints.restore(self.accelerator.unwrap_model(model or self.model), found, Path(resume_from_checkpoint))
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def take_up_the_end(self, checkpoint: str) -> None:
+        """Be as after the training that reached its last step at `checkpoint`; nothing is trained again."""
+        self._load_from_checkpoint(checkpoint)
+        self.state = TrainerState.load_from_json(str(Path(checkpoint) / checkpoints.STATE))
+        steps, seconds = self.state.global_step, self.seconds
+        rows = steps * self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        numbers = {
+            "train_runtime": round(seconds, 4),
+            "train_samples_per_second": round(rows / seconds, 3),
+            "train_steps_per_second": round(steps / seconds, 3),
+            "total_flos": self.state.total_flos,
+            "train_loss": self.heard.overall(steps),
+        }
+        self.log(numbers)
+        best = checkpoints.best(self.output, self.state)
+        if self.args.load_best_model_at_end and best is not None:
+            self.state.best_model_checkpoint = best
+            self._load_best_model()
 
 
 class Schedule(TrainerCallback):
@@ -131,18 +228,24 @@ def trainer(
     held_out: Rows | None,
     collator: DataCollator,
     callbacks: list[TrainerCallback],
+    output: Output,
+    started: float,
 ) -> AdapterTrainer:
+    """The loop. `started`: when the run began, in seconds of `time.monotonic`."""
+    limit, args.save_total_limit = args.save_total_limit, None  # transformers would delete whatever is called so
     made = AdapterTrainer(
-        model=model, args=args, train_dataset=rows, eval_dataset=held_out, data_collator=collator, callbacks=callbacks
+        output,
+        limit,
+        started,
+        model=model,
+        args=args,
+        train_dataset=rows,
+        eval_dataset=held_out,
+        data_collator=collator,
+        callbacks=callbacks,
     )
     made.remove_callback(PrinterCallback)
     return made
-
-
-def last_checkpoint(folder: Path) -> Path | None:
-    """The newest complete checkpoint. The Trainer writes its state last, so one cut short by a crash has none."""
-    found = [p.parent for p in folder.glob("checkpoint-*/trainer_state.json")]
-    return max(found, key=lambda p: int(p.name.rpartition("-")[2]), default=None)
 
 
 def steps_of(args: TrainingArguments, rows: int) -> int:
