@@ -263,7 +263,9 @@ def test_other_sizes_start_fresh_where_that_is_asked_for(good, tmp_path):
     assert key in load(folder) and key in load(folder, strict=False)
     with pytest.warns(UserWarning, match=key):
         model = PeftModel.from_pretrained(llama(), folder, ignore_mismatched_sizes=True)
-    fresh = dict(model.named_parameters())["base_model.model.model.layers.0.self_attn.q_proj.adapters.default.lora_A_weight"]
+    fresh = dict(model.named_parameters())[
+        "base_model.model.model.layers.0.self_attn.q_proj.adapters.default.lora_A_weight"
+    ]
     assert fresh.shape == (2, 16) and 0 < fresh.abs().max() <= 0.25
     assert torch.isfinite(logits(model)).all()
     with pytest.warns(UserWarning, match=key):

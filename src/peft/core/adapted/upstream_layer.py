@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ...contract.capabilities import Companion
 from ...contract.composition import by_form
 from ...contract.method import Method
 from ...errors import Refusal
