@@ -67,6 +67,9 @@ def main() -> None:
     args = parser.parse_args()
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
+    import transformers.models.auto.modeling_auto  # noqa: F401 - imports that a time limit must not cut off
+    from transformers import LlamaConfig, LlamaForCausalLM  # noqa: F401
+
     rows: list[Row] = []
     for task in args.task or ["causal", "base"]:
         wanted = args.types.split(",") if args.types else types_of(task)

@@ -95,7 +95,7 @@ def test_a_kernel_is_given_a_tensor_with_a_gradient(model, site):
     Head.apply(x, site.weight).square().sum().backward()
     expected = 2 * ((x @ (site.base_layer.weight + deltas(model)["site"]).T).T @ x)
     (_, first), (_, m) = model.roster.adapters["default"].methods
-    assert close(m.lora_B.grad, 2.0 * expected @ m.lora_A.detach().T) and first.lora_B.grad is None
+    assert close(m.lora_B_weight.grad, 2.0 * expected @ m.lora_A_weight.detach().T) and first.lora_B_weight.grad is None
 
 
 def test_a_graph_is_given_the_values(site):

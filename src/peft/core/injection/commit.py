@@ -18,6 +18,7 @@ from ..acting.watch import watch
 from ..adapted.layer import Adapted, adapted_layers
 from ..anatomy.walk import Place
 from ..prompts.attach import attach
+from .lists import follow
 from .plan import Plan, plan
 from .schedules import watch as watch_schedule
 from .shared import together
@@ -39,6 +40,7 @@ def commit(model: nn.Module, plan: Plan) -> Roster:
                 wrapped.detach(name)
         roster.forgotten.clear()
     dtype = _floating(model)
+    replaced: dict[int, nn.Module] = {}
     for item in plan.items:
         assert item.method is not None
         if item.place is None:
@@ -49,16 +51,18 @@ def commit(model: nn.Module, plan: Plan) -> Roster:
         if owner is not None:
             assert place.composite is not None
             _stand_in(owner, place.composite)
+            replaced[id(owner.module)] = owner.held
         layer = place.held
         if not isinstance(layer, Adapted):
             assert item.kind is not None
             held = layer if isinstance(layer, Composite) else place.module
             layer = Adapted(held, item.kind, roster, place.path, item.site.geometry)
-            place.parent._modules[place.attr] = layer
+            place.parent._modules[place.attr] = replaced[id(held)] = layer
             item.kind.adopted(place.module, dtype)
         layer.attach(plan.name, item.brought_by, item.method)
         if item.method.training != layer.training:
             item.method.train(layer.training)
+    follow(modules, replaced)
     first = not roster.adapters
     roster.adapters[plan.name] = adapter = plan.adapter()
     together(roster, adapter)

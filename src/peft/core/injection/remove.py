@@ -17,6 +17,7 @@ from ..acting.roster import Roster
 from ..adapted.calls import move_recorders
 from ..adapted.layer import Adapted, adapted_layers
 from ..prompts.attach import detach
+from .lists import follow
 
 
 def delete_all(model: nn.Module, names: str | Sequence[str]) -> None:
@@ -84,13 +85,18 @@ def unload(model: nn.Module) -> nn.Module:
 
 
 def _unload(model: nn.Module, roster: Roster | None) -> nn.Module:
+    replaced: dict[int, nn.Module] = {}
     for parent in list(model.modules()):
         for attr, child in list(parent._modules.items()):
+            outer = child
             while isinstance(child, (Adapted, Composite)):
                 if isinstance(child, Adapted):
                     move_recorders(child, child.base_layer)
                 child = child.base_layer
                 parent._modules[attr] = child
+            if child is not None and child is not outer:
+                replaced[id(outer)] = child
+    follow(tree(model), replaced)
     for kind in kinds().values():
         kind.removed(tree(model))
     if roster is not None and any(a.whole_model for a in roster.adapters.values()):
