@@ -37,12 +37,12 @@ def test_lora_on_a_convolution_is_the_convolution_with_another_weight(name, fiel
         out = model(x)
         _, m = model.roster.adapters["default"].methods[0]
         inner = m.inner if fields.get("use_dora") else m
-        W = layer.weight.flatten(1) + 2.0 * inner.lora_B @ inner.lora_A
+        W = layer.weight.flatten(1) + 2.0 * inner.lora_B_weight @ inner.lora_A_weight
         if fields.get("use_dora"):
-            W = m.lora_magnitude_vector[:, None] * W / W.norm(dim=1, keepdim=True)
+            W = m.lora_magnitude_vector_weight[:, None] * W / W.norm(dim=1, keepdim=True)
         layer.weight.copy_(W.view_as(layer.weight))
         if fields.get("lora_bias"):
-            layer.bias += 2.0 * m.lora_bias
+            layer.bias += 2.0 * m.lora_B_bias
         assert close(out, layer(x))
         model.base_model.merge_adapter()
         assert close(model(x), out)

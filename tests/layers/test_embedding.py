@@ -18,9 +18,9 @@ def test_the_padding_token_trains_nothing_and_gradients_are_dense():
     model = adapted(nn.Embedding(10, 8, padding_idx=1, sparse=True)).train()
     model(torch.tensor([[0, 1, 2]])).square().sum().backward()
     _, m = model.roster.adapters["default"].methods[0]
-    assert not m.lora_A.grad.is_sparse
-    assert m.lora_A.grad[:, 1].abs().sum() == 0
-    assert (m.lora_A.grad[:, [0, 2]].abs().sum(0) > 0).all()
+    assert not m.lora_A_weight.grad.is_sparse
+    assert m.lora_A_weight.grad[:, 1].abs().sum() == 0
+    assert (m.lora_A_weight.grad[:, [0, 2]].abs().sum(0) > 0).all()
 
 
 @pytest.mark.parametrize("scale", [None, 4.0])
@@ -32,7 +32,7 @@ def test_what_is_added_to_an_embeddings_output_moves_into_its_rows(scale):
         out = model(x)
         _, m = model.roster.adapters["default"].methods[0]
         s = getattr(layer, "embed_scale", torch.tensor(1.0))
-        expected = s * (layer.weight + (2.0 * m.lora_B @ m.lora_A).T)[x] + 2.0 * m.lora_bias
+        expected = s * (layer.weight + (2.0 * m.lora_B_weight @ m.lora_A_weight).T)[x] + 2.0 * m.lora_B_bias
         assert close(out, expected)
         model.base_model.merge_adapter()
         assert close(model(x), expected)

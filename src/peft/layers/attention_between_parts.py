@@ -41,6 +41,15 @@ class Attention(Composite):
         self.training = base_layer.training
 
     @property
+    def in_features(self) -> int:
+        """What upstream's wrapper of the whole module says: the size of x, and of q, k and v together."""
+        return self.base_layer.embed_dim
+
+    @property
+    def out_features(self) -> int:
+        return 3 * self.base_layer.embed_dim
+
+    @property
     def fused(self) -> bool:
         return self.base_layer._qkv_same_embed_dim
 

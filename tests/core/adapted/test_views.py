@@ -414,7 +414,7 @@ def test_casts_reach_the_views():
     assert layer.lora_A["default"].weight.dtype == torch.float32
     assert [n for n, _ in layer.lora_A.named_parameters()] == ["default.weight"]
     layer.lora_B["default"].requires_grad_(False)
-    assert {n.rpartition(".")[2] for n, p in layer.named_parameters() if p.requires_grad} == {"lora_A"}
+    assert {n.rpartition(".")[2] for n, p in layer.named_parameters() if p.requires_grad} == {"lora_A_weight"}
 
 
 # -- state dicts ------------------------------------------------------------------------------------------------------------------
@@ -523,8 +523,10 @@ def test_a_view_is_of_names_that_the_layers_methods_show():
     shown = views.view(layer, "lora_A")
     assert isinstance(shown, views.AdapterView) and list(shown) == ["default"]
     assert views.view(layer, "weight") is None and views.view(layer, "oft_R") is None
-    assert torch.allclose(views.delta_weight(layer, "default"), m.scaling * m.lora_B @ m.lora_A, atol=1e-6)
+    assert torch.allclose(
+        views.delta_weight(layer, "default"), m.strength * m.lora_B_weight @ m.lora_A_weight, atol=1e-6
+    )
     with pytest.raises(KeyError):
         views.delta_weight(layer, "another")
     with pytest.raises(AttributeError, match=r"lora_A\[adapter\]"):
-        views.assign(layer, "lora_A", {"another": m.lora_A})
+        views.assign(layer, "lora_A", {"another": m.lora_A_weight})

@@ -32,8 +32,8 @@ def test_a_sites_seed_is_of_the_adapters_seed_and_its_path_alone():
     first, second = (
         plan(llama(), LoraConfig(target_modules=t, seed=5)).items for t in (["v_proj"], ["q_proj", "v_proj"])
     )
-    drawn = {i.path: i.method.lora_A for i in second}
-    assert all(torch.equal(i.method.lora_A, drawn[i.path]) for i in first)
+    drawn = {i.path: i.method.lora_A_weight for i in second}
+    assert all(torch.equal(i.method.lora_A_weight, drawn[i.path]) for i in first)
 
 
 @pytest.mark.parametrize("name", ["", ".", "..", "a/b", "a\\b", "a\0b", None])

@@ -73,8 +73,10 @@ def test_what_a_file_lacks_starts_fresh_and_is_named_when_not_strict(tmp_path, e
         found = load_into(base, read_adapter(tmp_path, None, None, False, {}), "default", strict=False)
     assert sorted(found.missing_keys) == sorted(gone)
     for _, m in roster_of(base).adapters["default"].methods:
-        filled, kept = (m.lora_A, m.lora_B) if ending == "lora_A.weight" else (m.lora_B, m.lora_A)
-        bound = m.lora_A.shape[1] ** -0.5 if ending == "lora_A.weight" else 0.0
+        filled, kept = (
+            (m.lora_A_weight, m.lora_B_weight) if ending == "lora_A.weight" else (m.lora_B_weight, m.lora_A_weight)
+        )
+        bound = m.lora_A_weight.shape[1] ** -0.5 if ending == "lora_A.weight" else 0.0
         assert filled.abs().max() <= bound and (filled.any() or not bound)
         assert (kept > 0.5).all()  # what the file has is there
 

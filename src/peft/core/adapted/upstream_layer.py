@@ -129,5 +129,23 @@ class UpstreamLayer(Merging):
 
     @property
     def original_module(self) -> nn.Module:
-        """The module of the base model, under the name that upstream's wrapper of whole modules has for it."""
+        """The module of the base model, under the name that upstream's wrappers of heads and embeddings have for it."""
+        if not any(isinstance(m, Companion) for m in self.nested_methods()):
+            raise AttributeError("original_module")
         return self.base_layer
+
+    @property
+    def in_features(self) -> int:
+        """The base layer's; of one that has none, the size of W's input: channels, or the vocabulary."""
+        return self._size("in_features", self.geometry.fan_in if self.geometry.indexed else self.geometry.inputs)
+
+    @property
+    def out_features(self) -> int:
+        """The base layer's; of one that has none, its output channels."""
+        return self._size("out_features", self.geometry.out)
+
+    def _size(self, name: str, size: int) -> int:
+        found = getattr(self.base_layer, name, None)
+        if found is None and self.geometry.weightless:
+            raise AttributeError(f"{self.path}, {type(self.base_layer).__name__}, has no {name}.")
+        return size if found is None else int(found)

@@ -55,7 +55,7 @@ def exactly(model: nn.Module, paths: Collection[str]) -> list[Place]:
     """The places of just these paths, in model order; paths that this model does not have are passed over."""
 
     def meant(p: Place | None) -> bool:
-        return p is not None and (p.path in paths or p.disk_path in paths)
+        return p is not None and any(without_wrappers(path) in paths for path in (p.path, p.disk_path))
 
     places = list(walk(model))
     found = [p for p in places if not _composed(p) and (meant(p) or meant(p.owner))]

@@ -179,12 +179,23 @@ def plan(
             for place in places:
                 add(place, field_name, companion, sub)
     for item in items:
+        _require_forward(item)
         item.cls.check(item.config, item.site)
     _build(items, plan_ := Plan(name, config, items, roster=roster), init, meta)
     for item in items:
         if item.kind is not None and item.place is not None and item.method is not None:
             item.kind.admit(item.place.module, item.method, item.path)
     return plan_
+
+
+def _require_forward(item: Item) -> None:
+    """What acts in a module's own forward needs one: a list of modules has none, and its owner goes through it."""
+    module = None if item.place is None else item.place.module
+    if module is not None and type(module).forward is nn.Module.forward and item.site.geometry.weightless:
+        raise TypeError(
+            f"{item.brought_by or item.cls.peft_type} cannot be applied to modules of type {type(module)}: {item.path} "
+            "is only a container, so that nothing calls it. Name the modules in it."
+        )
 
 
 def _followers(cls: type[Method], config: TunerConfig, model: nn.Module, places: list[Place]) -> list[Place]:

@@ -35,6 +35,9 @@ if TYPE_CHECKING:
 Pending: TypeAlias = "Future[torch.Tensor] | Callable[[], torch.Tensor]"  # a tensor that the loader still reads
 
 
+loading: set[str] = set()  # the adapter that transformers is about to load
+
+
 def build_peft_weight_mapping(
     weight_conversions: Sequence[object] | None, adapter_name: str, peft_config: PeftConfig | None = None
 ) -> list[object]:
@@ -43,6 +46,8 @@ def build_peft_weight_mapping(
     The base model's own conversions are not among them: where a file was made on an older layout, `core/files/older_keys.py`
     translates it, here and everywhere else.
     """
+    loading.clear()
+    loading.add(adapter_name)
     return [_adapter_file()(adapter_name, peft_config)]
 
 
@@ -81,6 +86,7 @@ def _adapter_file() -> type:
             loading_info: LoadStateDictInfo | None = None,
         ) -> dict[str, torch.Tensor]:
             if self.futures:
+                loading.discard(self.adapter_name)
                 futures, self.futures = self.futures, {}
                 values = {k: f() if callable(f) else f.result() for k, f in futures.items()}
                 assert model is not None and loading_info is not None
