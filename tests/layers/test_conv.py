@@ -7,11 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from peft import Refusal, get_peft_model
 from peft.core.anatomy.walk import kind_of
 from peft.layers.conv import Conv, ConvTranspose
-from tests.helpers.layer_kind_cases import Holder
-from tests.layers.holding import adapted, close, lora
+from tests.layers.holding import adapted, close
 
 GEOMETRIES = {
     "circular": (lambda: nn.Conv2d(4, 6, 3, padding=2, padding_mode="circular"), (2, 4, 6, 5)),
@@ -61,18 +59,6 @@ def test_a_transposed_convolutions_matrix_is_its_linear_map(groups):
         mine = layer.weight[g * (4 // groups) : (g + 1) * (4 // groups), o % (6 // groups)]
         assert torch.equal(W[o], mine.flatten())
     assert torch.equal(kind.native(W, layer), layer.weight)
-
-
-def test_a_convolution_with_a_forward_of_its_own_is_refused_by_weight_methods():
-    class Standardised(nn.Conv2d):
-        def forward(self, x):
-            w = self.weight - self.weight.mean((1, 2, 3), keepdim=True)
-            return self._conv_forward(x, w, self.bias)
-
-    net = Holder(Standardised(4, 6, 3))
-    with pytest.raises(Refusal, match="no single weight matrix"):
-        get_peft_model(net, lora())
-    assert type(net.site) is Standardised
 
 
 def test_the_matrix_is_the_kernel_flattened_and_comes_back():

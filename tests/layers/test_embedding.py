@@ -8,10 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from peft import Refusal, get_peft_model
 from peft.layers.embedding import Embedding, ScaledEmbedding
-from tests.helpers.layer_kind_cases import CASES, Holder
-from tests.layers.holding import adapted, close, deltas, lora
+from tests.helpers.layer_kind_cases import CASES
+from tests.layers.holding import adapted, close, deltas
 
 
 def test_the_padding_token_trains_nothing_and_gradients_are_dense():
@@ -55,15 +54,6 @@ def test_an_embedding_with_max_norm_keeps_its_weight_and_clips_the_changed_rows(
         clipped = rows * (2.0 / rows.norm(dim=1, keepdim=True)).clamp(max=1.0)
         assert close(out, clipped)
         assert (rows.norm(dim=1) > 2.0).any() and (rows.norm(dim=1) < 2.0).any()
-
-
-def test_an_embedding_that_makes_its_own_indices_is_refused():
-    class Positions(nn.Embedding):
-        def forward(self, mask):
-            return super().forward(mask.cumsum(1))
-
-    with pytest.raises(Refusal, match="no single weight matrix"):
-        get_peft_model(Holder(Positions(10, 8)), lora())
 
 
 def test_the_matrix_of_a_table_has_a_column_for_each_token():

@@ -82,8 +82,12 @@ class AuxiliaryView(type):
         if cls is not AuxiliaryTrainingWrapper:
             return super().__instancecheck__(obj)
         if not isinstance(obj, Adapted):
-            return isinstance(obj, Switch) and not isinstance(obj, Companions) and bool(loading)
-        return bool({"modules_to_save", TOKENS} & set(obj.brought_by) or loading & set(obj.methods))
+            return (
+                isinstance(obj, Switch)
+                and not isinstance(obj, Companions)
+                and loading.into(obj.roster, obj.roster.adapters)
+            )
+        return bool({"modules_to_save", TOKENS} & set(obj.brought_by) or loading.into(obj.roster, obj.methods))
 
 
 class AuxiliaryTrainingWrapper(Switch, metaclass=AuxiliaryView):

@@ -83,7 +83,9 @@ def test_tensors_and_settings_by_adapter():
     assert list(layer.lora_embedding_A) == [] and list(embed.lora_A) == []
     assert embed.lora_embedding_A["default"].shape == (4, 64) and embed.lora_embedding_B["default"].shape == (16, 4)
     assert "lora_A" in layer.adapter_layer_names and "scaling" in layer.other_param_names
-    assert layer.get_base_layer() is layer.base_layer and layer.weight is layer.base_layer.weight and layer.bias is None
+    assert layer.get_base_layer() is layer.base_layer and layer.bias is None
+    with model.disable_adapter():  # with it, what the layer computes with: tests/core/acting/test_raw_reads.py
+        assert layer.weight is layer.base_layer.weight
     assert (layer.in_features, layer.merged, layer.merged_adapters) == (16, False, [])
     assert (layer.active_adapters, layer.active_adapter, layer.disable_adapters) == (["default"], ["default"], False)
     assert torch.equal(layer.get_base_weight(), layer.base_layer.weight)
@@ -332,7 +334,7 @@ def test_a_base_weight_assigned_through_the_layer_is_the_base_layers():
     model, layer = adapted(lora(target_modules=["q_proj", "lm_head"]))
     A, B, W = layer.lora_A["default"].weight, layer.lora_B["default"].weight, torch.randn(16, 16)
     layer.weight = nn.Parameter(W)
-    assert layer.base_layer.weight is layer.weight and close(layer(X), F.linear(X, W + 2 * B @ A))
+    assert layer.base_layer.weight.data_ptr() == W.data_ptr() and close(layer(X), F.linear(X, W + 2 * B @ A))
     layer.set_base_weight(2 * W)
     assert close(layer(X), F.linear(X, 2 * W + 2 * B @ A), 1e-4)
     base = model.get_base_model()

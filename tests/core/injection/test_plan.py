@@ -7,7 +7,8 @@ import torch
 
 from peft import LoraConfig, NoMatchingPeftModuleError, get_peft_model
 from peft.core.acting.on_model import roster_of
-from peft.core.injection.plan import check_name, dry_run, plan, seed_for
+from peft.core.injection.dry_run import dry_run
+from peft.core.injection.plan import check_name, plan, seed_for
 from tests.helpers.tiny_llama import llama, lora
 
 

@@ -61,9 +61,10 @@ class Merging(Forward):
                 values = {"weight": merged(*found)}
             else:
                 W, b = self.compose(methods, merge_dtype(self.kind.dtype(self.base_layer)))
-                values = {"weight": self.kind.native(W, self.base_layer)}
-                if b is not None:
-                    values["bias"] = b
+                replaced = by_form(methods).replaced
+                names = {n for m in replaced for n in m.replaced_names}
+                values = {n: v for n, v in self.replaced(replaced).items() if n in names} if replaced else {}
+                values = {**values, **self._native(W, b)}
         held = dict(self.base_layer.named_parameters())
         for name, value in values.items():
             kept = held[name].dtype if name in held and held[name].is_floating_point() else value.dtype

@@ -50,7 +50,8 @@ class ModuleView:
         if leaf.startswith("_"):
             raise AttributeError(leaf)
         if leaf in self._held:
-            return attrgetter(self._held[leaf])(self._method)  # type: ignore[no-any-return]
+            found: Tensor = attrgetter(self._held[leaf])(self._method)
+            return found
         if leaf in LEAVES:
             return None
         raise AttributeError(f"{self._name} of an adapter has no {leaf!r}, only {', '.join(self._held)}.")

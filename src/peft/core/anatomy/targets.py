@@ -123,6 +123,12 @@ def find(model: nn.Module, config: TunerConfig, strict: bool = True) -> list[Pla
     return kept
 
 
+def unfit(model: nn.Module) -> dict[str, str]:
+    """Linear layers that no kind with a matrix takes, and why: what `all-linear` passes over."""
+    places = (p for p in walk(model) if p.owner is None and isinstance(p.module, nn.Linear) and not p.kind.linear)
+    return {p.path: p.kind.why_opaque(p.module) for p in places}
+
+
 def _composed(place: Place) -> bool:
     """Whether the place stands for parts that follow it in the walk."""
     if isinstance(place.held, Composite) or place.owner is not None:
