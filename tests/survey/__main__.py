@@ -23,7 +23,7 @@ def page(rows: list[Row]) -> str:
         "",
         f"Written by `make survey` with transformers {transformers.__version__}. Each type is built tiny from its default config with rules that",
         "know names of fields, not of models (`tests/survey/tiny.py`), with all weights random. All-linear LoRA with random factors",
-        "must give what it gives merged, and every factor whose weight the plain model's loss depends on must have a gradient,",
+        "must give what it gives merged, and every factor whose weight the merged model's loss depends on must have a gradient,",
         "in eval and in training (dropouts 0). Where fp32 rounding decides between near ties, in float64.",
         "",
         "| models | types | right | at fault | left out |",

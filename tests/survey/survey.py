@@ -128,6 +128,7 @@ def check(model: nn.Module, inputs: dict[str, Tensor], result: Result) -> str:
         _reached(copy.deepcopy(model), inputs)
     except Exception as e:
         raise NotBuilt(f"the plain model gives no gradients: {short(e)}") from e
+    model.requires_grad_(False)  # what a model keeps of its weights (LeViT's biases) can then be copied
     modes = ["eval"]
     with contextlib.suppress(Exception):  # a model that wants labels to train, say
         _run(model.train(), inputs)
