@@ -77,6 +77,13 @@ class LoraConfig(DeltaConfig):
         super().__post_init__()
         find_init(self.init_lora_weights)
 
+    def _register_custom_module(self, mapping: object) -> None:
+        """Raises NotImplementedError: layers of new types are told as a `LayerKind`, for every method at once."""
+        raise NotImplementedError(
+            "Custom LoRA layer classes are not used: layers here hold adapters of any method. Register the base layer's class "
+            "instead, by peft.registry.register_kind and a LayerKind (see peft/layers), or target its nn.Linear parts."
+        )
+
 
 class Lora(LowRank):
     peft_type = "LORA"
