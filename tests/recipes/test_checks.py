@@ -9,7 +9,7 @@ import pytest
 
 from peft.errors import UserError
 from peft.recipes import checks
-from peft.recipes.job import Data, Job, made, parse
+from peft.recipes.job import Data, Job, check_job, columns_of, made, parse
 
 NAN = float("nan")
 
@@ -69,14 +69,12 @@ def test_a_training_argument_out_of_its_range_is_named(name: str, value: Any) ->
 
 def test_what_is_right_passes() -> None:
     checks.check_trainer({"max_steps": -1, "learning_rate": 1e-3, "warmup_steps": 0.05, "num_train_epochs": 0.5})
-    checks.check_job(
-        Job(model="m", data=Data(eval=0.1, choices=["a", "b"], template="{{x}} {a.b} {text}", target=None))
-    )
+    check_job(Job(model="m", data=Data(eval=0.1, choices=["a", "b"], template="{{x}} {a.b} {text}", target=None)))
 
 
 def test_a_template_reaches_columns_and_nothing_else() -> None:
     data = Data(template="{text.__class__} {text} {b}", text="body")
-    assert checks.columns_of(data) == ["text.__class__", "body", "b"]
+    assert columns_of(data) == ["text.__class__", "body", "b"]
     assert checks.pieces("{{a}} {b}") == [("{", None), ("a}", None), (" ", "b")]
     for bad in ("{text:>999999999}", "{text!r:{b}}", "{ }"):
         with pytest.raises(UserError, match="not the name of a column"):

@@ -6,12 +6,8 @@ from __future__ import annotations
 import math
 import string
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
 from ..errors import UserError
-
-if TYPE_CHECKING:
-    from .job import Data, Job
 
 LARGEST = (1 << 31) - 1
 LONGEST_TEMPLATE = 100_000  # characters
@@ -129,35 +125,7 @@ def pieces(template: str) -> list[tuple[str, str | None]]:
     return found
 
 
-def columns_of(data: Data) -> list[str]:
-    """The columns that a prompt is made of, each once. `{text}` is the column that `data.text` names."""
-    if not data.template:
-        return [data.text]
-    named = [column for _, column in pieces(data.template) if column is not None]
-    return list(dict.fromkeys(data.text if c == "text" else c for c in named))
-
-
-# -- jobs ---------------------------------------------------------------------------------------------------------------
-def check_data(data: Data) -> None:
-    """Every field of `data:` is of its type and in its range."""
-    for name in ("train", "subset", "target", "template"):
-        if getattr(data, name) is not None:
-            text(f"data.{name}", getattr(data, name), empty=name in ("train", "template"))
-    text("data.text", data.text)
-    if isinstance(data.eval, (int, float)) and data.eval is not False:
-        if isinstance(data.eval, bool) or not 0 < data.eval < 1:
-            raise UserError(f"data.eval is {data.eval}: expected a file, a data set, or a fraction between 0 and 1.")
-    elif data.eval is not None and data.eval is not False:
-        text("data.eval", data.eval, empty=True)
-    number("data.max_length (--max-length)", data.max_length, 2)
-    if data.limit is not None:
-        number("data.limit", data.limit, 1)
-    flag("data.skip_bad_rows", data.skip_bad_rows)
-    check_choices(data.choices)
-    if data.template and not any(column is not None for _, column in pieces(data.template)):
-        raise UserError("data.template names no column, so that every prompt would be the same. Put one in: {text}.")
-
-
+# -- fields ---------------------------------------------------------------------------------------------------------------
 def check_choices(choices: object) -> None:
     if choices is None:
         return
@@ -172,21 +140,6 @@ def check_choices(choices: object) -> None:
             raise UserError(f"{name} names {value!r} twice.")
     if len(choices) < 2:
         raise UserError(f"{name} has {len(choices)} answer: expected two or more to choose from.")
-
-
-def check_job(job: Job) -> None:
-    """Every field of a job is of its type and in its range."""
-    for name in ("model", "method", "output", "dtype"):
-        text(name, getattr(job, name), empty=name == "model")
-    if job.task is not None:
-        text("task", job.task)
-    number("seed", job.seed, 0)
-    number("show", job.show, 0)
-    number("checkpoint_minutes", job.checkpoint_minutes, 0, whole=False, above=True)
-    flag("evaluate_before", job.evaluate_before)
-    flag("keep_checkpoints", job.keep_checkpoints)
-    check_data(job.data)
-    check_trainer(job.trainer)
 
 
 # least, most, whole, and whether the least itself is left out

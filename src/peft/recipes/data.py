@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Any, Protocol, overload
 
 from ..errors import UserError, nearest
-from .checks import columns_of
 from .events import OnEvent, Skipped, ignore
 from .files import Lines, Row, numbers, rows_of
-from .job import Data
+from .job import Data, columns_of
 from .writing import digest
 
 READERS = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
@@ -53,10 +52,10 @@ class Kind(Protocol):
         """What is wrong with a row, None where nothing is. target: the column to learn counts, too."""
 
     def declared(self, data: Data, rows: Rows) -> list[str] | None:
-        """The labels that a row may have, as far as they are known before the rows are looked at."""
+        """Labels known in advance, from the job or the data set."""
 
     def learned_labels(self, data: Data, rows: Rows) -> set[str]:
-        """The labels that the rows have."""
+        """Those that occur."""
 
 
 def load(data: Data, seed: int, kind: Kind | None = None, on_event: OnEvent = ignore) -> tuple[Rows, Rows | None]:

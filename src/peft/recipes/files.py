@@ -125,10 +125,9 @@ def _parsed(text: str) -> object:
 
 def _array(text: str, path: Path) -> Lines:
     found, at, line = Lines(), text.index("[") + 1, text.count("\n", 0, text.index("[")) + 1
-    space = re.compile(r"[ \t\r\n]*")
     separator, first = "", True
     while True:
-        end = space.match(text, at).end()  # type: ignore[union-attr]
+        end = _past_space(text, at)
         line, at = line + text.count("\n", at, end), end
         if text[at : at + 1] == "]" and (first or not separator):
             break
@@ -139,7 +138,7 @@ def _array(text: str, path: Path) -> Lines:
             raise UserError(f"{path}, line {line}: not JSON ({said}). Mend the file.") from None
         found.add(f"line {line}", row)
         line, at = line + text.count("\n", at, end), end
-        end = space.match(text, at).end()  # type: ignore[union-attr]
+        end = _past_space(text, at)
         line, at, first = line + text.count("\n", at, end), end, False
         separator = text[at : at + 1]
         if separator == ",":
@@ -151,6 +150,12 @@ def _array(text: str, path: Path) -> Lines:
     if text[at + 1 :].strip():
         raise UserError(f"{path}: not JSON (there is more after the list of rows). Mend the file.")
     return found
+
+
+def _past_space(text: str, at: int) -> int:
+    while text[at : at + 1] in (" ", "\t", "\r", "\n"):
+        at += 1
+    return at
 
 
 def _wrong(row: object) -> str | None:

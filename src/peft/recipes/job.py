@@ -259,8 +259,51 @@ def made(given: Fields) -> Job:
     if not isinstance(data, dict):
         raise UserError(f"`data` is {data!r:.100}, expected keys such as train, text and target below it.")
     found = _make(Job, given | {"data": _make(Data, data, "data.")})
-    checks.check_job(found)
+    check_job(found)
     return found
+
+
+def columns_of(data: Data) -> list[str]:
+    """The columns that a prompt is made of, each once. `{text}` is the column that `data.text` names."""
+    if not data.template:
+        return [data.text]
+    named = [column for _, column in checks.pieces(data.template) if column is not None]
+    return list(dict.fromkeys(data.text if c == "text" else c for c in named))
+
+
+def check_data(data: Data) -> None:
+    """Every field of `data:` is of its type and in its range."""
+    for name in ("train", "subset", "target", "template"):
+        if getattr(data, name) is not None:
+            checks.text(f"data.{name}", getattr(data, name), empty=name in ("train", "template"))
+    checks.text("data.text", data.text)
+    if isinstance(data.eval, (int, float)) and data.eval is not False:
+        if isinstance(data.eval, bool) or not 0 < data.eval < 1:
+            raise UserError(f"data.eval is {data.eval}: expected a file, a data set, or a fraction between 0 and 1.")
+    elif data.eval is not None and data.eval is not False:
+        checks.text("data.eval", data.eval, empty=True)
+    checks.number("data.max_length (--max-length)", data.max_length, 2)
+    if data.limit is not None:
+        checks.number("data.limit", data.limit, 1)
+    checks.flag("data.skip_bad_rows", data.skip_bad_rows)
+    checks.check_choices(data.choices)
+    if data.template and not any(column is not None for _, column in checks.pieces(data.template)):
+        raise UserError("data.template names no column, so that every prompt would be the same. Put one in: {text}.")
+
+
+def check_job(job: Job) -> None:
+    """Every field of a job is of its type and in its range."""
+    for name in ("model", "method", "output", "dtype"):
+        checks.text(name, getattr(job, name), empty=name == "model")
+    if job.task is not None:
+        checks.text("task", job.task)
+    checks.number("seed", job.seed, 0)
+    checks.number("show", job.show, 0)
+    checks.number("checkpoint_minutes", job.checkpoint_minutes, 0, whole=False, above=True)
+    checks.flag("evaluate_before", job.evaluate_before)
+    checks.flag("keep_checkpoints", job.keep_checkpoints)
+    check_data(job.data)
+    checks.check_trainer(job.trainer)
 
 
 def _make(cls: type[Part], given: Fields, prefix: str = "") -> Part:

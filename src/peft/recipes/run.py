@@ -17,7 +17,7 @@ import peft
 
 from ..config import Fields
 from ..errors import UserError
-from . import bases, checks, data, record, saved
+from . import bases, data, record, saved
 from .bases import Model
 from .data import Rows
 from .events import (
@@ -36,7 +36,7 @@ from .events import (
     ignore,
     working,
 )
-from .job import Job, check_fields
+from .job import Job, check_fields, check_job
 from .outputs import Output
 from .stopping import Stopper, memory
 from .tasks import find
@@ -80,7 +80,7 @@ class Run:
 
         self.job, self.output, self.on_event = job, Path(job.output).expanduser(), on_event
         check_fields(job.trainer, transformers.TrainingArguments, "trainer", reserved=RESERVED)
-        checks.check_job(job)
+        check_job(job)
         saved.method(job.method)
         self.source = bases.resolve(job.model)
         self.kind = find.find(job.task, bases.load_config(self.source), self.source.gguf is not None)

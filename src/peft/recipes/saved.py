@@ -18,10 +18,10 @@ from ..config import Fields, PeftConfig
 from ..contract.method import Method
 from ..core.anatomy.patterns import for_path
 from ..errors import UserError, nearest
-from . import bases, checks
+from . import bases
 from .events import OnEvent, ignore
 from .files import text_of
-from .job import LAYERS, MOST, NAME, Data, Job, check_fields, layers, parse
+from .job import LAYERS, MOST, NAME, Data, Job, check_data, check_fields, layers, parse
 from .job import made as from_fields
 from .tasks import find
 from .tasks.base import Task
@@ -229,7 +229,7 @@ def load(
     kind = find.find(saved.config.get("task_type"), bases.load_config(source), source.gguf is not None)
     known = saved.job.data if saved.job else Data()
     known = Data(**({**known.__dict__} | {k: v for k, v in (data or {}).items() if v is not None}))
-    checks.check_data(known)
+    check_data(known)
     tokenizer = bases.load_tokenizer(source)
     task = kind(known, tokenizer, known.choices, on_event)
     if task.labels is None and not task.generates:

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, ClassVar, TypedDict
 
 from ...errors import UserError, nearest
 from ..bases import Model
-from ..checks import columns_of, pieces
+from ..checks import pieces
 from ..data import Row, Rows
 from ..events import OnEvent, ignore
-from ..job import Data
+from ..job import Data, columns_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
