@@ -9,6 +9,7 @@ from torch import nn
 from peft import (
     LoraConfig,
     PeftModel,
+    Refusal,
     get_layer_status,
     get_peft_model,
     inject_adapter_in_model,
@@ -94,5 +95,5 @@ def test_a_layer_of_dora_is_called_as_upstreams():
 
 
 def test_custom_lora_layers_say_what_to_do_instead():
-    with pytest.raises(NotImplementedError, match="LayerKind"):
+    with pytest.raises(Refusal, match="LayerKind"):
         lora()._register_custom_module({nn.Linear: nn.Linear})

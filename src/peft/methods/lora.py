@@ -19,6 +19,7 @@ from ..contract.site import Site
 from ..contract.tensors import Shown, Stored
 from ..core.anatomy.patterns import for_path
 from ..core.forms.low_rank import LowRank, Start
+from ..errors import Refusal
 from ..inits import find as find_init
 
 __all__ = ["LoraConfig", "LoraRuntimeConfig"]
@@ -78,10 +79,12 @@ class LoraConfig(DeltaConfig):
         find_init(self.init_lora_weights)
 
     def _register_custom_module(self, mapping: object) -> None:
-        """Raises NotImplementedError: layers of new types are told as a `LayerKind`, for every method at once."""
-        raise NotImplementedError(
-            "Custom LoRA layer classes are not used: layers here hold adapters of any method. Register the base layer's class "
-            "instead, by peft.registry.register_kind and a LayerKind (see peft/layers), or target its nn.Linear parts."
+        """Raises Refusal: layers of new types are told as a `LayerKind`, for every method at once."""
+        raise Refusal(
+            "LORA",
+            "a custom layer class",
+            "layers hold adapters of any method; register the base layer's class by peft.registry.register_kind and a "
+            "LayerKind (see peft/layers), or target its nn.Linear parts",
         )
 
 
