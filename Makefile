@@ -2,6 +2,7 @@
 # make test   formatting, lint, types, tests
 # make check  the same at work: the house rules, LoRA's laws and the tests of what changed since main (two minutes)
 # make fuzz   the hostile tests, with other inputs each round, for an hour
+# make survey all-linear LoRA on tiny models of all of transformers' types, as a table (half an hour)
 # make bench  times and memory beside upstream's, row by row: a table, JSON and a plot in benchmarks/results (an hour)
 # All need Python 3.10 or later with pip; they make .venv at the first call. PYTHON=python3.12 picks another one.
 
@@ -24,10 +25,10 @@ FUZZ_SECONDS ?= 3600
 BENCH_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check fuzz bench clean
+.PHONY: help install demo test check fuzz survey bench clean
 
 help:
-	@sed -n '1,6s/^# //p' Makefile
+	@sed -n '1,7s/^# //p' Makefile
 
 install: $(STAMP)
 
@@ -46,10 +47,10 @@ demo: $(STAMP)
 	HF_HUB_OFFLINE=1 $(BIN)/peft train examples/complaints/demo.yaml --restart
 
 # One thread per test worker: two workers on two cores are slower with more.
-test check fuzz: export OMP_NUM_THREADS = 1
-test check fuzz: export TOKENIZERS_PARALLELISM = false
-test check fuzz: export HF_HUB_OFFLINE = 1
-test check fuzz: export MPLBACKEND = Agg
+test check fuzz survey: export OMP_NUM_THREADS = 1
+test check fuzz survey: export TOKENIZERS_PARALLELISM = false
+test check fuzz survey: export HF_HUB_OFFLINE = 1
+test check fuzz survey: export MPLBACKEND = Agg
 test: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -69,6 +70,9 @@ fuzz: $(STAMP)
 		PEFT_FUZZ=5 PEFT_FUZZ_ROUND=$$round $(BIN)/python -m pytest -n 2 -q tests/hostile --hypothesis-seed=$$round || exit 1; \
 		round=$$((round + 1)); \
 	done
+
+survey: $(STAMP)
+	$(BIN)/python -m tests.survey --docs docs/survey.md
 
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks $(BENCH_ARGS)

@@ -30,6 +30,7 @@ from peft import (
     VeraConfig,
     get_peft_model,
 )
+from peft.config_fields import Names
 from peft.config_values import Least, annotations_of, check_of, plain, said_of, shown
 from peft.errors import ConfigError
 
@@ -186,16 +187,16 @@ CONVERTED = [
     ("use_rslora", 1, True),
     ("init_lora_weights", np.False_, False),
     ("init_lora_weights", np.str_("gaussian"), "gaussian"),
-    ("target_modules", ("q", "v"), ["q", "v"]),
-    ("target_modules", {"v", "q"}, ["q", "v"]),
-    ("target_modules", frozenset({"v", "q"}), ["q", "v"]),
-    ("target_modules", Listing("v", "q"), ["v", "q"]),
-    ("target_modules", {"q": 1, "v": 2}.keys(), ["q", "v"]),
-    ("target_modules", np.array(["q", "v"]), ["q", "v"]),
+    ("target_modules", ("q", "v"), Names(("q", "v"))),
+    ("target_modules", {"v", "q"}, Names(("q", "v"))),
+    ("target_modules", frozenset({"v", "q"}), Names(("q", "v"))),
+    ("target_modules", Listing("v", "q"), Names(("q", "v"))),
+    ("target_modules", {"q": 1, "v": 2}.keys(), Names(("q", "v"))),
+    ("target_modules", np.array(["q", "v"]), Names(("q", "v"))),
     ("target_modules", np.str_("all-linear"), "all-linear"),
     ("modules_to_save", ("score",), ["score"]),
     ("modules_to_save", collections.deque(["score"]), ["score"]),
-    ("exclude_modules", Listing("k"), ["k"]),
+    ("exclude_modules", Listing("k"), Names(("k",))),
     ("layers_to_transform", range(3), [0, 1, 2]),
     ("layers_to_transform", np.arange(2), [0, 1]),
     ("layers_to_transform", torch.tensor([1, 2]), [1, 2]),
@@ -243,7 +244,7 @@ def test_a_config_does_not_share_its_containers_with_the_caller():
     config = LoraConfig(target_modules=names, rank_pattern=ranks)
     names.append("v")
     ranks["v"] = 0
-    assert config.target_modules == ["q"] and config.rank_pattern == {"q": 2}
+    assert config.target_modules == {"q"} and config.rank_pattern == {"q": 2}
 
 
 def test_what_was_changed_in_place_is_checked_when_it_goes_into_a_model():

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
         PeftConfig as PeftConfig,
         PromptLearningConfig as PromptLearningConfig,
     )
-    from .core.injection.plan import (
+    from .core.injection.dry_run import (
         dry_run as dry_run,
     )
     from .core.injection.schedules import (
@@ -104,7 +104,7 @@ _HOMES = {
         AutoPeftModelForSequenceClassification AutoPeftModelForTokenClassification
     """,
     "config": "PeftConfig PromptLearningConfig",
-    "core.injection.plan": "dry_run",
+    "core.injection.dry_run": "dry_run",
     "core.injection.schedules": "update_and_allocate",
     "core.model.functions": """
         get_peft_model get_peft_model_state_dict inject_adapter_in_model load_peft_weights

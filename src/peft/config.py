@@ -10,7 +10,7 @@ import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias, TypeVar
 
-from .config_fields import checks_of, default_of, jsonable, own_field, ranged, reading
+from .config_fields import Names, checks_of, default_of, jsonable, own_field, ranged, reading
 from .config_values import AtLeast0, shown
 from .errors import ConfigError, about_a_file, near, printable
 from .local_files import read_json, replace_files
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from huggingface_hub import CommitInfo
 
 CONFIG_NAME = "adapter_config.json"
+COMMON = 7  # fields that go by position, as upstream: task_type to inference_mode
 
 Config = TypeVar("Config", bound="PeftConfig")
 Fields: TypeAlias = dict[str, Any]  # a config's values by the names of its fields, as JSON has them
@@ -84,7 +85,7 @@ class PeftConfig:
     __signature__ = _Signature()  # of __init__, not of what guards it
 
     def __new__(cls: type[Config], *args: object, **kwargs: object) -> Config:
-        if len(args) > len(dataclasses.fields(PeftConfig)):
+        if len(args) > COMMON:
             raise TypeError(
                 f"{cls.__name__}: pass the fields after `inference_mode` by name; their order is no promise."
             )
@@ -247,6 +248,8 @@ class TunerConfig(PeftConfig):
     each site draws from it under its own name.
     """
 
+    sets: ClassVar[tuple[str, ...]] = ("target_modules", "exclude_modules")  # lists that are held as sets
+
     target_modules: list[str] | str | None = None
     exclude_modules: list[str] | str | None = None
     modules_to_save: list[str] | None = None
@@ -263,13 +266,13 @@ class TunerConfig(PeftConfig):
         """Whether the method's own defaults say what it targets."""
         return self.target_modules is None and not self.target_parameters
 
+    def __setattr__(self, name: str, value: object) -> None:
+        super().__setattr__(name, value)
+        if name in self.sets and isinstance(held := self.__dict__[name], (list, tuple, set)):
+            self.__dict__[name] = Names(held)
+
     def __post_init__(self) -> None:
         super().__post_init__()
-        if isinstance(self.target_modules, (list, tuple, set)):
-            self.target_modules = (
-                sorted(set(self.target_modules)) if isinstance(self.target_modules, set) else list(self.target_modules)
-            )
-        self.exclude_modules = as_names(self.exclude_modules)
         if isinstance(self.target_modules, str):
             for name in ("layers_to_transform", "layers_pattern"):
                 if getattr(self, name) is not None and self.target_modules != "all-linear":
@@ -286,11 +289,6 @@ def require_method(values: Fields, source: str) -> None:
             if values.get("peft_type") is None
             else f"{source}: `peft_type` should be a method's name but the value is {shown(values['peft_type'])}."
         )
-
-
-def as_names(value: list[str] | str | None) -> list[str] | str | None:
-    """Names as JSON has them: sets and tuples become sorted lists."""
-    return sorted(value) if isinstance(value, (tuple, set)) else value
 
 
 @dataclass

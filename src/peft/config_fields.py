@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import enum
 import functools
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import field
 from typing import Any, TypeVar
 
@@ -119,6 +119,16 @@ def default_of(f: dataclasses.Field[Any]) -> Any:
 
 def _same(value: object, default: object) -> bool:
     return (type(value) is type(default) and value == default) or (type(value) in OFF and not value and not default)
+
+
+class Names(set[str]):
+    """A set of names that is gone through in their order, so that every process does the same."""
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(sorted(super().__iter__()))
+
+    def __repr__(self) -> str:
+        return "{" + ", ".join(map(repr, self)) + "}" if self else "set()"
 
 
 def jsonable(value: object) -> object:

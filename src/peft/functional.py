@@ -10,7 +10,8 @@ from torch import nn
 from .contract.managed import partitioned, split
 from .core.acting.on_model import roster_of
 from .core.acting.roster import Roster
-from .core.injection.remove import delete, unload
+from .core.injection.merge import set_active
+from .core.injection.remove import delete_all, unload
 from .core.model.functions import get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
 from .core.model.peft_model import PeftModel
 
@@ -38,7 +39,7 @@ def delete_adapter(model: nn.Module, adapter_name: str, prefix: str = "", layer_
     `prefix` and `layer_cls` are not needed to find it.
     """
     roster = _roster(model)
-    delete(model, adapter_name)
+    delete_all(model, adapter_name)
     if not roster.adapters and not isinstance(model, PeftModel):
         unload(model)
         model.__dict__["peft_config"] = roster.configs  # empty; transformers takes it away
@@ -49,10 +50,7 @@ def set_adapter(
     model: nn.Module, adapter_name: str | Sequence[str], inference_mode: bool = False, layer_cls: object = None
 ) -> None:
     """Activate one adapter or several together, and train exactly those."""
-    roster = _roster(model)
-    names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
-    roster.activate(names)
-    roster.train_only(names, inference_mode)
+    set_active(model, adapter_name, inference_mode)
 
 
 def set_requires_grad(model: nn.Module, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:

@@ -107,7 +107,19 @@ def disable_input_dtype_casting(model: nn.Module, active: bool = True) -> Iterat
     yield
 
 
-@contextmanager
-def DoraCaching(enabled: bool = True) -> Iterator[None]:
-    """Kept for callers: within, DoRA's norms are computed as outside; results are the same."""
-    yield
+class DoraCaching:
+    """Kept for callers, as a context and as `DoraCaching()(enabled=True)`: DoRA's norms are computed as ever, results are
+    the same."""
+
+    def __init__(self, enabled: bool = True) -> None:
+        self.enabled = enabled
+
+    def __call__(self, enabled: bool = True) -> DoraCaching:
+        self.enabled = enabled
+        return self
+
+    def __enter__(self) -> DoraCaching:
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        pass

@@ -37,6 +37,16 @@ is_torch_tpu_available = functools.partial(installed, "torch_xla")
 is_diffusers_available = functools.partial(installed, "diffusers")
 
 
+# whether transformers is this version or later; values, not functions, under upstream's names
+is_transformers_ge_v5 = installed("transformers", "5.0.0.dev0")
+is_transformers_ge_v5_1_0 = installed("transformers", "5.1.0")
+is_transformers_ge_v5_4_0 = installed("transformers", "5.4.0")
+is_transformers_ge_v5_6_0 = installed("transformers", "5.6.0")
+is_transformers_ge_v5_13_0 = installed("transformers", "5.13.0")
+is_transformers_ge_v5_17_0 = installed("transformers", "5.17.0")
+is_transformers_le_4_53 = installed("transformers") and not installed("transformers", "4.54.0.dev0")
+
+
 def is_bnb_4bit_available() -> bool:
     """bitsandbytes with its 4-bit layer."""
     if not is_bnb_available():

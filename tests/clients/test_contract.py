@@ -498,11 +498,14 @@ def test_optimizers_step_as_upstreams(name, tolerance, stepped):
 @pytest.mark.parametrize(
     ("config", "second"),
     [
-        (LoraConfig(r=4, target_modules=["q_proj"]), {"lora_B"}),
-        (LoraConfig(r=4, target_modules=["embed_tokens"]), {"lora_B"}),
-        (LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights="pissa"), {"lora_B"}),
-        (peft.AdaLoraConfig(target_modules=["q_proj"], total_step=9), {"lora_B"}),
-        (peft.VeraConfig(target_modules=["q_proj"], r=4), {"vera_lambda_b", "vera_lambda_d"}),  # vectors, both
+        (LoraConfig(r=4, target_modules=["q_proj"]), {"lora_B_weight"}),
+        (LoraConfig(r=4, target_modules=["embed_tokens"]), {"lora_B_weight"}),
+        (LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights="pissa"), {"lora_B_weight"}),
+        (peft.AdaLoraConfig(target_modules=["q_proj"], total_step=9), {"lora_B_weight"}),
+        (
+            peft.VeraConfig(target_modules=["q_proj"], r=4),
+            {"vera_lambda_b_weight", "vera_lambda_d_weight"},
+        ),  # vectors, both
         (peft.LoHaConfig(target_modules=["q_proj"], r=4), set()),
     ],
 )

@@ -307,7 +307,7 @@ def test_sft_under_checkpointing(reentrant: bool, prepared: bool, bases: Any, to
         model = get_peft_model(model, lora(seed=5))
         with torch.no_grad():
             for n, p in model.named_parameters():
-                if n.endswith("lora_B"):
+                if n.endswith("lora_B_weight"):
                     p.add_(0.1)
         kwargs = {"gradient_checkpointing": on, "gradient_checkpointing_kwargs": how if on else None}
         trainer = sft(bases, tokenizer, tmp_path, model=model, max_steps=1, seed=3, **kwargs)
@@ -626,7 +626,7 @@ def test_dpo_with_precomputed_reference(bases: Any, tokenizer: Any, tmp_path: An
     )
     with torch.no_grad():
         for n, p in trainer.model.named_parameters():
-            if n.endswith("lora_B"):
+            if n.endswith("lora_B_weight"):
                 p.add_(0.1)  # an effect that the reference must not show
     trainer.train()
     batch = next(iter(trainer.get_train_dataloader()))

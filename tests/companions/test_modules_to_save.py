@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.companions.modules_to_save import ModulesToSave
 from tests.helpers.selective import bits, same, shake, train
 
 
@@ -133,3 +134,18 @@ def test_an_attention_module_can_be_saved_whole_and_adapted_by_another():
                 torch.testing.assert_close(model(x), single(x))
                 assert not torch.allclose(model(x), Net().eval()(x))
             assert torch.equal(model.base_model.unload()(x), Net().eval()(x))
+
+
+def test_a_head_is_shown_as_the_module_that_it_is():
+    """upstream 0.21.2: modules_to_save["default"] is a Linear of the head's sizes, which is called and assigned to."""
+    base = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 3))
+    model = get_peft_model(base, LoraConfig(target_modules=["0"], modules_to_save=["1"]))
+    head, x = base[1], torch.randn(2, 4)
+    assert isinstance(head.methods["default"][0], ModulesToSave)
+    held = head.modules_to_save["default"]
+    assert type(held) is nn.Linear and (held.in_features, held.out_features) == (4, 3)
+    assert torch.equal(held(x), head(x)) and list(head.modules_to_save) == ["default"]
+    assert held.weight is next(p for n, p in model.named_parameters() if "modules_to_save" in n and "weight" in n)
+    held.weight = nn.Parameter(torch.zeros(3, 4))
+    held.bias.data.fill_(2.0)
+    assert torch.equal(head(x), torch.full((2, 3), 2.0)) and not torch.equal(head.original_module(x), head(x))

@@ -35,7 +35,7 @@ def test_rows_train_beside_the_method_and_the_table_stays():
     before = logits(model)
     companion = next(m for _, m in model.roster.adapters["default"].brought())
     with torch.no_grad():
-        companion.trainable_tokens_delta.add_(1.0)
+        companion.trainable_tokens_delta_weight.add_(1.0)
     assert not torch.equal(logits(model)[0], before[0])
     assert torch.equal(model.get_base_model().model.embed_tokens.base_layer.weight, table)
 

@@ -263,7 +263,9 @@ def test_other_sizes_start_fresh_where_that_is_asked_for(good, tmp_path):
     assert key in load(folder) and key in load(folder, strict=False)
     with pytest.warns(UserWarning, match=key):
         model = PeftModel.from_pretrained(llama(), folder, ignore_mismatched_sizes=True)
-    fresh = dict(model.named_parameters())["base_model.model.model.layers.0.self_attn.q_proj.adapters.default.lora_A"]
+    fresh = dict(model.named_parameters())[
+        "base_model.model.model.layers.0.self_attn.q_proj.adapters.default.lora_A_weight"
+    ]
     assert fresh.shape == (2, 16) and 0 < fresh.abs().max() <= 0.25
     assert torch.isfinite(logits(model)).all()
     with pytest.warns(UserWarning, match=key):
@@ -421,7 +423,7 @@ def test_with_a_header_nothing_but_the_free_fields_comes_from_the_json(good, tmp
     old.save_pretrained(folder)
     with pytest.warns(UserWarning, match="disagrees with the header"):
         found = PeftModel.from_pretrained(llama(), folder).peft_config["default"]
-    assert (found.use_dora, found.seed, found.lora_alpha, found.target_modules) == (False, None, 8, ["q_proj"])
+    assert (found.use_dora, found.seed, found.lora_alpha, found.target_modules) == (False, None, 8, {"q_proj"})
     assert found.revision == "old"
 
 

@@ -17,10 +17,10 @@ def test_starts_from_the_weight_leave_it_untouched(start):
     config = peft.LoraConfig(r=3, lora_alpha=6, init_lora_weights=start, target_modules=["lin1"])
     m = method(get_peft_model(net, config))
     assert torch.equal(net.lin1.base_layer.weight, W)
-    product = 2 * m.lora_B @ m.lora_A
+    product = 2 * m.lora_B_weight @ m.lora_A_weight
     if start == "olora":
         Q, R = torch.linalg.qr(W)
-        assert torch.allclose(m.lora_B, Q[:, :3]) and torch.allclose(m.lora_A, R[:3])
+        assert torch.allclose(m.lora_B_weight, Q[:, :3]) and torch.allclose(m.lora_A_weight, R[:3])
     else:
         U, S, V = torch.linalg.svd(W)
         best = (U[:, :3] * S[:3]) @ V[:3]

@@ -35,7 +35,7 @@ def shake(model, size=0.3):
 def deltas(model):
     """Each site as upstream writes it to disk -> s·B A, from the adapter's own tensors."""
     with torch.no_grad():
-        return {path: 2.0 * m.lora_B @ m.lora_A for path, m in model.roster.adapters["default"].methods}
+        return {path: 2.0 * m.lora_B_weight @ m.lora_A_weight for path, m in model.roster.adapters["default"].methods}
 
 
 def close(a, b, tolerance=1e-5):

@@ -36,7 +36,7 @@ def test_merging_dequantises_and_requantising_reports_its_error(kind, example):
         lora = m.get_base_model()[0].methods["default"][0]
         merged = m.merge_and_unload()
         assert type(merged[0]) is nn.Linear and type(merged[0].weight.data) is torch.Tensor
-        assert torch.allclose(merged[0].weight, W + lora.lora_B @ lora.lora_A * lora.scaling, atol=1e-6)
+        assert torch.allclose(merged[0].weight, W + lora.lora_B_weight @ lora.lora_A_weight * lora.strength, atol=1e-6)
         assert not hasattr(merged, "requantization_error")
         m, x = model()
         coded = m.merge_and_unload(requantize=True)

@@ -8,19 +8,18 @@ import pytest
 import torch
 from torch import nn
 
-from peft import Refusal, get_peft_model
 from peft.layers.embedding import Embedding, ScaledEmbedding
-from tests.helpers.layer_kind_cases import CASES, Holder
-from tests.layers.holding import adapted, close, deltas, lora
+from tests.helpers.layer_kind_cases import CASES
+from tests.layers.holding import adapted, close, deltas
 
 
 def test_the_padding_token_trains_nothing_and_gradients_are_dense():
     model = adapted(nn.Embedding(10, 8, padding_idx=1, sparse=True)).train()
     model(torch.tensor([[0, 1, 2]])).square().sum().backward()
     _, m = model.roster.adapters["default"].methods[0]
-    assert not m.lora_A.grad.is_sparse
-    assert m.lora_A.grad[:, 1].abs().sum() == 0
-    assert (m.lora_A.grad[:, [0, 2]].abs().sum(0) > 0).all()
+    assert not m.lora_A_weight.grad.is_sparse
+    assert m.lora_A_weight.grad[:, 1].abs().sum() == 0
+    assert (m.lora_A_weight.grad[:, [0, 2]].abs().sum(0) > 0).all()
 
 
 @pytest.mark.parametrize("scale", [None, 4.0])
@@ -32,7 +31,7 @@ def test_what_is_added_to_an_embeddings_output_moves_into_its_rows(scale):
         out = model(x)
         _, m = model.roster.adapters["default"].methods[0]
         s = getattr(layer, "embed_scale", torch.tensor(1.0))
-        expected = s * (layer.weight + (2.0 * m.lora_B @ m.lora_A).T)[x] + 2.0 * m.lora_bias
+        expected = s * (layer.weight + (2.0 * m.lora_B_weight @ m.lora_A_weight).T)[x] + 2.0 * m.lora_B_bias
         assert close(out, expected)
         model.base_model.merge_adapter()
         assert close(model(x), expected)
@@ -55,15 +54,6 @@ def test_an_embedding_with_max_norm_keeps_its_weight_and_clips_the_changed_rows(
         clipped = rows * (2.0 / rows.norm(dim=1, keepdim=True)).clamp(max=1.0)
         assert close(out, clipped)
         assert (rows.norm(dim=1) > 2.0).any() and (rows.norm(dim=1) < 2.0).any()
-
-
-def test_an_embedding_that_makes_its_own_indices_is_refused():
-    class Positions(nn.Embedding):
-        def forward(self, mask):
-            return super().forward(mask.cumsum(1))
-
-    with pytest.raises(Refusal, match="no single weight matrix"):
-        get_peft_model(Holder(Positions(10, 8)), lora())
 
 
 def test_the_matrix_of_a_table_has_a_column_for_each_token():

@@ -90,8 +90,8 @@ def test_a_backward_reaches_the_factors_of_the_experts_that_were_used_and_agrees
         plain.load_state_dict(merged)
     plain(IDS).logits.square().mean().backward()
     dW = plain.model.layers[0].mlp.experts.gate_up_proj.grad[1]
-    assert torch.allclose(lora.lora_B.grad, lora.scaling * dW @ lora.lora_A.T, atol=1e-6)
-    assert torch.allclose(lora.lora_A.grad, lora.scaling * lora.lora_B.T @ dW, atol=1e-6)
+    assert torch.allclose(lora.lora_B_weight.grad, lora.strength * dW @ lora.lora_A_weight.T, atol=1e-6)
+    assert torch.allclose(lora.lora_A_weight.grad, lora.strength * lora.lora_B_weight.T @ dW, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", MODELS)

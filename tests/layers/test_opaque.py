@@ -48,7 +48,7 @@ def test_maps_have_their_channels_second():
     model, m = on_layer(stage, BottleneckConfig(target_modules=["site"], bottleneck_size=2))
     x = torch.randn(2, 3, 6, 6)  # as wide as it has channels: the wrong axis would not show in the shape
     y = stage(x).permute(0, 2, 3, 1)
-    z = torch.relu(y @ m.adapter_down.T + m.adapter_down_bias) @ m.adapter_up.T + m.adapter_up_bias
+    z = torch.relu(y @ m.adapter_down_weight.T + m.adapter_down_bias) @ m.adapter_up_weight.T + m.adapter_up_bias
     assert torch.allclose(model(x), (y + z).permute(0, 3, 1, 2), atol=1e-5)
 
 
@@ -66,5 +66,5 @@ def test_recurrent_layers_give_tuples():
     x = torch.randn(2, 5, 8)
     m = only(model)
     h = model.get_base_model().rnn.base_layer(x)[0]
-    z = torch.relu(h @ m.adapter_down.T + m.adapter_down_bias) @ m.adapter_up.T + m.adapter_up_bias
+    z = torch.relu(h @ m.adapter_down_weight.T + m.adapter_down_bias) @ m.adapter_up_weight.T + m.adapter_up_bias
     assert torch.allclose(model(x), model.get_base_model().head(h + z), atol=1e-5)

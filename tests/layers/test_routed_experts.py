@@ -34,7 +34,7 @@ def weight(site: Experts, name: str, e: int, *adapters: str) -> Tensor:
     """An expert's matrix [out, in] with its adapters: W + Σ s B A."""
     part = site.of(name)[e]
     methods = [m for a in adapters for m in part.methods[a]]
-    return part.base_layer.weight + sum(2.0 * m.lora_B @ m.lora_A for m in methods)
+    return part.base_layer.weight + sum(2.0 * m.lora_B_weight @ m.lora_A_weight for m in methods)
 
 
 def gated(site: Experts, e: int, x: Tensor, *adapters: str) -> Tensor:

@@ -164,7 +164,10 @@ def test_attention_modules_called_by_keyword_can_be_wrapped():
     )
     layer.register_forward_hook(lambda mod, a, o: seen.update(out=o[0]))
     model(input_ids=IDS)
-    z = torch.relu(seen["x"] @ m.adapter_down.T + m.adapter_down_bias) @ m.adapter_up.T + m.adapter_up_bias
+    z = (
+        torch.relu(seen["x"] @ m.adapter_down_weight.T + m.adapter_down_bias) @ m.adapter_up_weight.T
+        + m.adapter_up_bias
+    )
     assert torch.allclose(seen["out"], seen["y"] + z, atol=1e-5)
 
 

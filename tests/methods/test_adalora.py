@@ -65,7 +65,7 @@ def test_adalora_penalty_is_the_mean_distance_from_orthogonality():
     distances = []
     for path in ("lin1", "lin2"):
         m = method(model, path)
-        for gram in (m.lora_A @ m.lora_A.T, m.lora_B.T @ m.lora_B):
+        for gram in (m.lora_A_weight @ m.lora_A_weight.T, m.lora_B_weight.T @ m.lora_B_weight):
             distances.append((gram - torch.eye(4)).square().sum().sqrt())
     expected = plain + 0.7 * sum(distances) / 4
     assert model.train()(x, labels=labels).loss.item() == pytest.approx(expected.item(), rel=1e-5)
@@ -83,7 +83,7 @@ def test_adalora_can_prune_a_layer_away_and_load_it_again(tmp_path):
     again = PeftModel.from_pretrained(base(Two), tmp_path).eval()
     with torch.no_grad():
         assert torch.equal(again(x).logits, model(x).logits)
-    assert method(again, "lin2").r == 0
+    assert method(again, "lin2").own_r == 0
 
 
 def test_adalora_pruning_twice_speaks_of_the_first_ranks(tmp_path):

@@ -15,7 +15,7 @@ def test_boft_is_the_product_of_its_permuted_block_diagonal_factors():
     model, m = adapted(BOFTConfig(boft_block_size=4, boft_n_butterfly_factor=3, target_modules=["site"]))
     W = model.base_model.model.site.base_layer.weight.detach().clone()
     B = torch.eye(16)
-    for i, blocks in enumerate(m.boft_R.detach()):
+    for i, blocks in enumerate(m.boft_R_weight.detach()):
         # factor i joins the half-blocks (2 channels) of 2^i neighbouring blocks: even halves first, then odd ones
         halves = [list(range(2 * h, 2 * h + 2)) for h in range(8)]
         order = []
@@ -29,7 +29,7 @@ def test_boft_is_the_product_of_its_permuted_block_diagonal_factors():
         B = P @ D @ P.T @ B
     torch.testing.assert_close(B @ B.T, torch.eye(16), atol=1e-5, rtol=0)
     merged = model.base_model.merge_and_unload().site.weight.detach()
-    torch.testing.assert_close(merged, m.boft_s.detach()[:, None] * (W @ B.T), atol=1e-5, rtol=0)
+    torch.testing.assert_close(merged, m.boft_s_weight.detach()[:, None] * (W @ B.T), atol=1e-5, rtol=0)
     reach = (B.abs() > 1e-6).sum()
     one, single = adapted(BOFTConfig(boft_block_size=4, target_modules=["site"]))
     assert reach > 16 * 4 and (single.rotate(torch.eye(16)).abs() > 1e-6).sum() <= 16 * 4

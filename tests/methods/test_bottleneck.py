@@ -20,8 +20,8 @@ def test_the_sequential_adapter_is_the_paper_s_formula():
     model, m = on_layer(layer, config)
     x = torch.randn(2, 5, 12)
     h = layer(x)
-    z = torch.tanh(h @ m.adapter_down.T + m.adapter_down_bias)
-    expected = h + 0.5 * (z @ m.adapter_up.T + m.adapter_up_bias)
+    z = torch.tanh(h @ m.adapter_down_weight.T + m.adapter_down_bias)
+    expected = h + 0.5 * (z @ m.adapter_up_weight.T + m.adapter_up_bias)
     assert torch.allclose(model(x), expected, atol=1e-6)
 
 
@@ -30,8 +30,8 @@ def test_the_parallel_adapter_reads_the_input():
     config = BottleneckConfig(target_modules=["site"], variant="parallel", bottleneck_size=3, scaling=4.0)
     model, m = on_layer(layer, config)
     x = torch.randn(2, 5, 12)
-    z = torch.relu(x @ m.adapter_down.T + m.adapter_down_bias)
-    expected = layer(x) + 4 * (z @ m.adapter_up.T + m.adapter_up_bias)
+    z = torch.relu(x @ m.adapter_down_weight.T + m.adapter_down_bias)
+    expected = layer(x) + 4 * (z @ m.adapter_up_weight.T + m.adapter_up_bias)
     assert torch.allclose(model(x), expected, atol=1e-5)
 
 
@@ -42,12 +42,12 @@ def test_learned_and_gated_scaling_and_the_layer_norm():
         model, m = on_layer(layer, config)
         y = layer(x)
         h = (y - y.mean(-1, keepdim=True)) / (y.var(-1, keepdim=True, unbiased=False) + 1e-5).sqrt()
-        h = h * m.adapter_norm + m.adapter_norm_bias
-        z = torch.relu(h @ m.adapter_down.T + m.adapter_down_bias) @ m.adapter_up.T + m.adapter_up_bias
+        h = h * m.adapter_norm_weight + m.adapter_norm_bias
+        z = torch.relu(h @ m.adapter_down_weight.T + m.adapter_down_bias) @ m.adapter_up_weight.T + m.adapter_up_bias
         if scaling == "learned":
-            s = m.adapter_scaling
+            s = m.adapter_scaling_weight
         else:
-            s = 1 / (1 + torch.exp(-(h @ m.adapter_gate.T + m.adapter_gate_bias)))
+            s = 1 / (1 + torch.exp(-(h @ m.adapter_gate_weight.T + m.adapter_gate_bias)))
         assert torch.allclose(model(x), y + s * z, atol=1e-5)
 
 

@@ -15,7 +15,7 @@ from tests.helpers.one_layer import adapted
 def test_hra_is_a_chain_of_reflections(gram_schmidt):
     model, m = adapted(HRAConfig(r=4, apply_GS=gram_schmidt, target_modules=["site"]))
     W = model.base_model.model.site.base_layer.weight.detach().double()
-    columns = m.hra_u.detach().double().T
+    columns = m.hra_u_weight.detach().double().T
     if gram_schmidt:
         done: list[torch.Tensor] = []
         for u in columns:

@@ -15,10 +15,10 @@ def test_ia3_scales_outputs_with_their_bias_and_feedforward_inputs():
     for feedforward in ([], ["site"]):
         model, m = adapted(IA3Config(target_modules=["site"], feedforward_modules=feedforward))
         base = model.base_model.model.site.base_layer
-        x, s = torch.randn(5, 16), m.ia3_l.detach().flatten()
+        x, s = torch.randn(5, 16), m.ia3_l_weight.detach().flatten()
         W, b = base.weight.detach().clone(), base.bias.detach().clone()
         expected = (x * s) @ W.T + b if feedforward else s * (x @ W.T + b)
-        assert m.ia3_l.shape == ((1, 16) if feedforward else (24, 1))
+        assert m.ia3_l_weight.shape == ((1, 16) if feedforward else (24, 1))
         with torch.no_grad():
             torch.testing.assert_close(model(x), expected)
             plain = model.base_model.merge_and_unload().site

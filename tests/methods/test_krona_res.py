@@ -19,8 +19,8 @@ def test_krona_res_runs_beside_a_block():
     plain = block(x)
     model = noised(get_peft_model(net, KronAResConfig(target_modules=["ffn"], scale=2.0, residual=1.0)))
     m = method(model, "ffn")
-    expected = plain + 2 * x @ torch.kron(m.krona_A, m.krona_B).T + m.krona_residual * x
+    expected = plain + 2 * x @ torch.kron(m.krona_A_weight, m.krona_B_weight).T + m.krona_residual_weight * x
     assert torch.allclose(model(x), expected, atol=1e-5)
-    assert abs(m.krona_residual.item() - 1) < 0.9  # it started where the config says
+    assert abs(m.krona_residual_weight.item() - 1) < 0.9  # it started where the config says
     with pytest.raises(Refusal, match="12 and 24 channels"):
         get_peft_model(base(), KronAResConfig(target_modules=["lin1"]))

@@ -25,15 +25,15 @@ def base_of(model) -> nn.Linear:
 def test_the_output_is_that_of_w_plus_s_b_a(rslora, s):
     model, m = adapted(LoraConfig(r=4, lora_alpha=6, use_rslora=rslora, **TARGET))
     layer = base_of(model)
-    assert m.lora_A.shape == (4, 16) and m.lora_B.shape == (24, 4) and m.scaling == pytest.approx(s)
-    expected = F.linear(X, layer.weight + s * m.lora_B @ m.lora_A, layer.bias)
+    assert m.lora_A_weight.shape == (4, 16) and m.lora_B_weight.shape == (24, 4) and m.strength == pytest.approx(s)
+    expected = F.linear(X, layer.weight + s * m.lora_B_weight @ m.lora_A_weight, layer.bias)
     assert torch.allclose(model(X), expected, atol=1e-5) and not torch.allclose(model(X), layer(X), atol=1e-2)
 
 
 def test_a_trained_bias_is_as_strong_as_the_delta():
     model, m = adapted(LoraConfig(r=2, lora_alpha=6, lora_bias=True, **TARGET))
     layer = base_of(model)
-    expected = F.linear(X, layer.weight + 3 * m.lora_B @ m.lora_A, layer.bias + 3 * m.lora_bias)
+    expected = F.linear(X, layer.weight + 3 * m.lora_B_weight @ m.lora_A_weight, layer.bias + 3 * m.lora_B_bias)
     assert torch.allclose(model(X), expected, atol=1e-5)
 
 
@@ -47,21 +47,21 @@ def test_dropout_acts_on_the_input_of_a_in_training_only():
 
 def test_a_fresh_adapter_is_the_identity_with_a_kaiming_uniform_a():
     model, m = adapted(LoraConfig(r=64, **TARGET), noise=0.0)
-    assert torch.equal(m.lora_B, torch.zeros(24, 64)) and torch.equal(model(X), base_of(model)(X))
-    assert 0.9 / 4 < m.lora_A.abs().max() <= 1 / 4, "uniform in ±1/√fan_in"
+    assert torch.equal(m.lora_B_weight, torch.zeros(24, 64)) and torch.equal(model(X), base_of(model)(X))
+    assert 0.9 / 4 < m.lora_A_weight.abs().max() <= 1 / 4, "uniform in ±1/√fan_in"
 
 
 def test_pissa_leaves_the_output_and_the_weight_alone_and_starts_from_its_largest_directions():
     model, m = adapted(LoraConfig(r=3, lora_alpha=3, init_lora_weights="pissa", **TARGET), noise=0.0)
     W = base_of(model).weight
     U, S, Vh = torch.linalg.svd(W)
-    assert torch.allclose(m.lora_B @ m.lora_A, U[:, :3] * S[:3] @ Vh[:3], atol=1e-5)
+    assert torch.allclose(m.lora_B_weight @ m.lora_A_weight, U[:, :3] * S[:3] @ Vh[:3], atol=1e-5)
     assert torch.allclose(model(X), base_of(model)(X), atol=1e-5) and m.rank() == 6
 
 
 def test_patterns_override_rank_and_strength():
     _, m = adapted(LoraConfig(r=2, lora_alpha=2, rank_pattern={"site": 5}, alpha_pattern={"site": 20}, **TARGET))
-    assert (m.r, m.lora_alpha, m.scaling) == (5, 20, 4)
+    assert (m.own_r, m.own_alpha, m.strength) == (5, 20, 4)
 
 
 def test_a_combination_has_its_ranks_and_no_strength_of_its_own():

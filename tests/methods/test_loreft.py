@@ -24,7 +24,7 @@ def test_the_edit_is_the_paper_s_formula_and_only_at_its_positions(variant):
     x = torch.randn(2, 6, 12)
     h = layer(x)
     R = m.rotation()[0]
-    inner = h @ m.reft_W[0].T + m.reft_b[0] - (0 if variant == "direft" else h @ R.T)
+    inner = h @ m.reft_W_weight[0].T + m.reft_b_weight[0] - (0 if variant == "direft" else h @ R.T)
     edited = h + inner @ R
     out = model(x)
     assert torch.allclose(out[:, [0, 1, 5]], edited[:, [0, 1, 5]], atol=1e-5)
@@ -41,7 +41,7 @@ def test_untied_edits_differ_and_a_token_that_is_first_and_last_is_edited_once()
     h, R = layer(x), m.rotation()
 
     def edit(i):
-        return h + (h @ m.reft_W[i].T + m.reft_b[i] - h @ R[i].T) @ R[i]
+        return h + (h @ m.reft_W_weight[i].T + m.reft_b_weight[i] - h @ R[i].T) @ R[i]
 
     out = model(x)
     assert torch.allclose(out[:, :2], edit(0)[:, :2], atol=1e-5)

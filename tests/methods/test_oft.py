@@ -17,7 +17,7 @@ def test_oft_cayley_blocks_are_orthogonal_and_sit_on_the_diagonal():
     model, m = adapted(OFTConfig(r=4, oft_block_size=0, use_cayley_neumann=False, target_modules=["site"]))
     W = model.base_model.model.site.base_layer.weight.detach().clone()
     R = torch.zeros(16, 16)
-    for i, q in enumerate(m.oft_R.detach()):
+    for i, q in enumerate(m.oft_R_weight.detach()):
         Q, k = torch.zeros(4, 4), 0
         for row in range(4):
             for col in range(row + 1, 4):
@@ -46,7 +46,7 @@ def test_oft_takes_one_of_the_two_sizes_and_adjusts_what_does_not_divide():
             OFTConfig(**wrong)
     with pytest.warns(UserWarning, match="oft_block_size=7 does not divide 16; 8 is used"):
         _, m = adapted(OFTConfig(oft_block_size=7, target_modules=["site"]))
-    assert (m.r, m.oft_block_size, tuple(m.oft_R.shape)) == (2, 8, (2, 28))
+    assert (m.number, m.size, tuple(m.oft_R_weight.shape)) == (2, 8, (2, 28))
 
 
 def test_oft_refuses_blocks_that_cannot_rotate():
@@ -57,16 +57,16 @@ def test_oft_refuses_blocks_that_cannot_rotate():
 def test_coft_pulls_every_block_back_into_its_ball():
     model, m = adapted(OFTConfig(oft_block_size=4, coft=True, eps=0.2, target_modules=["site"]))
     x, radius = torch.randn(3, 16), 0.2 / math.sqrt(4)
-    free = m.oft_R.detach().clone()
+    free = m.oft_R_weight.detach().clone()
     model(x)
-    assert torch.equal(m.oft_R, free)  # evaluation reads, it does not write
+    assert torch.equal(m.oft_R_weight, free)  # evaluation reads, it does not write
     skew = m.constrained().detach()
     assert (math.sqrt(2) * skew.norm(dim=1) <= radius * 1.001).all()
     torch.testing.assert_close(skew, free * (radius / (math.sqrt(2) * free.norm(dim=1, keepdim=True))))
     model.train()
     model(x).sum().backward()
-    assert (math.sqrt(2) * m.oft_R.detach().norm(dim=1) <= radius * 1.001).all()
-    assert m.oft_R.grad is not None
+    assert (math.sqrt(2) * m.oft_R_weight.detach().norm(dim=1) <= radius * 1.001).all()
+    assert m.oft_R_weight.grad is not None
 
 
 @pytest.mark.parametrize(
@@ -81,8 +81,8 @@ def test_multiplicative_dropout_leaves_out_whole_blocks_and_only_in_training(con
     model, m = adapted(config, nn.Linear(16, 16, bias=False))
     with torch.no_grad():
         layer = model.base_model.model.site
-        if hasattr(m, "boft_s"):
-            m.boft_s.fill_(1)
+        if hasattr(m, "boft_s_weight"):
+            m.boft_s_weight.fill_(1)
         layer.base_layer.weight.copy_(torch.eye(16))
         eye = torch.eye(16)
         full = model(eye)

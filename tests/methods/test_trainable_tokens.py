@@ -52,7 +52,7 @@ def test_both_ends_of_a_tied_embedding_use_one_parameter():
     torch.save(model, file)
     file.seek(0)
     for m in (model, copy.deepcopy(model), torch.load(file, weights_only=False)):
-        ends = [x.trainable_tokens_delta for _, x in m.roster.adapters["default"].methods]
+        ends = [x.trainable_tokens_delta_weight for _, x in m.roster.adapters["default"].methods]
         assert len(ends) == 2 and ends[0] is ends[1]
         assert sum(p.numel() for p in m.parameters() if p.requires_grad) == 48
 
@@ -146,7 +146,8 @@ def test_two_adapters_with_different_tokens_act_together_and_on_their_own_rows()
     model.add_adapter("b", TrainableTokensConfig(token_indices=[5]))
     shake(model, "b", seed=2)
     table = {
-        n: dict(model.roster.adapters[n].methods)["model.embed_tokens"].trainable_tokens_delta for n in ("default", "b")
+        n: dict(model.roster.adapters[n].methods)["model.embed_tokens"].trainable_tokens_delta_weight
+        for n in ("default", "b")
     }
     model.set_adapter(["default", "b"])
     with torch.no_grad():

@@ -17,17 +17,17 @@ def test_lora_has_a_next_to_x_and_b_last():
     net = model(LoraConfig(r=2, lora_alpha=6, target_modules=["0"]))
     (m,) = methods(net)
     first, last = factors(m)
-    assert first == [m.lora_A] and last == [m.lora_B]
+    assert first == [m.lora_A_weight] and last == [m.lora_B_weight]
     (pair,) = pairs(net)
-    assert pair.A is m.lora_A and pair.B is m.lora_B and pair.strength == 3
+    assert pair.A is m.lora_A_weight and pair.B is m.lora_B_weight and pair.strength == 3
 
 
 def test_what_dora_wraps_is_asked_too_and_frozen_parameters_stay_frozen():
     net = model(LoraConfig(r=2, use_dora=True, target_modules=["0"]))
     outer, inner = methods(net)
-    assert outer is not inner and factors(outer) == ([], []) and factors(inner)[1] == [inner.lora_B]
-    inner.lora_A.requires_grad_(False)
-    assert factors(inner)[0] == [inner.lora_A] and not inner.lora_A.requires_grad
+    assert outer is not inner and factors(outer) == ([], []) and factors(inner)[1] == [inner.lora_B_weight]
+    inner.lora_A_weight.requires_grad_(False)
+    assert factors(inner)[0] == [inner.lora_A_weight] and not inner.lora_A_weight.requires_grad
 
 
 def test_methods_without_two_trainable_factors_have_no_pair():

@@ -33,9 +33,9 @@ def test_each_parameter_is_in_its_group_with_its_rate():
     def held(group):
         return {id(p) for p in group["params"]}
 
-    assert held(first) == {id(m.lora_A)} and held(tables) == {id(p) for p in table.parameters()}
-    assert held(last) | held(undecayed) == {id(m.lora_B), id(m.lora_bias), *(id(p) for p in norm.parameters())}
-    assert id(m.lora_B) in held(last) and id(m.lora_bias) in held(undecayed)
+    assert held(first) == {id(m.lora_A_weight)} and held(tables) == {id(p) for p in table.parameters()}
+    assert held(last) | held(undecayed) == {id(m.lora_B_weight), id(m.lora_B_bias), *(id(p) for p in norm.parameters())}
+    assert id(m.lora_B_weight) in held(last) and id(m.lora_B_bias) in held(undecayed)
     assert [g["lr"] for g in optimizer.param_groups] == [1e-3, EMBEDDING_LR, 16e-3, 16e-3]
     assert [g["weight_decay"] for g in optimizer.param_groups] == [0.1, 0.1, 0.1, 0.0]
     assert all(g["betas"] == (0.8, 0.9) for g in optimizer.param_groups)
@@ -48,5 +48,5 @@ def test_the_tables_rate_can_be_stated():
     )
     m = model.get_base_model().table.methods["default"][0]
     assert optimizer.param_groups[1]["lr"] == 0.5 and not optimizer.param_groups[1]["params"]
-    assert [p is m.lora_A for p in optimizer.param_groups[0]["params"]] == [True]
-    assert [p is m.lora_B for p in optimizer.param_groups[2]["params"]] == [True]
+    assert [p is m.lora_A_weight for p in optimizer.param_groups[0]["params"]] == [True]
+    assert [p is m.lora_B_weight for p in optimizer.param_groups[2]["params"]] == [True]

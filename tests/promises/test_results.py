@@ -201,8 +201,8 @@ def test_promise_34_a_merge_that_overflows_the_bases_dtype_is_found():
     with torch.no_grad():
         for stem, m in model.roster.adapters["default"].methods:
             if stem.endswith("v_proj"):
-                m.lora_A.fill_(500)
-                m.lora_B.fill_(500)
+                m.lora_A_weight.fill_(500)
+                m.lora_B_weight.fill_(500)
     before = state(model)
     with pytest.raises(ValueError, match="NaN or inf"):
         model.base_model.merge_adapter()

@@ -173,11 +173,11 @@ def test_switching_goes_on_where_a_wrapper_took_parameters_out_of_their_modules(
     model = adapted(names=("a", "b"))
     model.set_adapter("b")
     (_, method), *rest = model.roster.adapters["a"].methods
-    del method._parameters["lora_A"]
+    del method._parameters["lora_A_weight"]
     model.set_adapter("a")
-    assert method.lora_B.requires_grad and all(m.lora_A.requires_grad for _, m in rest)
+    assert method.lora_B_weight.requires_grad and all(m.lora_A_weight.requires_grad for _, m in rest)
     model.set_adapter("b")
-    assert not method.lora_B.requires_grad and not any(m.lora_A.requires_grad for _, m in rest)
+    assert not method.lora_B_weight.requires_grad and not any(m.lora_A_weight.requires_grad for _, m in rest)
 
 
 def test_26_setting_an_adapter_layer_by_layer_visits_its_parameters_once(monkeypatch):

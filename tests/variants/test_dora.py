@@ -56,19 +56,19 @@ def test_dora_scale_is_a_constant_in_backward():
     outer, inner = layer.methods["default"][0].nested()
     layer(x).sum().backward()
     norm = (layer.base_layer.weight + inner.dense()).norm(dim=1).detach()
-    scale = (outer.lora_magnitude_vector / norm).detach()
+    scale = (outer.lora_magnitude_vector_weight / norm).detach()
     # d/dB of sum(scale ⊙ s·B A x) with the norm held still
-    expected = inner.scaling * scale[:, None] * (inner.lora_A @ x.sum(0))[None]
-    assert torch.allclose(inner.lora_B.grad, expected, atol=1e-4)
+    expected = inner.strength * scale[:, None] * (inner.lora_A_weight @ x.sum(0))[None]
+    assert torch.allclose(inner.lora_B_weight.grad, expected, atol=1e-4)
 
 
 def test_views_reach_the_delta_inside_dora():
     layer = make(peft.LoraConfig(r=2, use_dora=True, target_modules=["lin1"])).base_model.model.lin1
     inner = layer.methods["default"][0].nested()[-1]
-    assert layer.lora_A["default"].weight is inner.lora_A
+    assert layer.lora_A["default"].weight is inner.lora_A_weight
     assert layer.r["default"] == 2 and layer.use_dora["default"]
     layer.scaling["default"] = 3.0
-    assert inner.scaling == pytest.approx(3.0)
+    assert inner.strength == pytest.approx(3.0)
 
 
 def test_an_adapter_whose_file_lost_its_dora_vector_is_refused(tmp_path):
@@ -87,12 +87,12 @@ def test_dora_is_its_formula():
     model, m = adapted(LoraConfig(r=2, lora_alpha=6, use_dora=True, target_modules=["site"]), noise=0.0)
     layer = model.get_base_model().site
     W, b = layer.base_layer.weight, layer.base_layer.bias
-    assert isinstance(m, DoRA) and torch.allclose(m.lora_magnitude_vector, W.norm(dim=1))
+    assert isinstance(m, DoRA) and torch.allclose(m.lora_magnitude_vector_weight, W.norm(dim=1))
     with torch.no_grad():
         for p in m.parameters():
             p.add_(0.3 * torch.randn_like(p))
-    V = W + 3 * m.inner.lora_B @ m.inner.lora_A
-    expected = m.lora_magnitude_vector[:, None] * V / V.norm(dim=1, keepdim=True)
+    V = W + 3 * m.inner.lora_B_weight @ m.inner.lora_A_weight
+    expected = m.lora_magnitude_vector_weight[:, None] * V / V.norm(dim=1, keepdim=True)
     x = torch.randn(5, 16)
     assert torch.allclose(m.weight(W), expected, atol=1e-5)
     assert torch.allclose(model(x), F.linear(x, expected, b), atol=1e-4)

@@ -93,6 +93,8 @@ def plan(found: events.Plan, *, every: bool = False) -> None:
     grid.add_section()
     grid.add_row("total", "", "", str(len(found.targets)), f"{found.added:,}")
     console.print(grid)
+    for path, why in found.passed_over.items():
+        console.print(escape(f"passed over: {path}: {why}"))
 
 
 def dry_run(found: events.Plan, *, every: bool = False) -> None:

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from ..config import PromptLearningConfig, TunerConfig
-from ..contract.capabilities import Companion
+from ..contract.capabilities import Companion, Exclusive
 from ..contract.site import Site
+from ..contract.tensors import Shown
 from ..core.anatomy.targets import find_whole
 from ..core.anatomy.ties import end_of, followers, shared_by_ends
 from ..core.anatomy.walk import Place, walk
@@ -24,12 +25,13 @@ from ..core.forms.copies import Copies, outermost
 Savers: TypeAlias = TunerConfig | PromptLearningConfig  # what has the field
 
 
-class ModulesToSave(Companion, Copies):
+class ModulesToSave(Companion, Exclusive, Copies):
     companion = "modules_to_save"
     peft_type = ""
     summary = "Trains whole modules along with any adapter."
     formula = "P' trained, from P' = P"
     prefix = "modules_to_save"
+    shown = Shown(layer="ModulesToSaveWrapper")
     holder = "modules_to_save"
     repeats = ("modules_to_save.", "original_module.")  # upstream's files with bias="all" and a head
 
@@ -54,3 +56,6 @@ class ModulesToSave(Companion, Copies):
 
     def key(self, name: str) -> str:
         return name
+
+    def held_alone(self) -> frozenset[object]:
+        return frozenset(self.replaced_names)

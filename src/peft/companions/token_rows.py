@@ -32,7 +32,7 @@ class TokenRows:
 class TokensAlong(Companion, TrainableTokens):
     companion = "trainable_token_indices"
     peft_type = ""
-    tensors = {"trainable_tokens_delta": Stored("token_adapter.trainable_tokens_delta")}
+    tensors = {"trainable_tokens_delta_weight": Stored("token_adapter.trainable_tokens_delta")}
     examples = ()
 
     @classmethod

@@ -95,6 +95,14 @@ class Companion:
         raise NotImplementedError(f"{cls.__name__}.accompany")
 
 
+class Exclusive:
+    """Of what it trains at its site only one adapter's can act: the sum of two replacements is neither."""
+
+    def held_alone(self) -> frozenset[object]:
+        """What of the site that is: names of parameters, numbers of rows."""
+        raise NotImplementedError(f"{type(self).__name__}.held_alone")
+
+
 class Derives:
     """It computes frozen state that depends on W and is not saved: PiSSA's initial factors, the original rows of tokens."""
 

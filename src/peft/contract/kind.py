@@ -44,8 +44,10 @@ class LayerKind(Generic[M]):
     priority: ClassVar[int] = 0  # asked in descending order: the most specific kind claims first
     linear: ClassVar[bool] = False  # what `all-linear` means
     by_type: ClassVar[bool] = False  # `claims` asks for the module's class and nothing else
+    classes: tuple[type[nn.Module], ...] = ()  # it claims instances of these only, where there are some
     for_parameters: ClassVar[bool] = False  # asked for `target_parameters` only
     factored: ClassVar[bool] = True  # False where only whole matrices can be run (raw parameters)
+    own_forward: ClassVar[bool] = False  # such a matrix is run by the module's own forward, not by `op`
 
     tolerance: ClassVar[float] = 2e-5  # forward against merged, relative to the output
     castable: ClassVar[bool] = True  # the layer can be cast to bf16
@@ -76,6 +78,10 @@ class LayerKind(Generic[M]):
 
     def removed(self, modules: Iterable[nn.Module]) -> None:
         """The inverse, when all wrappers were taken out."""
+
+    def why_opaque(self, module: M) -> str:
+        """Why a module that looks like a layer with a weight is none that can be adapted; "" for all others."""
+        return ""
 
     def merge_refusal(self, module: M) -> str:
         """Why the base's format has no way to hold a changed weight; "" where it has."""

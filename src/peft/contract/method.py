@@ -115,9 +115,8 @@ class Method(CheapModule):
     def check(cls, config: Any, site: Site) -> None:
         """Raise `Refusal` when mathematics or the format rules this site out."""
         if cls.form in ("delta", "weight", "before") and site.geometry.weightless:
-            raise Refusal(
-                cls.peft_type, f"{site.path} ({site.layer})", "this module has no single weight matrix to change"
-            )
+            why = site.opaque or "this module has no single weight matrix to change"
+            raise Refusal(cls.peft_type, f"{site.path} ({site.layer})", why)
 
     @classmethod
     def shared_tensors(cls, config: Any, sites: list[Site], rng: torch.Generator) -> dict[str, nn.Parameter]:

@@ -25,6 +25,7 @@ class Site:
     device: torch.device
     dtype: torch.dtype
     layer: str = "layer"  # for messages
+    opaque: str = ""  # why the module has no matrix, where it looks as if it had
     shared: dict[str, nn.Parameter] = field(default_factory=dict)  # from Method.shared_tensors
     tied: str = ""  # the path of an earlier site of this method that holds the very same weight
     config: object = None  # the base model's config, where it has one

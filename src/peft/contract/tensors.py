@@ -16,6 +16,9 @@ from torch import Tensor
 
 SIZES = ("out", "fan_in", "inputs", "width", "groups", "kernel")  # of the site's geometry
 Shape = tuple[int, ...]
+# Upstream's names stand for dictionaries by adapter, which the layer shows: nothing inside it has an attribute of such a
+# name, or code that looks for layers by it would find this, too. A tensor adds what it is to the name, a tree this.
+COPY = "_copy"
 
 
 @dataclass(frozen=True)
@@ -59,7 +62,7 @@ class Shown:
     """What upstream's layers show of a method, by adapter, besides its tensors.
 
     settings: upstream's names. paths: the attribute path of those that are called otherwise here. assignable: those that
-    are read in every forward. dropout: upstream's name of the module that is `Method.dropout` here. empty: names of
+    are read in every forward. layer: upstream's name of the layer in reports, with the base's class as {}. dropout: upstream's name of the module that is `Method.dropout` here. empty: names of
     further tensors that upstream's layer has, empty where none is held.
     """
 
@@ -68,6 +71,7 @@ class Shown:
     assignable: tuple[str, ...] = ()
     dropout: str = ""
     empty: tuple[str, ...] = ()
+    layer: str = ""
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -84,6 +88,7 @@ class TensorTable:
     frozen: tuple[str, ...] = ()
     unwritten: tuple[str, ...] = ()  # a file may hold them, but they are another site's to save
     repeats: tuple[str, ...] = ()  # starts of keys under which a file may hold a site's tensors once more
+    lent: Mapping[str, str] = field(default_factory=dict)  # attribute path -> key: another site's tensors, shown here
     modules: tuple[str, ...] = ()
     also_shown: tuple[str, ...] = ()  # names that upstream's layer has beside these, empty where none is held
     joins: Mapping[str, str] = field(default_factory=dict)  # key -> how; {}: it cannot hold what several matrices have
@@ -158,7 +163,8 @@ class TensorTable:
 
     def layer_names(self) -> tuple[str, ...]:
         """Upstream's names of the tensors, as its layers list them."""
-        return tuple(dict.fromkeys((*map(head_of, self.own.values()), *self.modules, *self.also_shown)))
+        held = (*self.own.values(), *self.lent.values())
+        return tuple(dict.fromkeys((*map(head_of, held), *self.also_shown)))
 
 
 def head_of(key: str) -> str:
@@ -204,7 +210,8 @@ def _without(table: TensorTable, attributes: tuple[str, ...]) -> TensorTable:
 def _of_another(table: TensorTable, attributes: tuple[str, ...], repeated: bool) -> TensorTable:
     if not repeated:
         return replace(table, unwritten=attributes, source=None)
-    return replace(_without(table, attributes), repeats=tuple(table.keys[a] for a in attributes))
+    keys = {a: table.keys[a] for a in attributes}
+    return replace(_without(table, attributes), repeats=tuple(keys.values()), lent=keys, source=None)
 
 
 @functools.lru_cache(maxsize=256)

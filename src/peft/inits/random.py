@@ -22,10 +22,12 @@ def default(A: Tensor, B: Tensor, rng: torch.Generator, site: Site) -> None:
 
 
 def gaussian(A: Tensor, B: Tensor, rng: torch.Generator, site: Site) -> None:
-    """A ~ N(0, 1/r²), B = 0."""
-    first, second = (B, A) if site.geometry.indexed else (A, B)
-    nn.init.normal_(first, std=1 / A.shape[0], generator=rng)
-    nn.init.zeros_(second)
+    """A ~ N(0, 1/r²), B = 0. For indexed layers A = 0 and B ~ N(0, 1), as without this start."""
+    if site.geometry.indexed:
+        default(A, B, rng, site)
+    else:
+        nn.init.normal_(A, std=1 / A.shape[0], generator=rng)
+        nn.init.zeros_(B)
 
 
 def noise(A: Tensor, B: Tensor, rng: torch.Generator, site: Site) -> None:

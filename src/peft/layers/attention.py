@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..contract.kind import Examples, LayerKind
+from ..contract.own_forward import runs_as
 from ..contract.tree import Composite
 from .attention_between_parts import Attention, acts_below
 from .opaque import Opaque
@@ -38,7 +39,7 @@ class MultiheadAttention(Opaque):
     """The kind of the whole module; its parts are slices and linear layers. Keeps torch's fast paths honest."""
 
     name = "multihead_attention"
-    by_type = True
+    classes = (nn.MultiheadAttention,)
     summary = "nn.MultiheadAttention: its input and output projections"
     priority = 10
     linear = False
@@ -69,8 +70,7 @@ class MultiheadAttention(Opaque):
         }
 
     def claims(self, module: nn.Module) -> bool:
-        same = type(module).forward is nn.MultiheadAttention.forward
-        return isinstance(module, nn.MultiheadAttention) and same
+        return isinstance(module, nn.MultiheadAttention) and runs_as(module, nn.MultiheadAttention)
 
     def stand_in(self, module: nn.Module) -> Composite:
         assert isinstance(module, nn.MultiheadAttention)

@@ -19,6 +19,8 @@ from torch.nn import functional as F
 
 from ..contract.tree import Composite, Part
 from ..core.acting.adapted_layer import AdaptedLayer
+from ..core.acting.raw_reads import asks_for_parameter, reader
+from .slice import acting_names, native
 from .weight_slice import WeightSlice
 
 
@@ -41,8 +43,24 @@ class Attention(Composite):
         self.training = base_layer.training
 
     @property
+    def in_features(self) -> int:
+        """What upstream's wrapper of the whole module says: the size of x, and of q, k and v together."""
+        return self.base_layer.embed_dim
+
+    @property
+    def out_features(self) -> int:
+        return 3 * self.base_layer.embed_dim
+
+    @property
     def fused(self) -> bool:
         return self.base_layer._qkv_same_embed_dim
+
+    def __getattr__(self, name: str) -> Any:
+        """What reads a projection's weight instead of calling the module gets what the module computes with."""
+        part = self.__dict__["_modules"].get(name.removesuffix("_weight")) if name.endswith("_weight") else None
+        if part is not None and not asks_for_parameter() and (names := acting_names([part], reader())):
+            return native(part, names)
+        return super().__getattr__(name)
 
     def parts(self) -> dict[str, Part]:
         found = {n: Part(self, n, "" if self.fused else n) for n in self._modules if n != "base_layer"}

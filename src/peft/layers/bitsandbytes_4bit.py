@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..contract.kind import Example, Examples
+from ..contract.own_forward import runs_as
 from .coded import Quantised
 
 if TYPE_CHECKING:
@@ -39,7 +40,6 @@ if TYPE_CHECKING:
 
 class FourBit(Quantised["Layer"]):
     name = "bitsandbytes_4bit"
-    by_type = True
     summary = "bitsandbytes' Linear4bit (NF4 and FP4)"
     # The CPU kernel rounds activations, absmax and table to bf16 (2^-9 each); the merged layer computes in fp32.
     tolerance = 2e-2
@@ -61,7 +61,8 @@ class FourBit(Quantised["Layer"]):
         return {"bias": make}
 
     def claims(self, module: nn.Module) -> bool:
-        return (bnb := sys.modules.get("bitsandbytes.nn")) is not None and isinstance(module, bnb.Linear4bit)
+        bnb = sys.modules.get("bitsandbytes.nn")
+        return bnb is not None and isinstance(module, bnb.Linear4bit) and runs_as(module, bnb.Linear4bit)
 
     def decode(self, module: Layer) -> Tensor:
         from bitsandbytes.functional import dequantize_4bit

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..contract.kind import Example, Examples
+from ..contract.own_forward import runs_as
 from .coded import Quantised
 
 if TYPE_CHECKING:
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
 
 class EightBit(Quantised["Linear8bitLt"]):
     name = "bitsandbytes_8bit"
-    by_type = True
     summary = "bitsandbytes' Linear8bitLt"
     # The base's forward rounds each input row to 127 steps (relative error up to 1/254 an entry); the merged layer
     # computes in floating point. Over these sums of 16 to 64 terms the two differ by about 1% of the largest output.
@@ -43,7 +43,8 @@ class EightBit(Quantised["Linear8bitLt"]):
         return {"bias": make}
 
     def claims(self, module: nn.Module) -> bool:
-        return (bnb := sys.modules.get("bitsandbytes.nn")) is not None and isinstance(module, bnb.Linear8bitLt)
+        bnb = sys.modules.get("bitsandbytes.nn")
+        return bnb is not None and isinstance(module, bnb.Linear8bitLt) and runs_as(module, bnb.Linear8bitLt)
 
     def decode(self, module: Linear8bitLt) -> Tensor:
         codes = module.state.CB if module.state.CB is not None else module.weight.data

@@ -14,16 +14,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..contract.geometry import Geometry, plain_geometry
-from ..contract.kind import LayerKind
 from ..contract.managed import present
+from .rewritten import Rewritten
 
 C = TypeVar("C", bound=nn.Linear)  # a coded layer
 
 
-class Quantised(LayerKind[C]):
+class Quantised(Rewritten[C]):
     linear = True
+    classes = (nn.Linear,)
     castable = False
-    replaces = True
     priority = 50
 
     def geometry(self, module: C) -> Geometry:
@@ -54,26 +54,6 @@ class Quantised(LayerKind[C]):
 
     def dtype(self, module: C) -> torch.dtype:
         return self.compute_dtype(module) if self.claims(module) else super().dtype(module)
-
-    def parameters(self, module: C) -> dict[str, Tensor]:
-        bias = self.bias(module)
-        W = self.read(module)
-        return {"weight": W} if bias is None else {"weight": W, "bias": bias}
-
-    def buffers(self, module: C) -> dict[str, Tensor]:
-        return {}  # codes and scales: the weight, not a state of its own
-
-    def swappable(self, module: C) -> bool:
-        return False  # its parameters are codes
-
-    def keep(self, module: C, names: list[str]) -> None:
-        """Nothing: writing makes another layer and leaves this one as it is."""
-
-    def restore(self, module: C, kept: object) -> nn.Module:
-        return module
-
-    def untie(self, module: C, names: list[str], tied: frozenset[int] | set[int]) -> bool:
-        return False
 
     def write(self, module: C, values: dict[str, Tensor]) -> nn.Module:
         """A floating-point layer with these values."""

@@ -8,6 +8,7 @@ With groups each output sees its own group's inputs only, so r shared channels d
 from __future__ import annotations
 
 from math import prod
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from ..contract.geometry import Geometry
 from ..contract.kind import Examples, LayerKind
+from ..contract.own_forward import computed, runs_as
 
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -24,11 +26,12 @@ DECONV = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
 
 
 class Conv(LayerKind[_ConvNd]):
-    by_type = True
+    forward_parts: ClassVar[tuple[str, ...]] = ("_conv_forward",)  # what the forward of the class is made of
 
     def __init__(self, axes: int) -> None:
         self.axes = axes
         self.module_class: type[_ConvNd] = CONVS[axes - 1]
+        self.classes = (self.module_class,)
         self.name = f"conv{axes}d"
         self.summary = f"nn.Conv{axes}d: stride, dilation, groups and every padding mode"
 
@@ -55,8 +58,9 @@ class Conv(LayerKind[_ConvNd]):
         }  # fmt: skip
 
     def claims(self, module: nn.Module) -> bool:
-        # a subclass with a forward of its own may use W in any way (standardise it, say): only its output is known
-        return isinstance(module, self.module_class) and type(module).forward is self.module_class.forward
+        # a subclass with a forward of its own may use W in any way (standardise it, say)
+        mine = isinstance(module, self.module_class) and not computed(module)
+        return mine and runs_as(module, self.module_class, *self.forward_parts)
 
     def geometry(self, module: _ConvNd) -> Geometry:
         kernel = prod(module.kernel_size)
@@ -87,15 +91,18 @@ class Conv(LayerKind[_ConvNd]):
         return native.flatten(1)
 
     def native(self, matrix: Tensor, module: _ConvNd) -> Tensor:
-        return matrix.reshape(module.weight.shape)
+        return matrix.reshape(len(matrix), -1, *module.kernel_size)
 
 
 class ConvTranspose(Conv):
     """W is kept as `[in, out/groups, *kernel]`: each input channel spreads its taps over the outputs."""
 
+    forward_parts: ClassVar[tuple[str, ...]] = ("_output_padding",)
+
     def __init__(self, axes: int) -> None:
         super().__init__(axes)
         self.module_class = TRANSPOSED[axes - 1]
+        self.classes = (self.module_class,)
         self.name = f"conv_transpose{axes}d"
         self.summary = f"nn.ConvTranspose{axes}d"
 

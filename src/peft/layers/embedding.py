@@ -14,12 +14,13 @@ from torch.nn import functional as F
 
 from ..contract.geometry import Geometry
 from ..contract.kind import Examples, LayerKind
+from ..contract.own_forward import runs_as, written_as
 
 
 class ScaledEmbedding(nn.Embedding):
-    """Word embeddings times a constant, as Gemma and BART have them: an example for the laws."""
+    """Word embeddings times a constant, as BART has them."""
 
-    def __init__(self, num: int, dim: int, padding_idx: int, embed_scale: float) -> None:
+    def __init__(self, num: int, dim: int, padding_idx: int | None, embed_scale: float | Tensor) -> None:
         super().__init__(num, dim, padding_idx)
         self.embed_scale = embed_scale
 
@@ -27,22 +28,32 @@ class ScaledEmbedding(nn.Embedding):
         return super().forward(input) * self.embed_scale
 
 
+class CastScaledEmbedding(nn.Embedding):
+    """The same with the constant as a tensor, as Gemma has them."""
+
+    embed_scale: Tensor
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input) * self.embed_scale.to(self.weight.dtype)
+
+
 class Embedding(LayerKind[nn.Embedding]):
     name = "embedding"
+    classes = (nn.Embedding,)
     summary = "nn.Embedding with padding_idx, and scaled word embeddings (Gemma, BART and their like)"
 
     def examples(self) -> Examples:
         return {
-            "tokens": lambda: (nn.Embedding(24, 16), _tokens()),
-            "padding": lambda: (nn.Embedding(24, 16, padding_idx=0, sparse=True), _tokens()),
-            "scaled": lambda: (ScaledEmbedding(24, 16, 3, embed_scale=4.0), _tokens()),
+            "tokens": lambda: (nn.Embedding(24, 16), tokens()),
+            "padding": lambda: (nn.Embedding(24, 16, padding_idx=0, sparse=True), tokens()),
+            "scaled": lambda: (ScaledEmbedding(24, 16, 3, embed_scale=4.0), tokens()),
         }
 
     def claims(self, module: nn.Module) -> bool:
         if not isinstance(module, nn.Embedding) or module.max_norm is not None:
             return False
         # subclasses that compute positions or normalise rows are no lookup of W by the input
-        return type(module).forward is nn.Embedding.forward or _scale(module) is not None
+        return runs_as(module, nn.Embedding) or _scales(module)
 
     def geometry(self, module: nn.Embedding) -> Geometry:
         return Geometry(
@@ -88,10 +99,10 @@ class ClippedEmbedding(Embedding):
     factored = False
 
     def examples(self) -> Examples:
-        return {"max_norm": lambda: (nn.Embedding(24, 16, max_norm=3.0), _tokens())}
+        return {"max_norm": lambda: (nn.Embedding(24, 16, max_norm=3.0), tokens())}
 
     def claims(self, module: nn.Module) -> bool:
-        plain = isinstance(module, nn.Embedding) and type(module).forward is nn.Embedding.forward
+        plain = isinstance(module, nn.Embedding) and runs_as(module, nn.Embedding)
         return plain and module.max_norm is not None
 
     def run(self, module: nn.Embedding, *args: Any, **kwargs: Any) -> Any:
@@ -110,12 +121,19 @@ class ClippedEmbedding(Embedding):
         return torch.where(norm > module.max_norm, rows * (module.max_norm / (norm + 1e-7)), rows)
 
 
+def _scales(module: nn.Embedding) -> bool:
+    """Whether its forward gives rows times `embed_scale`, and does nothing else."""
+    if not hasattr(module, "embed_scale"):
+        return False
+    return written_as(module, nn.Embedding, ScaledEmbedding, CastScaledEmbedding) is not None
+
+
 def _scale(module: nn.Embedding) -> Tensor | float | None:
-    """The constant that a subclass with a forward of its own multiplies rows by; None for a plain lookup."""
+    """The constant that a layer of this kind multiplies rows by; None for a plain lookup."""
     return None if type(module).forward is nn.Embedding.forward else getattr(module, "embed_scale", None)
 
 
-def _tokens() -> Tensor:
+def tokens() -> Tensor:
     return torch.randint(24, (4, 5))
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from ..contract.kind import Example, Examples, LayerKind
+from ..contract.own_forward import forward_of
 from ..contract.tree import Composite
 from .routed_experts import DOWN, Experts, SortedExperts
 from .weight_slice import WeightSlice
@@ -86,11 +87,14 @@ def _first(module: nn.Module) -> str | None:
 
     if not stack(DOWN):
         return None
+    forward = forward_of(module)
     if hasattr(module, "has_gate") and hasattr(module, "is_transposed"):
+        if getattr(forward, "__globals__", {}).get("__name__") != "transformers.integrations.moe":
+            return None  # a subclass that overrides what the library's decorator made: only its own forward is known
         name = "gate_up_proj" if module.has_gate else "up_proj"
         return name if stack(name) else None
-    takes = list(inspect.signature(type(module).forward).parameters)
-    mine = type(module).__module__.startswith("transformers.")
+    takes = list(inspect.signature(forward).parameters)
+    mine = getattr(forward, "__module__", "").startswith("transformers.")
     return "gate_up_proj" if mine and stack("gate_up_proj") and takes == ["self", "hidden_states"] else None
 
 

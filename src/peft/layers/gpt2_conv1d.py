@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from ..contract.geometry import Geometry, plain_geometry
 from ..contract.kind import Examples, LayerKind
+from ..contract.own_forward import runs_as
 
 if TYPE_CHECKING:
     from transformers.pytorch_utils import Conv1D
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
 
 class GPT2Conv1D(LayerKind["Conv1D"]):
     name = "gpt2_conv1d"
-    by_type = True
     linear = True
     summary = "transformers' Conv1D, the linear layer of GPT-2 with its weight transposed"
 
@@ -27,10 +27,14 @@ class GPT2Conv1D(LayerKind["Conv1D"]):
 
         return {"sequence": lambda: (Conv1D(24, 16), torch.randn(4, 3, 16))}
 
-    def claims(self, module: nn.Module) -> bool:
+    @staticmethod
+    def is_one(module: nn.Module) -> bool:
         # a module of this class exists only where its file was imported; `import peft` need not import it
         home = sys.modules.get("transformers.pytorch_utils")
         return home is not None and isinstance(module, home.Conv1D)
+
+    def claims(self, module: nn.Module) -> bool:
+        return self.is_one(module) and runs_as(module, sys.modules["transformers.pytorch_utils"].Conv1D)
 
     def geometry(self, module: Conv1D) -> Geometry:
         inputs, out = module.weight.shape

@@ -8,13 +8,37 @@ from torch.nn import functional as F
 
 from ..contract.geometry import Geometry, plain_geometry
 from ..contract.kind import Examples, LayerKind
+from ..contract.own_forward import computed, runs_as, written_as
+
+
+class Spelled(nn.Linear):
+    """The forward of Falcon's layers, which is that of nn.Linear in other words."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        y = input @ self.weight.T
+        if self.bias is None:
+            return y
+        return y + self.bias
+
+
+class Passed(nn.Linear):
+    """One that only passes on."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input)
+
+
+def _wide(module: nn.Module) -> bool:
+    """Whether its weight holds numbers, not codes."""
+    weight = module._parameters.get("weight")
+    return weight is None or weight.is_floating_point() or weight.is_complex()
 
 
 class Linear(LayerKind[nn.Linear]):
     name = "linear"
-    by_type = True
+    classes = (nn.Linear,)
     linear = True
-    summary = "nn.Linear and its subclasses with a plain weight"
+    summary = "nn.Linear, and its subclasses that compute what it does"
 
     def examples(self) -> Examples:
         return {
@@ -23,7 +47,11 @@ class Linear(LayerKind[nn.Linear]):
         }
 
     def claims(self, module: nn.Module) -> bool:
-        return isinstance(module, nn.Linear)
+        if type(module) is nn.Linear:
+            return ("forward" not in module.__dict__ or runs_as(module, nn.Linear)) and not computed(module)
+        if not isinstance(module, nn.Linear) or computed(module) or not _wide(module):
+            return False
+        return runs_as(module, nn.Linear) or written_as(module, nn.Linear, Spelled, Passed) is not None
 
     def geometry(self, module: nn.Linear) -> Geometry:
         return plain_geometry(int(module.out_features), int(module.in_features))

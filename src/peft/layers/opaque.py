@@ -11,6 +11,7 @@ from math import prod
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 from ..contract import offload
 from ..contract.geometry import Geometry
@@ -19,6 +20,7 @@ from ..contract.tree import tree
 
 WIDTHS = ("hidden_size", "d_model", "n_embd", "embed_dim")  # what blocks call the size of the residual stream
 OUTPUTS = ("o_proj", "out_proj", "c_proj", "down_proj", "wo", "o", "w2", "fc2")  # last projections, by name
+LAYERS = (nn.Linear, nn.Embedding, _ConvNd)
 SPATIAL = (nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.BatchNorm2d, nn.BatchNorm3d)
 CHANNELS_AMID = (nn.Conv1d, nn.ConvTranspose1d, nn.BatchNorm1d, nn.GroupNorm)  # [batch, channels] or more after them
 
@@ -56,6 +58,17 @@ class Opaque(LayerKind[nn.Module]):
         out = output_width(module)
         inputs, kernel, indexed = first_layer(module)
         return Geometry(out=out, fan_in=0, inputs=inputs or out, kernel=kernel, indexed=indexed)
+
+    def why_opaque(self, module: nn.Module) -> str:
+        if not isinstance(module, LAYERS):
+            return ""
+        weight = module._parameters.get("weight")
+        kept = (
+            "no weight"
+            if weight is None
+            else f"a weight of {str(weight.dtype).removeprefix('torch.')} and shape {tuple(weight.shape)}"
+        )
+        return f"{type(module).__name__} has a forward of its own and keeps {kept}, which a change cannot be added to"
 
     def device(self, module: nn.Module) -> torch.device:
         """Where the block computes, also when its weights are offloaded and accelerate's hooks are on its children."""

@@ -18,11 +18,10 @@ from ..contract.managed import present
 from ..contract.method import Method
 from ..contract.swapped import called_with
 from ..contract.tree import Composite
-from ..core.acting.adapted_layer import AdaptedLayer
 from ..core.acting.mix import BASE
 from ..core.anatomy.walk import kind_of
 from ..errors import Refusal
-from .slice import Slice
+from .slice import Slice, native
 from .stacked import Stacked
 from .weight_slice import WeightSlice
 
@@ -90,14 +89,7 @@ class Swapped(Stacked):
         acting = {id(m) for m in self.adapted(name) if m.active_methods(names) and not m.merged_adapters}
         if not acting:
             return None
-        out: list[Tensor] = []
-        for held in self.of(name):
-            part = held.base_layer if isinstance(held, AdaptedLayer) else held
-            assert isinstance(part, RawSlice)
-            W = part.weight
-            if isinstance(held, AdaptedLayer) and id(held) in acting:
-                W, _ = held.compose(held.active_methods(names), W.dtype)
-            out.append(W.T if part.transposed else W)
+        out = [native(part, names) for part in self.of(name)]
         return out[0] if self.single[name] else torch.stack(out)
 
 

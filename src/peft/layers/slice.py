@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from ..contract.kind import LayerKind
 from ..contract.managed import present
 from ..contract.method import Method
 from ..contract.offload import on_device
+from ..core.acting.adapted_layer import AdaptedLayer
 from ..errors import Refusal
 from .weight_slice import WeightSlice
 
@@ -142,6 +143,33 @@ def _put_back(owner: nn.Module, leaf: str, param: Tensor) -> None:
         original = replaced[leaf]
         if not param.any() if original is None else torch.equal(param, original):
             owner._parameters[leaf] = replaced.pop(leaf)
+
+
+def native(part: nn.Module, names: Sequence[str]) -> Tensor:
+    """A part's matrix with what these adapters make of it, as it lies in the owner's parameter."""
+    held = part.base_layer if isinstance(part, AdaptedLayer) else part
+    assert isinstance(held, WeightSlice)
+    W = held.weight
+    if isinstance(part, AdaptedLayer) and not part.merged_adapters and (methods := part.active_methods(names)):
+        W, _ = part.compose(methods, W.dtype)
+    return W.T if held.transposed else W
+
+
+def acting_names(parts: Sequence[nn.Module], by: str) -> Sequence[str]:
+    """Which adapters act on these parts, where code reads them instead of calling them; none where nothing does."""
+    acting = next((p for p in parts if isinstance(p, AdaptedLayer) and p.acting), None)
+    if acting is None:
+        return ()
+    mix = acting.roster.mix
+    if mix.rows is None:
+        return mix.active
+    if len(mix.rows.distinct) > 1:
+        raise Refusal(
+            "adapter_names",
+            acting.path,
+            f"{by} reads its weight instead of calling it, and the rows of this batch have several; run them one by one",
+        )
+    return mix.rows.distinct
 
 
 kinds = [Slice()]

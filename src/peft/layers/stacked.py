@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +11,9 @@ from torch import Tensor, nn
 from ..contract.method import Method
 from ..contract.tree import Composite, Part
 from ..core.acting.adapted_layer import AdaptedLayer
+from ..core.acting.raw_reads import asks_for_parameter, reader
 from ..core.acting.roster import Roster
+from .slice import acting_names, native
 from .weight_slice import WeightSlice
 
 
@@ -29,6 +32,15 @@ class Stacked(Composite):
         self.single = {n: s[0].index is None for n, s in slices.items()}
         self.flipped = False  # whether the file holds each ΔW transposed
         self.training = module.training
+
+    def __getattr__(self, name: str) -> Any:
+        """What reads a parameter instead of calling the module gets what the module computes with."""
+        if name in self.__dict__.get("single", ()) and not asks_for_parameter():
+            parts = list(self.of(name))
+            if names := acting_names(parts, reader()):
+                whole = [native(p, names) for p in parts]
+                return whole[0] if self.single[name] else torch.stack(whole)
+        return super().__getattr__(name)
 
     def of(self, name: str) -> nn.ModuleList:
         return self.slices._modules[name]  # type: ignore[return-value]

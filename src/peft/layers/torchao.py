@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..contract.kind import Example, Examples
+from ..contract.own_forward import runs_as
 from ..errors import Refusal
 from .coded import Quantised
 
@@ -41,9 +42,9 @@ class TorchAO(Quantised[nn.Linear]):
     def claims(self, module: nn.Module) -> bool:
         base = getattr(sys.modules.get("torchao.utils"), "TorchAOBaseTensor", None)
         weight = module._parameters.get("weight")
-        return (
-            base is not None and isinstance(module, nn.Linear) and weight is not None and isinstance(weight.data, base)
-        )
+        if base is None or not isinstance(module, nn.Linear) or weight is None or not isinstance(weight.data, base):
+            return False
+        return runs_as(module, nn.Linear)
 
     def decode(self, module: nn.Linear) -> Tensor:
         return module.weight.dequantize()

@@ -70,14 +70,16 @@ class AdaLora(Penalised, Pruned, Scheduled):
     paper = "arXiv 2303.10512"
     prefix = "lora_"
     tensors = {
-        "lora_A": Stored(shape="r fan_in"),
-        "lora_B": Stored(shape="out r"),
-        "lora_E": Stored(shape="r 1"),
+        "lora_A_weight": Stored("lora_A", shape="own_r fan_in"),
+        "lora_B_weight": Stored("lora_B", shape="out own_r"),
+        "lora_E_weight": Stored("lora_E", shape="own_r 1"),
     }
     shown = Shown(
         settings=("r", "lora_alpha", "scaling", "ranknum"),
+        paths={"r": "own_r", "lora_alpha": "own_alpha", "scaling": "strength", "ranknum": "count"},
         assignable=("lora_alpha",),
         dropout="lora_dropout",
+        layer="adalora.SVD{}",
         empty=("lora_embedding_A", "lora_embedding_B"),
     )
     role = "every_linear"
@@ -85,43 +87,44 @@ class AdaLora(Penalised, Pruned, Scheduled):
         {"init_r": 4, "target_r": 2, "total_step": 10},
         {"init_r": 4, "target_r": 2, "total_step": 10, "lora_dropout": 0.1, "use_dora": True},
     )
-    part_axes, gates = {"lora_E": 0, "lora_A": 0, "lora_B": 1}, "lora_E"
+    part_axes, gates = {"lora_E_weight": 0, "lora_A_weight": 0, "lora_B_weight": 1}, "lora_E_weight"
     config: AdaLoraConfig
-    lora_A: Tensor
-    lora_B: Tensor
-    lora_E: Tensor
-    lora_alpha: float
-    ranknum: float
+    lora_A_weight: Tensor
+    lora_B_weight: Tensor
+    lora_E_weight: Tensor
+    own_alpha: float
+    count: float
 
     def __init__(self, config: AdaLoraConfig, site: Site) -> None:
         super().__init__(config, site)
-        self.set(dropout=config.lora_dropout, lora_alpha=config.lora_alpha, ranknum=float(config.init_r))
+        self.set(dropout=config.lora_dropout, own_alpha=config.lora_alpha, count=float(config.init_r))
         self.keep_all(config.init_r, site)
         self.create(site)
 
     @torch.no_grad()
     def reset(self, rng: torch.Generator, site: Site) -> None:
         std = 0.02 if self.config.init_lora_weights else 1.0
-        self.lora_A.normal_(std=std, generator=rng)
-        self.lora_B.normal_(std=std, generator=rng)
-        self.lora_E.normal_(generator=rng)
+        self.lora_A_weight.normal_(std=std, generator=rng)
+        self.lora_B_weight.normal_(std=std, generator=rng)
+        self.lora_E_weight.normal_(generator=rng)
         if self.config.init_lora_weights:
-            self.lora_E.zero_()
+            self.lora_E_weight.zero_()
 
     # -- the maths ----------------------------------------------------------------------------------------------------
     @property
-    def scaling(self) -> float:
-        return self.multiplier * (self.lora_alpha if self.lora_alpha > 0 else self.ranknum)
+    def strength(self) -> float:
+        return self.multiplier * (self.own_alpha if self.own_alpha > 0 else self.count)
 
     def delta(self) -> tuple[Tensor, Tensor]:
-        return self.lora_A * self.lora_E, self.scaling / (self.ranknum + 1e-5) * self.lora_B
+        return self.lora_A_weight * self.lora_E_weight, self.strength / (self.count + 1e-5) * self.lora_B_weight
 
     def penalty(self) -> Tensor | None:
         """‖A Aᵀ − I‖ + ‖Bᵀ B − I‖."""
-        if not self.lora_A.requires_grad:
+        if not self.lora_A_weight.requires_grad:
             return None
-        eye = torch.eye(self.r, device=self.lora_A.device, dtype=self.lora_A.dtype)
-        return (self.lora_A @ self.lora_A.T - eye).norm() + (self.lora_B.T @ self.lora_B - eye).norm()
+        eye = torch.eye(self.own_r, device=self.lora_A_weight.device, dtype=self.lora_A_weight.dtype)
+        A, B = self.lora_A_weight, self.lora_B_weight
+        return (A @ A.T - eye).norm() + (B.T @ B - eye).norm()
 
     @classmethod
     def total_penalty(cls, terms: list[Tensor], config: AdaLoraConfig) -> Tensor:
@@ -138,7 +141,7 @@ class AdaLora(Penalised, Pruned, Scheduled):
                 m.observe(config.beta1, config.beta2)
         due = config.tinit < global_step < last and global_step % config.deltaT == 0
         if due or global_step == last:
-            have, want = sum(m.r for m in methods.values()), config.target_r * len(methods)
+            have, want = sum(m.own_r for m in methods.values()), config.target_r * len(methods)
             share = 1 - (global_step - config.tinit) / (last - config.tinit)
             cls.prune(methods, have - int((have - want) * share**3 + want))
             config.rank_pattern = cls.patterns(methods)

@@ -66,13 +66,14 @@ class BOFT(BlockRotation):
     prefix = "boft_"
     tensors = {
         # where upstream finds no CUDA compiler it trains and saves one factor, whatever the config asks for
-        "boft_R": Stored(
-            shape="config.boft_n_butterfly_factor boft_block_num boft_block_size boft_block_size", shrinks=0
-        ),
-        "boft_s": Stored(shape="out", disk="-1 1", kernel="1 -1"),
+        "boft_R_weight": Stored("boft_R", shape="config.boft_n_butterfly_factor number size size", shrinks=0),
+        "boft_s_weight": Stored("boft_s", shape="out", disk="-1 1", kernel="1 -1"),
     }
-    starts = {"boft_R": 0, "boft_s": 1}
-    shown = Shown(settings=("boft_block_size", "boft_block_num"))
+    starts = {"boft_R_weight": 0, "boft_s_weight": 1}
+    shown = Shown(
+        settings=("boft_block_size", "boft_block_num"),
+        paths={"boft_block_size": "size", "boft_block_num": "number"},
+    )
     examples = (
         {"boft_block_size": 4},
         {"boft_block_size": 2, "boft_n_butterfly_factor": 2, "boft_dropout": 0.5},
@@ -80,12 +81,12 @@ class BOFT(BlockRotation):
     )
 
     config: BOFTConfig
-    boft_R: Tensor
-    boft_s: Tensor
+    boft_R_weight: Tensor
+    boft_s_weight: Tensor
 
     def rotations(self) -> Tensor:
         """The blocks of every factor, [m, blocks, b, b]."""
-        R = self.boft_R
+        R = self.boft_R_weight
         return self.with_dropout(cayley((R - R.transpose(-1, -2)) / 2), self.config.boft_dropout)
 
     def rotate(self, rows: Tensor) -> Tensor:
@@ -94,10 +95,10 @@ class BOFT(BlockRotation):
 
     def weight(self, W: Tensor) -> Tensor:
         turned = self.rotate(W.T).T if self.geometry.indexed else self.rotate(W)
-        return self.boft_s.to(W.dtype)[:, None] * turned
+        return self.boft_s_weight.to(W.dtype)[:, None] * turned
 
     def add(self, x: Tensor, y: Tensor, op: Op) -> Tensor:
         if not op.geometry.indexed:
             return super().add(x, y, op)
         base = op(x, op.read())  # the looked-up rows, not the whole table
-        return y + (self.boft_s.to(y.dtype) * self.rotate(base) - base).to(y.dtype)
+        return y + (self.boft_s_weight.to(y.dtype) * self.rotate(base) - base).to(y.dtype)

@@ -65,13 +65,13 @@ class BottleneckConfig(BranchConfig):
 BESIDE_THE_MATRICES = {
     "adapter_down_bias": Stored("adapter_down.bias", "size"),
     "adapter_up_bias": Stored("adapter_up.bias", "out"),
-    "adapter_scaling": Stored(shape="1", when="learned"),
-    "adapter_gate": Stored("adapter_gate.weight", "1 channels", when="gated"),
+    "adapter_scaling_weight": Stored("adapter_scaling", shape="1", when="learned"),
+    "adapter_gate_weight": Stored("adapter_gate.weight", "1 channels", when="gated"),
     "adapter_gate_bias": Stored("adapter_gate.bias", "1", when="gated"),
-    "adapter_norm": Stored("adapter_norm.weight", "channels", when="config.layer_norm"),
+    "adapter_norm_weight": Stored("adapter_norm.weight", "channels", when="config.layer_norm"),
     "adapter_norm_bias": Stored("adapter_norm.bias", "channels", when="config.layer_norm"),
 }
-START_AT_ONE = ("adapter_scaling", "adapter_norm")  # the others at 0
+START_AT_ONE = ("adapter_scaling_weight", "adapter_norm_weight")  # the others at 0
 
 
 class Bottleneck(Branch):
@@ -82,8 +82,8 @@ class Bottleneck(Branch):
     paper = "arXiv 1902.00751, 2005.00247, 2110.04366"
     prefix = "adapter_"
     tensors = {
-        "adapter_down": Stored("adapter_down.weight", "size channels"),
-        "adapter_up": Stored("adapter_up.weight", "out size"),
+        "adapter_down_weight": Stored("adapter_down.weight", "size channels"),
+        "adapter_up_weight": Stored("adapter_up.weight", "out size"),
         **BESIDE_THE_MATRICES,
     }
     examples: ClassVar[tuple[dict[str, object], ...]] = (
@@ -92,7 +92,7 @@ class Bottleneck(Branch):
         {"bottleneck_size": 4, "variant": "parallel", "scaling": "gated", "init_weights": "mam"},
     )
 
-    learned_name, gate_names = "adapter_scaling", ("adapter_gate", "adapter_gate_bias")
+    learned_name, gate_names = "adapter_scaling_weight", ("adapter_gate_weight", "adapter_gate_bias")
 
     def __init__(self, config: BottleneckConfig, site: Site) -> None:
         super().__init__(config, site)
@@ -117,12 +117,12 @@ class Bottleneck(Branch):
 
     def matrices(self) -> tuple[Tensor, Tensor]:
         """(W_down[b, width], W_up[out, b]); the PHM adapters have others, and their own `start`."""
-        return self.tensor("adapter_down"), self.tensor("adapter_up")
+        return self.tensor("adapter_down_weight"), self.tensor("adapter_up_weight")
 
     def normalised(self, h: Tensor) -> Tensor:
         if not self.config.layer_norm:
             return h
-        W, b = (self.tensor(n).to(h.dtype) for n in ("adapter_norm", "adapter_norm_bias"))
+        W, b = (self.tensor(n).to(h.dtype) for n in ("adapter_norm_weight", "adapter_norm_bias"))
         return F.layer_norm(h, (self.channels,), W, b)
 
     def branch(self, h: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from ..config_fields import ranged
 from ..contract.method import Method
 from ..contract.refusals import refusal
 from ..contract.site import Site
-from ..contract.tensors import Stored
+from ..contract.tensors import Shown, Stored
 from ..maths.rotations import reflect, reflect_orthonormalised
 
 __all__ = ["HRAConfig"]
@@ -47,11 +47,12 @@ class HRA(Method):
     formula = "W' = W ∏(I − 2 u_i u_iᵀ)"
     paper = "arXiv 2405.17484"
     prefix = "hra_"
-    tensors = {"hra_u": Stored(shape="width config.r")}
+    shown = Shown(layer="hra.HRA{}")
+    tensors = {"hra_u_weight": Stored("hra_u", shape="width config.r")}
     examples = ({"r": 4}, {"r": 4, "apply_GS": True})
 
     config: HRAConfig
-    hra_u: Tensor
+    hra_u_weight: Tensor
 
     def __init__(self, config: HRAConfig, site: Site) -> None:
         super().__init__(config, site)
@@ -67,17 +68,17 @@ class HRA(Method):
 
     @torch.no_grad()
     def reset(self, rng: torch.Generator, site: Site) -> None:
-        n, r = self.hra_u.shape
+        n, r = self.hra_u_weight.shape
         if self.config.init_weights and r % 2:
             text = f"HRA: r={r} is odd, so the reflections do not cancel and the adapter starts with an effect."
             warnings.warn(text, stacklevel=2)
         columns = r // 2 if self.identity else r
         start = (2 * torch.rand(n, columns, generator=rng) - 1) / math.sqrt(columns)
-        self.hra_u.copy_(start.repeat_interleave(r // columns, dim=1))
+        self.hra_u_weight.copy_(start.repeat_interleave(r // columns, dim=1))
 
     def before(self, x: Tensor) -> Tensor:
         chain = reflect_orthonormalised if self.config.apply_GS else reflect
-        return chain(x, self.hra_u).to(x.dtype)
+        return chain(x, self.hra_u_weight).to(x.dtype)
 
     def rank(self) -> int:
         return min(self.config.r, self.geometry.out, self.geometry.width)

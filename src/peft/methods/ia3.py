@@ -12,14 +12,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..config import LayoutConfig, as_bias, as_names
+from ..config import LayoutConfig, as_bias
 from ..config_fields import own_field, reading
 from ..config_values import AtLeast0
 from ..contract.capabilities import Blends, ScalesChannels
 from ..contract.method import Method
 from ..contract.refusals import refusal
 from ..contract.site import Site
-from ..contract.tensors import Stored
+from ..contract.tensors import Shown, Stored
 from ..core.anatomy.language import model_type
 from ..core.anatomy.patterns import matches
 from ..core.anatomy.roles import default_targets, fill_targets
@@ -36,6 +36,7 @@ class IA3Config(LayoutConfig):
     """
 
     own_type = "IA3"
+    sets = (*LayoutConfig.sets, "feedforward_modules")
     feedforward_modules: list[str] | str | None = None
     init_ia3_weights: bool = True
     bias: str = reading(as_bias, "none", own=True)
@@ -44,9 +45,9 @@ class IA3Config(LayoutConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        names = self.feedforward_modules = as_names(self.feedforward_modules)
-        if isinstance(names, list) and isinstance(self.target_modules, list):
-            if strange := sorted(set(names) - set(self.target_modules)):
+        names, targets = self.feedforward_modules, self.target_modules
+        if names and targets and not isinstance(names, str) and not isinstance(targets, str):
+            if strange := sorted(set(names) - set(targets)):
                 raise ValueError(f"`feedforward_modules` should be a subset of `target_modules`; {strange} are not.")
 
     def scales_input(self, path: str) -> bool:
@@ -62,12 +63,13 @@ class IA3(Blends, ScalesChannels, Method):
     formula = "y' = l ⊙ y (feed-forward: y = W (l ⊙ x))"
     paper = "arXiv 2205.05638"
     prefix = "ia3_"
-    tensors = {"ia3_l": Stored()}
+    shown = Shown(layer="{}")
+    tensors = {"ia3_l_weight": Stored("ia3_l")}
     role = "keys_values_ffn"
     examples = ({"feedforward_modules": []}, {"feedforward_modules": ".*"})
 
     config: IA3Config
-    ia3_l: Tensor
+    ia3_l_weight: Tensor
 
     def __init__(self, config: IA3Config, site: Site) -> None:
         super().__init__(config, site)
@@ -76,7 +78,7 @@ class IA3(Blends, ScalesChannels, Method):
         self.form = "before" if self.is_feedforward else "after"
         size = g.inputs if self.is_feedforward else g.out
         row = self.is_feedforward or g.shape
-        self.ia3_l = site.empty(*((1, size) if row else (size, 1)), *(1 for _ in g.shape))
+        self.ia3_l_weight = site.empty(*((1, size) if row else (size, 1)), *(1 for _ in g.shape))
         self.identity = config.init_ia3_weights
 
     @classmethod
@@ -98,16 +100,16 @@ class IA3(Blends, ScalesChannels, Method):
 
     @torch.no_grad()
     def reset(self, rng: torch.Generator, site: Site) -> None:
-        self.ia3_l.fill_(1) if self.config.init_ia3_weights else self.ia3_l.normal_(generator=rng)
+        self.ia3_l_weight.fill_(1) if self.config.init_ia3_weights else self.ia3_l_weight.normal_(generator=rng)
 
     def before(self, x: Tensor) -> Tensor:
-        return (x * self.ia3_l.flatten()).to(x.dtype)
+        return (x * self.ia3_l_weight.flatten()).to(x.dtype)
 
     def after(self, y: Tensor, x: object) -> Tensor:
-        return (y * self.ia3_l.flatten()).to(y.dtype)
+        return (y * self.ia3_l_weight.flatten()).to(y.dtype)
 
     def fold(self, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        scale = self.ia3_l.flatten().to(W.dtype)
+        scale = self.ia3_l_weight.flatten().to(W.dtype)
         if self.is_feedforward:
             return W * self.geometry.spread(scale), b
         return W * scale[:, None], None if b is None else b * scale
@@ -115,7 +117,9 @@ class IA3(Blends, ScalesChannels, Method):
     @classmethod
     def blend(cls, methods: Sequence[Method], weights: Sequence[float]) -> dict[str, Tensor]:
         """Σ wᵢ lᵢ: the effect is linear in l."""
-        return {"ia3_l": torch.stack([w * m.get_parameter("ia3_l") for m, w in zip(methods, weights)]).sum(0)}
+        return {
+            "ia3_l_weight": torch.stack([w * m.get_parameter("ia3_l_weight") for m, w in zip(methods, weights)]).sum(0)
+        }
 
     def rank(self) -> int | None:
         return None if self.geometry.weightless else min(self.geometry.out, self.geometry.fan_in)

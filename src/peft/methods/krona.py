@@ -37,9 +37,9 @@ class KronA(Kronecker):
     formula = "W' = W + s·(A ⊗ B)"
     paper = "arXiv 2212.10650"
     prefix = "krona_"
-    pair_names = ("krona_A", "krona_B")
-    tensors = {"krona_A": Stored(shape="a1 a2"), "krona_B": Stored(shape="b1 b2")}
-    shown = Shown(settings=("scaling",), dropout="krona_dropout")
+    pair_names = ("krona_A_weight", "krona_B_weight")
+    tensors = {"krona_A_weight": Stored("krona_A", shape="a1 a2"), "krona_B_weight": Stored("krona_B", shape="b1 b2")}
+    shown = Shown(settings=("scaling",), paths={"scaling": "strength"}, dropout="krona_dropout")
     examples = ({}, {"a_shape": (4, 2), "scale": 2.0, "krona_dropout": 0.1}, {"use_dora": True})
 
     def __init__(self, config: KronAConfig, site: Site) -> None:

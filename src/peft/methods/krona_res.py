@@ -41,13 +41,13 @@ class KronARes(Kronecker):
     paper = "arXiv 2212.10650"
     prefix = "krona_"
     pair_names = KronA.pair_names
-    tensors = {**KronA.tensors, "krona_residual": Stored(shape="1")}
+    tensors = {**KronA.tensors, "krona_residual_weight": Stored("krona_residual", shape="1")}
     role = "mlps"
-    shown = Shown(settings=("scaling",))
+    shown = Shown(settings=("scaling",), paths={"scaling": "strength"})
     examples = ({}, {"scale": 2.0, "krona_dropout": 0.1})
 
     config: KronAResConfig
-    krona_residual: Tensor
+    krona_residual_weight: Tensor
 
     @classmethod
     def check(cls, config: KroneckerConfig, site: Site) -> None:
@@ -66,10 +66,10 @@ class KronARes(Kronecker):
     @torch.no_grad()
     def reset(self, rng: torch.Generator, site: Site) -> None:
         super().reset(rng, site)
-        self.krona_residual.fill_(self.config.residual)
+        self.krona_residual_weight.fill_(self.config.residual)
 
     def after(self, y: Tensor, x: Tensor) -> Tensor:
-        A, B, t = (p.to(y.dtype) for p in (*self.scaled(), self.krona_residual))
+        A, B, t = (p.to(y.dtype) for p in (*self.scaled(), self.krona_residual_weight))
         x = x.to(y.dtype)
         branch = torch.nn.functional.dropout(x, self.config.krona_dropout, self.training)
         return y + apply_kron(branch, A, B) + self.multiplier * t * x
@@ -78,4 +78,4 @@ class KronARes(Kronecker):
         """Beside a single matrix the branch is W + s·(A ⊗ B) + t·I."""
         eye = torch.eye(W.shape[0], device=W.device, dtype=W.dtype)
         change = kron(*self.scaled()).to(W.dtype)
-        return W + change + self.multiplier * self.krona_residual.to(W.dtype) * eye, b
+        return W + change + self.multiplier * self.krona_residual_weight.to(W.dtype) * eye, b

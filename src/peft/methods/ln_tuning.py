@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from ..config import TunerConfig, as_bias
 from ..config_fields import own_field, reading
 from ..config_values import AtLeast0
+from ..contract.tensors import Shown
 from ..core.forms.copies import Copies
 
 __all__ = ["LNTuningConfig"]
@@ -20,6 +21,7 @@ class LNTuningConfig(TunerConfig):
     """LayerNorm tuning (arXiv 2312.11420). Its only settings are which modules to train."""
 
     own_type = "LN_TUNING"
+    sets = ("exclude_modules",)
     bias: str = reading(as_bias, "none", own=True)
     layers_to_transform: list[AtLeast0] | AtLeast0 | None = own_field(None)
     layers_pattern: list[str] | str | None = own_field(None)
@@ -33,5 +35,6 @@ class LNTuning(Copies):
     paper = "arXiv 2312.11420"
     prefix = "ln_tuning_"
     role = "norms"
+    shown = Shown(layer="ln_tuning.LNTuningLayer")
     holder = "ln_tuning_layers"
     examples = ({},)

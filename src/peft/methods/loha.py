@@ -33,7 +33,7 @@ class LoHa(Lycoris):
     formula = "W' = W + (α/r)·(B₁A₁) ⊙ (B₂A₂)"
     paper = "arXiv 2108.06098"
     prefix = "hada_"
-    tensors = dict.fromkeys(("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2"), Stored())
+    tensors = {f"hada_{k}_weight": Stored(f"hada_{k}") for k in ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2")}
     examples = (
         {"r": 4},
         {"r": 2, "use_effective_conv2d": True, "rank_dropout": 0.1},
@@ -41,12 +41,12 @@ class LoHa(Lycoris):
     )
 
     config: LoHaConfig
-    hada_w1_a: Tensor
-    hada_w1_b: Tensor
-    hada_w2_a: Tensor
-    hada_w2_b: Tensor
-    hada_t1: Tensor | None
-    hada_t2: Tensor | None
+    hada_w1_a_weight: Tensor
+    hada_w1_b_weight: Tensor
+    hada_w2_a_weight: Tensor
+    hada_w2_b_weight: Tensor
+    hada_t1_weight: Tensor | None
+    hada_t2_weight: Tensor | None
 
     def __init__(self, config: LoHaConfig, site: Site) -> None:
         super().__init__(config, site)
@@ -54,14 +54,14 @@ class LoHa(Lycoris):
         self.make(site, {**self.low_rank_shapes(1, out, inputs), **self.low_rank_shapes(2, out, inputs)})
 
     def zero_at_start(self) -> Tensor | None:
-        return self.hada_w2_b if self.config.init_weights else None
+        return self.hada_w2_b_weight if self.config.init_weights else None
 
     def delta(self) -> tuple[Tensor]:
-        first = low_rank(self.hada_w1_a, self.hada_w1_b, self.hada_t1)
-        second = low_rank(self.hada_w2_a, self.hada_w2_b, self.hada_t2)
-        return (self.scaling * first * second,)
+        first = low_rank(self.hada_w1_a_weight, self.hada_w1_b_weight, self.hada_t1_weight)
+        second = low_rank(self.hada_w2_a_weight, self.hada_w2_b_weight, self.hada_t2_weight)
+        return (self.strength * first * second,)
 
     def rank(self) -> int:
         g = self.geometry
-        per = self.r * g.kernel if self.tucker else self.r
+        per = self.own_r * g.kernel if self.tucker else self.own_r
         return min(per * per, g.out, g.fan_in)

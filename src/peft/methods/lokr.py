@@ -45,7 +45,7 @@ class LoKr(Lycoris):
     formula = "W' = W + (α/r)·(w₁ ⊗ w₂)"
     paper = "arXiv 2309.14859"
     prefix = "lokr_"
-    tensors = {f"lokr_{k}": Stored() for k in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2")}
+    tensors = {f"lokr_{k}_weight": Stored(f"lokr_{k}") for k in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2")}
     examples = (
         {"r": 4},
         {"r": 1, "decompose_both": True, "decompose_factor": 4, "rank_dropout": 0.1, "rank_dropout_scale": True},
@@ -54,55 +54,59 @@ class LoKr(Lycoris):
     )
 
     config: LoKrConfig
-    lokr_w1: Tensor | None
-    lokr_w1_a: Tensor  # these two where there is no lokr_w1, and so with lokr_w2
-    lokr_w1_b: Tensor
-    lokr_w2: Tensor | None
-    lokr_w2_a: Tensor
-    lokr_w2_b: Tensor
-    lokr_t2: Tensor | None
+    lokr_w1_weight: Tensor | None
+    lokr_w1_a_weight: Tensor  # these two where there is no w1, and so with w2
+    lokr_w1_b_weight: Tensor
+    lokr_w2_weight: Tensor | None
+    lokr_w2_a_weight: Tensor
+    lokr_w2_b_weight: Tensor
+    lokr_t2_weight: Tensor | None
 
     def __init__(self, config: LoKrConfig, site: Site) -> None:
         super().__init__(config, site)
-        g, r = site.geometry, self.r
+        g, r = site.geometry, self.own_r
         a, b = factorization(g.out, config.decompose_factor)
         c, d = factorization(g.fan_in // g.kernel, config.decompose_factor)
         self.rescaled = config.rank_dropout_scale
         low = config.decompose_both and r < max(a, c) / 2
-        first = {"lokr_w1_a": (a, r), "lokr_w1_b": (r, c)} if low else {"lokr_w1": (a, c)}
-        second = self.low_rank_shapes(2, b, d) if r < max(b, d) / 2 else {"lokr_w2": (b, d, *g.shape)}
+        first = {"lokr_w1_a_weight": (a, r), "lokr_w1_b_weight": (r, c)} if low else {"lokr_w1_weight": (a, c)}
+        second = self.low_rank_shapes(2, b, d) if r < max(b, d) / 2 else {"lokr_w2_weight": (b, d, *g.shape)}
         self.make(site, {**first, **second})
 
     def zero_at_start(self) -> Tensor | None:
         if self.config.init_weights == "lycoris":
-            return self.lokr_w2_b if self.lokr_w2 is None else self.lokr_w2
+            return self.lokr_w2_b_weight if self.lokr_w2_weight is None else self.lokr_w2_weight
         if self.config.init_weights:
-            return self.lokr_w1_a if self.lokr_w1 is None else self.lokr_w1
+            return self.lokr_w1_a_weight if self.lokr_w1_weight is None else self.lokr_w1_weight
         return None
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """(w1[a, c], w2[b, d·taps])."""
-        w1, w2 = self.lokr_w1, self.lokr_w2
+        w1, w2 = self.lokr_w1_weight, self.lokr_w2_weight
         return (
-            low_rank(self.lokr_w1_a, self.lokr_w1_b) if w1 is None else w1,
-            low_rank(self.lokr_w2_a, self.lokr_w2_b, self.lokr_t2) if w2 is None else w2.flatten(1),
+            low_rank(self.lokr_w1_a_weight, self.lokr_w1_b_weight) if w1 is None else w1,
+            low_rank(self.lokr_w2_a_weight, self.lokr_w2_b_weight, self.lokr_t2_weight)
+            if w2 is None
+            else w2.flatten(1),
         )
 
     def delta(self) -> tuple[Tensor]:
         w1, w2 = self.factors()
-        if self.lokr_w2 is not None and self.lokr_w2.dim() == 3:
+        if self.lokr_w2_weight is not None and self.lokr_w2_weight.dim() == 3:
             # checkpoints of 1-d kernels mean the product in which w1 meets w2's inputs and taps, not its outputs
             # and inputs: torch.kron of a matrix with a stack of matrices, then reshaped
-            return (self.scaling * torch.kron(w1, self.lokr_w2).reshape(self.geometry.out, self.geometry.fan_in),)
-        return (kron(self.scaling * w1, w2),)
+            return (
+                self.strength * torch.kron(w1, self.lokr_w2_weight).reshape(self.geometry.out, self.geometry.fan_in),
+            )
+        return (kron(self.strength * w1, w2),)
 
     def product(self, x: Tensor, op: Op, dtype: torch.dtype) -> Tensor:
         if not op.geometry.is_matrix:
             return super().product(x, op, dtype)
         w1, w2 = self.factors()
-        return apply_kron(x.to(dtype), (self.scaling * w1).to(dtype), w2.to(dtype))
+        return apply_kron(x.to(dtype), (self.strength * w1).to(dtype), w2.to(dtype))
 
     def rank(self) -> int:
-        first = self.lokr_w1_a if self.lokr_w1 is None else self.lokr_w1
-        second = self.lokr_w2_b if self.lokr_w2 is None else self.lokr_w2.flatten(1)
+        first = self.lokr_w1_a_weight if self.lokr_w1_weight is None else self.lokr_w1_weight
+        second = self.lokr_w2_b_weight if self.lokr_w2_weight is None else self.lokr_w2_weight.flatten(1)
         return min(min(first.shape) * min(second.shape), self.geometry.out, self.geometry.fan_in)

@@ -86,27 +86,30 @@ class Lora(LowRank):
     paper = "arXiv 2106.09685"
     prefix = "lora_"
     tensors = {
-        "lora_A": Stored(
-            *("lora_A.weight", "r fan_in"),
-            kernel="r -1 taps",
+        "lora_A_weight": Stored(
+            *("lora_A.weight", "own_r fan_in"),
+            kernel="own_r -1 taps",
             indexed="lora_embedding_A",
             join="rows",
             stack=(0, 0),  # A[E·r, in]
-            turned="lora_B",  # ΔWᵀ = Aᵀ Bᵀ
+            turned="lora_B_weight",  # ΔWᵀ = Aᵀ Bᵀ
         ),
-        "lora_B": Stored(
-            *("lora_B.weight", "out r"),
-            kernel="-1 r ones",
+        "lora_B_weight": Stored(
+            *("lora_B.weight", "out own_r"),
+            kernel="-1 own_r ones",
             indexed="lora_embedding_B",
             join="blocks",
             stack=(2, 1),  # B[out, r·E]
-            turned="lora_A",
+            turned="lora_A_weight",
         ),
-        "lora_bias": Stored("lora_B.bias", "out", when="config.lora_bias"),
+        "lora_B_bias": Stored("lora_B.bias", "out", when="config.lora_bias"),
     }
     shown = Shown(
         settings=("r", "lora_alpha", "scaling", "use_dora", "use_rslora", "lora_bias"),
-        paths={"use_dora": "config.use_dora", "lora_bias": "config.lora_bias"},
+        paths={
+            **{"r": "own_r", "lora_alpha": "own_alpha", "scaling": "strength", "use_rslora": "by_root"},
+            **{"use_dora": "config.use_dora", "lora_bias": "config.lora_bias"},
+        },
         assignable=("lora_alpha",),
         dropout="lora_dropout",
         empty=("lora_magnitude_vector",),
@@ -118,32 +121,32 @@ class Lora(LowRank):
         {"r": 4, "init_lora_weights": "pissa"},
         {"r": 4, "init_lora_weights": "olora", "lora_dropout": 0.1},
     )
-    pair_names, bias_name = ("lora_A", "lora_B"), "lora_bias"
+    pair_names, bias_name = ("lora_A_weight", "lora_B_weight"), "lora_B_bias"
     alpha_field, root_field = "lora_alpha", "use_rslora"
     any_factors = {"init_lora_weights": True}
     config: LoraConfig
-    lora_alpha: float
-    lora_bias: Tensor | None
-    use_rslora: bool
+    lora_B_bias: Tensor | None
+    own_alpha: float
+    by_root: bool
 
     def __init__(self, config: LoraConfig, site: Site) -> None:
         super().__init__(config, site)
         named = site.tied if config.ensure_weight_tying and site.tied else site.path
         self.set(
-            r=self.rank_at(config, named),
-            lora_alpha=for_path(config.alpha_pattern, named, config.lora_alpha, "alpha_pattern"),
-            use_rslora=config.use_rslora,
+            own_r=self.rank_at(config, named),
+            own_alpha=for_path(config.alpha_pattern, named, config.lora_alpha, "alpha_pattern"),
+            by_root=config.use_rslora,
             dropout=config.lora_dropout,
         )
         self.create(site)
 
     @property
-    def scaling(self) -> float:
-        return self.multiplier * self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
+    def strength(self) -> float:
+        return self.multiplier * self.own_alpha / (math.sqrt(self.own_r) if self.by_root else self.own_r)
 
     @property
     def start(self) -> Start:
         return find_init(self.config.init_lora_weights)
 
     def bias_change(self) -> Tensor | None:
-        return None if self.lora_bias is None else self.scaling * self.lora_bias
+        return None if self.lora_B_bias is None else self.strength * self.lora_B_bias

@@ -63,9 +63,9 @@ class LoReft(Edits):
     prefix = "reft_"
     role = "blocks"
     tensors = {
-        "reft_R": Stored(shape="edits config.r out"),  # V
-        "reft_W": Stored(shape="edits config.r out"),
-        "reft_b": Stored(shape="edits config.r"),
+        "reft_R_weight": Stored("reft_R", shape="edits config.r out"),  # V
+        "reft_W_weight": Stored("reft_W", shape="edits config.r out"),
+        "reft_b_weight": Stored("reft_b", shape="edits config.r"),
     }
     examples = (
         {"r": 2, "prefix_positions": 1, "suffix_positions": 1},
@@ -75,9 +75,9 @@ class LoReft(Edits):
         {"r": 2, "all_positions": True},
     )
 
-    reft_R: Tensor
-    reft_W: Tensor
-    reft_b: Tensor
+    reft_R_weight: Tensor
+    reft_W_weight: Tensor
+    reft_b_weight: Tensor
 
     def __init__(self, config: LoReftConfig, site: Site) -> None:
         super().__init__(config, site)
@@ -86,22 +86,22 @@ class LoReft(Edits):
     @torch.no_grad()
     def reset(self, rng: torch.Generator, site: Site) -> None:
         bound = site.geometry.out**-0.5
-        for V in self.reft_R:
+        for V in self.reft_R_weight:
             V.copy_(torch.linalg.qr(torch.randn(V.T.shape, generator=rng)).Q.T)
-        for p in (self.reft_W, self.reft_b):
+        for p in (self.reft_W_weight, self.reft_b_weight):
             nn.init.uniform_(p, -bound, bound, generator=rng)
         if self.config.init_weights == "identity":
-            self.reft_b.zero_()
+            self.reft_b_weight.zero_()
             if self.config.variant == "direft":
-                self.reft_R.zero_()
+                self.reft_R_weight.zero_()
             else:
-                self.reft_W.copy_(self.rotation())
+                self.reft_W_weight.copy_(self.rotation())
 
     def rotation(self) -> Tensor:
         """R[edits, r, width]."""
-        return orthonormal_rows(self.reft_R) if self.config.variant == "loreft" else self.reft_R
+        return orthonormal_rows(self.reft_R_weight) if self.config.variant == "loreft" else self.reft_R_weight
 
     def maps(self) -> tuple[Tensor, Tensor, Tensor]:
         R = self.rotation()
-        W = self.reft_W.to(R.dtype)
-        return (W if self.config.variant == "direft" else W - R), R, self.reft_b
+        W = self.reft_W_weight.to(R.dtype)
+        return (W if self.config.variant == "direft" else W - R), R, self.reft_b_weight

@@ -64,9 +64,9 @@ class OFT(BlockRotation):
     formula = "W' = W Rᵀ, R = blockdiag(Cayley(Q₁), …)"
     paper = "arXiv 2306.07280"
     prefix = "oft_"
-    tensors = {"oft_R": Stored("oft_R.weight", "trained entries", indexed="oft_embedding_R.weight")}
-    starts = {"oft_R": 0}
-    shown = Shown(settings=("r", "oft_block_size"))
+    tensors = {"oft_R_weight": Stored("oft_R.weight", "trained entries", indexed="oft_embedding_R.weight")}
+    starts = {"oft_R_weight": 0}
+    shown = Shown(settings=("r", "oft_block_size"), paths={"r": "number", "oft_block_size": "size"})
     examples = (
         {"oft_block_size": 4},
         {"r": 4, "oft_block_size": 0, "use_cayley_neumann": False},
@@ -75,13 +75,11 @@ class OFT(BlockRotation):
     )
 
     config: OFTConfig
-    oft_R: Tensor
-    r: int
-    oft_block_size: int
+    oft_R_weight: Tensor
 
     def __init__(self, config: OFTConfig, site: Site) -> None:
         super().__init__(config, site)
-        asked, used = getattr(config, config.stated), getattr(self, config.stated)
+        asked, used = getattr(config, config.stated), getattr(self, self.shown.paths[config.stated])
         if asked != used:
             text = f"{config.stated}={asked} does not divide {site.geometry.width}; {used} is used."
             warnings.warn(f"OFT on {site.path}: {text}", stacklevel=2)
@@ -89,15 +87,15 @@ class OFT(BlockRotation):
     @property
     def trained(self) -> int:
         """The number of blocks that have values of their own."""
-        return 1 if self.config.block_share else self.r
+        return 1 if self.config.block_share else self.number
 
     @property
     def entries(self) -> int:
-        return self.oft_block_size * (self.oft_block_size - 1) // 2
+        return self.size * (self.size - 1) // 2
 
     def constrained(self) -> Tensor:
         """The trained numbers, with `coft` pulled back to the ball of radius eps/√blocks around the identity."""
-        q = self.oft_R
+        q = self.oft_R_weight
         if not self.config.coft:
             return q
         pull = ball_factors(q, self.config.eps / math.sqrt(q.shape[0]))
@@ -109,7 +107,7 @@ class OFT(BlockRotation):
 
     def rotations(self) -> Tensor:
         """R [blocks, b, b]."""
-        Q = skew_symmetric(self.constrained(), self.oft_block_size)
+        Q = skew_symmetric(self.constrained(), self.size)
         return cayley_neumann(Q, self.config.num_cayley_neumann_terms) if self.config.use_cayley_neumann else cayley(Q)
 
     def before(self, x: Tensor) -> Tensor:

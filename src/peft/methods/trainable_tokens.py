@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from ..config import TunerConfig, as_bias
 from ..config_fields import own_field, reading
 from ..config_values import AtLeast0
-from ..contract.capabilities import Derives, Follows, NeedsTokens
+from ..contract.capabilities import Derives, Exclusive, Follows, NeedsTokens
 from ..contract.method import Method
 from ..contract.site import Op, Site
-from ..contract.tensors import Stored
+from ..contract.tensors import Shown, Stored
 from ..core.anatomy.embeddings import embedding_name
 from ..core.anatomy.ties import other_ends
 from ..core.anatomy.walk import Place
@@ -39,6 +39,7 @@ class TrainableTokensConfig(TunerConfig):
     """
 
     own_type = "TRAINABLE_TOKENS"
+    sets = ("exclude_modules",)
     token_indices: list[int] = field(default_factory=list)
     init_weights: bool = True
     bias: str = reading(as_bias, "none", own=True)
@@ -51,30 +52,35 @@ class TrainableTokensConfig(TunerConfig):
         return self.token_indices
 
 
-class TrainableTokens(Derives, Follows, NeedsTokens, Method):
+class TrainableTokens(Derives, Exclusive, Follows, NeedsTokens, Method):
     peft_type = "TRAINABLE_TOKENS"
     config_class = TrainableTokensConfig
     summary = "Trains the embeddings of chosen tokens only."
     formula = "W'[i] = δ_k for chosen rows i"
     prefix = "trainable_tokens_"
-    tensors = {"trainable_tokens_delta": Stored()}
+    tensors = {"trainable_tokens_delta_weight": Stored("trainable_tokens_delta")}
+    shown = Shown(
+        layer="TrainableTokensLayer",
+        settings=("token_indices", "trainable_tokens_original"),
+        paths={"token_indices": "indices", "trainable_tokens_original": "original"},
+    )
     examples: ClassVar[tuple[dict[str, object], ...]] = ({"token_indices": [0, 1, 2, 3, 4, 5, 7]},)
 
-    trainable_tokens_delta: Tensor
+    trainable_tokens_delta_weight: Tensor
     order: Tensor  # of the tokens, and with it the tokens sorted
     known: Tensor
     original: Tensor  # W[i], one below the other; empty until W has values
 
     def __init__(self, config: ChoosesRows, site: Site) -> None:
         super().__init__(config, site)
-        self.token_indices = list(config.indices_at(site.path))
-        known, order = torch.tensor(self.token_indices).sort()
+        self.indices = list(config.indices_at(site.path))
+        known, order = torch.tensor(self.indices).sort()
         for name, buffer in (("order", order), ("known", known), ("original", torch.empty(0))):
             self.register_buffer(name, buffer, persistent=False)
         source = self.source(config, site)
-        self.trainable_tokens_delta = site.shared[source]
+        self.trainable_tokens_delta_weight = site.shared[source]
         if source != site.path:
-            self.set(table=self.table.of_another("trainable_tokens_delta"))
+            self.set(table=self.table.of_another("trainable_tokens_delta_weight"))
 
     @classmethod
     def source(cls, config: ChoosesRows, site: Site) -> str:
@@ -112,7 +118,7 @@ class TrainableTokens(Derives, Follows, NeedsTokens, Method):
             )
 
     def rows(self, W: Tensor) -> Tensor:
-        return rows_of(W, self.token_indices, self.geometry).to(self.trainable_tokens_delta.dtype, copy=True)
+        return rows_of(W, self.indices, self.geometry).to(self.trainable_tokens_delta_weight.dtype, copy=True)
 
     def derive(self, rng: torch.Generator, site: Site) -> None:
         self.original = self.rows(site.read())
@@ -121,16 +127,19 @@ class TrainableTokens(Derives, Follows, NeedsTokens, Method):
     def reset(self, rng: torch.Generator, site: Site) -> None:
         if self.source(self.config, site) == site.path:
             start = self.original if self.config.init_weights else torch.randn(self.original.shape, generator=rng)
-            self.trainable_tokens_delta.copy_(start)
+            self.trainable_tokens_delta_weight.copy_(start)
 
     def weight(self, W: Tensor) -> Tensor:
-        return with_rows(W, self.token_indices, self.trainable_tokens_delta, self.geometry)
+        return with_rows(W, self.indices, self.trainable_tokens_delta_weight, self.geometry)
 
     def add(self, x: Tensor, y: Tensor, op: Op) -> Tensor:
         if not len(self.original):  # made without values, on the meta device
             self.original = self.rows(op.read())
-        change = self.trainable_tokens_delta - self.original
+        change = self.trainable_tokens_delta_weight - self.original
         return add_rows(x, y, op, self.known, change[self.order])
 
+    def held_alone(self) -> frozenset[object]:
+        return frozenset(self.indices)
+
     def rank(self) -> int:
-        return min(len(self.token_indices), self.geometry.out, self.geometry.fan_in)
+        return min(len(self.indices), self.geometry.out, self.geometry.fan_in)

@@ -47,13 +47,13 @@ class Vera(VectorsAroundBanks):
     paper = "arXiv 2310.11454"
     prefix = "vera_lambda_"
     tensors = {
-        "vera_lambda_d": Stored(shape="r"),
-        "vera_lambda_b": Stored(shape="out"),
+        "vera_lambda_d_weight": Stored("vera_lambda_d", shape="own_r"),
+        "vera_lambda_b_weight": Stored("vera_lambda_b", shape="out"),
         # a file's banks may be larger: those of an adapter that was made beside one with larger layers
-        "vera_A": Stored(shared=True, frozen=True, grows=1),
-        "vera_B": Stored(shared=True, frozen=True, grows=0),
+        "vera_A_weight": Stored("vera_A", shared=True, frozen=True, grows=1),
+        "vera_B_weight": Stored("vera_B", shared=True, frozen=True, grows=0),
     }
-    shown = Shown(settings=("r",), dropout="vera_dropout")
+    shown = Shown(settings=("r",), paths={"r": "own_r"}, dropout="vera_dropout")
     examples = (
         {"r": 8},
         {"r": 8, "save_projection": False, "vera_dropout": 0.1, "projection_prng_key": 5},
@@ -61,35 +61,35 @@ class Vera(VectorsAroundBanks):
     )
 
     config: VeraConfig
-    vera_lambda_d: Tensor
-    vera_lambda_b: Tensor
-    vera_A: Tensor
-    vera_B: Tensor
+    vera_lambda_d_weight: Tensor
+    vera_lambda_b_weight: Tensor
+    vera_A_weight: Tensor
+    vera_B_weight: Tensor
 
     def __init__(self, config: VeraConfig, site: Site) -> None:
         super().__init__(config, site)
-        self.r, self.dropout = config.r, config.vera_dropout
+        self.own_r, self.dropout = config.r, config.vera_dropout
         self.create(site)
-        self.vera_A, self.vera_B = site.shared["vera_A"], site.shared["vera_B"]
+        self.vera_A_weight, self.vera_B_weight = site.shared["vera_A_weight"], site.shared["vera_B_weight"]
         if not config.save_projection:
-            self.set(table=self.table.without("vera_A", "vera_B"))
+            self.set(table=self.table.without("vera_A_weight", "vera_B_weight"))
 
     @classmethod
     def shared_tensors(cls, config: VeraConfig, sites: list[Site], rng: torch.Generator) -> dict[str, nn.Parameter]:
         """The banks, A first: the same stream as in checkpoints that leave them out."""
         key = torch.Generator().manual_seed(config.projection_prng_key)
         out, fan_in = max(s.geometry.out for s in sites), max(s.geometry.fan_in for s in sites)
-        shapes = {"vera_A": (config.r, fan_in), "vera_B": (out, config.r)}
+        shapes = {"vera_A_weight": (config.r, fan_in), "vera_B_weight": (out, config.r)}
         return {name: uniform_bank(*shape, sites[0].dtype, key) for name, shape in shapes.items()}
 
     @torch.no_grad()
     def reset(self, rng: torch.Generator, site: Site) -> None:
-        fresh, d = self.config.init_weights, self.vera_lambda_d
+        fresh, d = self.config.init_weights, self.vera_lambda_d_weight
         d.fill_(self.config.d_initial) if fresh else d.normal_(generator=rng)
-        self.vera_lambda_b.fill_(0 if fresh else 1)
+        self.vera_lambda_b_weight.fill_(0 if fresh else 1)
 
     def banks(self) -> Banks:
         """The site's part of the shared ones, and its vectors."""
-        d, b = self.vera_lambda_d, self.vera_lambda_b
-        A, B = self.vera_A[:, : self.geometry.fan_in], self.vera_B[: self.geometry.out]
+        d, b = self.vera_lambda_d_weight, self.vera_lambda_b_weight
+        A, B = self.vera_A_weight[:, : self.geometry.fan_in], self.vera_B_weight[: self.geometry.out]
         return Banks(A.to(d.device), B.to(b.device), d, b, self.multiplier)

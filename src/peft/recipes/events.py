@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict, TypeVar
 
@@ -93,6 +93,7 @@ class Plan:
     targets: tuple[Target, ...]
     base_parameters: int
     steps: int
+    passed_over: Mapping[str, str] = field(default_factory=dict)  # layers that cannot be adapted, and why
 
     @property
     def added(self) -> int:

@@ -117,6 +117,7 @@ class Run:
         return self._plan(bases.load_base(self.source, self.kind.auto, meta=True, **self.task.model_arguments()))
 
     def _plan(self, base: nn.Module) -> Plan:
+        rows = peft.dry_run(base, self.config)
         targets = tuple(
             Target(
                 path=row.path,
@@ -124,10 +125,10 @@ class Run:
                 shape=tuple(row.shape) if row.shape is not None else None,
                 parameters=row.parameters,
             )
-            for row in peft.dry_run(base, self.config)
+            for row in rows
         )
         size = sum(p.numel() for p in base.parameters())
-        return Plan(self.job.method, self.job.model, str(self.job.task), targets, size, self.steps)
+        return Plan(self.job.method, self.job.model, str(self.job.task), targets, size, self.steps, rows.passed_over)
 
     # -- the run ------------------------------------------------------------------------------------------------------
     def train(self, *, restart: bool = False, stop_after: int | None = None) -> Finished | Stopped:

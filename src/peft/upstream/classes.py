@@ -16,12 +16,14 @@ from torch import nn
 
 from ..config import PeftConfig
 from ..contract.method import Method
-from ..core.adapted.layer import Adapted
+from ..core.adapted.layer import Adapted, Companions
 from ..core.adapted.switch import Switch
+from ..core.load.transformers_loader import loading
 from ..core.model.peft_model import PeftModel
 from ..core.model.tuner import Tuner
 from ..remote import refuse_others
 
+TOKENS = "trainable_token_indices"  # upstream keeps these rows in a layer of their own
 OfBase: TypeAlias = "type | Callable[[nn.Module], bool] | None"
 
 
@@ -41,7 +43,7 @@ class LayerView(type):
             return False
         if cls.part:
             return cls.part in obj.brought_by
-        return any(n.rsplit(".", 1)[-1].startswith(cls.prefix) for n, _ in obj.adapters.named_parameters())
+        return any(m.prefix.startswith(cls.prefix) for m in obj.nested_methods())
 
     def __call__(cls, *args: object, **kwargs: object) -> NoReturn:
         raise TypeError(
@@ -65,7 +67,31 @@ class TunerLayerView(type):
     def __instancecheck__(cls, obj: object) -> bool:
         if cls is not BaseTunerLayer:  # a class that someone derived from the view
             return super().__instancecheck__(obj)
-        return isinstance(obj, Switch) and getattr(obj, "targeted", True)
+        if not isinstance(obj, Adapted):
+            return isinstance(obj, Switch) and not isinstance(
+                obj, Companions
+            )  # where a method of the whole model hangs
+        return obj.targeted or TOKENS in obj.brought_by
+
+
+class AuxiliaryView(type):
+    """The layers that hold a head or token rows; and all that hold an adapter, while transformers loads it: its loader
+    asks such layers alone for where tensors go."""
+
+    def __instancecheck__(cls, obj: object) -> bool:
+        if cls is not AuxiliaryTrainingWrapper:
+            return super().__instancecheck__(obj)
+        if not isinstance(obj, Adapted):
+            return (
+                isinstance(obj, Switch)
+                and not isinstance(obj, Companions)
+                and loading.into(obj.roster, obj.roster.adapters)
+            )
+        return bool({"modules_to_save", TOKENS} & set(obj.brought_by) or loading.into(obj.roster, obj.methods))
+
+
+class AuxiliaryTrainingWrapper(Switch, metaclass=AuxiliaryView):
+    """What trains besides the method."""
 
 
 class BaseTunerLayer(Switch, metaclass=TunerLayerView):

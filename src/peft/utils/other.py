@@ -5,12 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..core.adapted.switch import (
-    Switch as AuxiliaryTrainingWrapper,  # all that holds adapters tells where their tensors load
-)
+from ..core.model.prepare_quantised import prepare_model_for_kbit_training
 from ..functional import set_adapter as _set_adapter
 from ..functional import set_requires_grad
-from ..upstream.classes import layer_view
+from ..upstream.classes import AuxiliaryTrainingWrapper, layer_view
 from ..upstream.functions import cast_mixed_precision_params, fsdp_auto_wrap_policy, shift_tokens_right
 from ..upstream.functions import get_submodules as _get_submodules
 from .constants import (
@@ -44,6 +42,7 @@ __all__ = [
     "fsdp_auto_wrap_policy",
     "id_tensor_storage",
     "infer_device",
+    "prepare_model_for_kbit_training",
     "shift_tokens_right",
     "starcoder_model_postprocess_past_key_value",
     "transpose",

@@ -25,8 +25,12 @@ class DoRA(Around):
     magnitude: str  # the attribute that holds m
 
     def own_tensors(self) -> dict[str, Stored]:
-        self.set(magnitude=f"{self.prefix}magnitude_vector")
-        return {self.magnitude: Stored(shape="out", kernel="1 -1 ones", join="rows", module=True)}
+        self.set(magnitude=f"{self.prefix}magnitude_vector_weight")
+        return {
+            self.magnitude: Stored(
+                f"{self.prefix}magnitude_vector", shape="out", kernel="1 -1 ones", join="rows", module=True
+            )
+        }
 
     @property
     def m(self) -> Tensor:

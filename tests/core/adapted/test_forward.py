@@ -63,7 +63,7 @@ def test_trained_copies_of_one_parameter_add_their_changes():
     model, layer = layer_with(BitFitConfig(target_modules=["0"]), BitFitConfig(target_modules=["0"]))
     first, second = (layer.methods[n][0] for n in "01")
     b = layer.base_layer.bias
-    expected = first.bitfit_layers.bias + (second.bitfit_layers.bias - b)
+    expected = first.bitfit_layers_copy.bias + (second.bitfit_layers_copy.bias - b)
     assert torch.allclose(layer.replaced((first, second))["bias"], expected)
     x = torch.randn(3, 8)
     assert torch.allclose(model(x), F.linear(x, layer.base_layer.weight, expected), atol=1e-5)

@@ -31,7 +31,7 @@ def test_products_run_as_one_node_and_all_else_is_left_to_others():
     """y = x (W + s·B A)ᵀ + b from one call; a convolution is no such product."""
     model, m = adapted(LoraConfig(r=2, lora_alpha=6, target_modules=["site"]), nn.Linear(6, 4))
     layer, x = model.get_base_model().site, torch.randn(3, 6)
-    expected = F.linear(x, layer.base_layer.weight + 3 * m.lora_B @ m.lora_A, layer.base_layer.bias)
+    expected = F.linear(x, layer.base_layer.weight + 3 * m.lora_B_weight @ m.lora_A_weight, layer.base_layer.bias)
     assert torch.allclose(fused.run(layer, (m,), x), expected, atol=1e-5)
     assert fused.run(layer, (m,), x.to(torch.bfloat16)) is None, "W has another dtype than x"
     W, (term,) = fused.products(layer, (m,))

@@ -53,7 +53,7 @@ def test_values_that_are_not_finite_are_refused_and_what_was_merged_stays():
     layer = layer_of(model)
     layer.merge(adapter_names=["default"])
     merged = layer.base_layer.weight.data.clone()
-    layer.methods["b"][0].lora_A.data[0, 0] = torch.inf
+    layer.methods["b"][0].lora_A_weight.data[0, 0] = torch.inf
     with pytest.raises(ValueError, match="site.weight would write NaN or inf"):
         layer.merge(adapter_names=["b"])
     assert layer.merged_adapters == ["default"] and torch.equal(layer.base_layer.weight, merged)

@@ -132,4 +132,4 @@ def test_frozen_banks_stay_frozen():
         layer.enable_adapters(True)
         layer.set_requires_grad("default", True)
         trained = {n.rpartition(".")[2] for n, p in model.named_parameters() if p.requires_grad}
-        assert trained == {"vera_lambda_d", "vera_lambda_b"}
+        assert trained == {"vera_lambda_d_weight", "vera_lambda_b_weight"}

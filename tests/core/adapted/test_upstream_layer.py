@@ -28,10 +28,10 @@ def test_base_weights_and_deltas_are_read_and_set_through_the_layer():
     layer = model.get_base_model().model.layers[0].self_attn.q_proj
     assert isinstance(layer, UpstreamLayer)
     (m,) = layer.methods["default"]
-    assert torch.allclose(layer.get_delta_weight("default"), 2 * m.lora_B @ m.lora_A, atol=1e-6)
+    assert torch.allclose(layer.get_delta_weight("default"), 2 * m.lora_B_weight @ m.lora_A_weight, atol=1e-6)
     layer.set_base_weight(torch.eye(16))
     assert torch.equal(layer.get_base_weight(), torch.eye(16))
     x = torch.randn(2, 16)
-    assert torch.allclose(layer(x), x + 2 * x @ m.lora_A.T @ m.lora_B.T, atol=1e-5)
+    assert torch.allclose(layer(x), x + 2 * x @ m.lora_A_weight.T @ m.lora_B_weight.T, atol=1e-5)
     layer.delete_adapter("default")
     assert layer._get_available_adapters() == set() and torch.allclose(layer(x), x, atol=1e-6)

@@ -21,9 +21,9 @@ IA3 = IA3Config(target_modules=["0"], feedforward_modules=[])
 
 def test_a_name_holds_a_module_of_leaves_or_a_bare_tensor():
     lora, ia3 = method(LORA), method(IA3)
-    assert view_names.leaves(lora, "lora_A") == {"weight": "lora_A"}
+    assert view_names.leaves(lora, "lora_A") == {"weight": "lora_A_weight"}
     assert set(view_names.leaves(lora, "lora_B")) == {"weight", "bias"}
-    assert view_names.leaves(ia3, "ia3_l") == {"": "ia3_l"} and view_names.leaves(ia3, "lora_A") == {}
+    assert view_names.leaves(ia3, "ia3_l") == {"": "ia3_l_weight"} and view_names.leaves(ia3, "lora_A") == {}
 
 
 @pytest.mark.parametrize(
@@ -45,7 +45,7 @@ def test_the_adapters_name_stands_before_the_leaf():
     lora, ia3 = method(LORA), method(IA3)
     keys = {view_names.upstream_name(lora, attr, key, "a") for attr, key in lora.table.own.items()}
     assert {"lora_A.a.weight", "lora_B.a.weight", "lora_B.a.bias"} <= keys
-    assert view_names.upstream_name(ia3, "ia3_l", "ia3_l", "a") == "ia3_l.a"
+    assert view_names.upstream_name(ia3, "ia3_l_weight", "ia3_l", "a") == "ia3_l.a"
 
 
 def test_a_sum_with_the_weight_is_told_from_other_effects():

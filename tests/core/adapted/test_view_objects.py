@@ -28,11 +28,11 @@ def test_a_module_view_holds_the_very_parameters_and_runs_its_factor():
     layer = adapted(lora())
     (m,) = layer.methods["default"]
     A, B = (ModuleView(layer, m, n, leaves(m, n)) for n in ("lora_A", "lora_B"))
-    assert A.weight is m.lora_A and A.bias is None and (A.in_features, A.out_features) == (6, 2)
-    assert torch.equal(B(A(X)), X @ m.lora_A.T @ m.lora_B.T)
-    assert list(A.parameters()) == [m.lora_A] and list(A.state_dict()) == ["weight"]
+    assert A.weight is m.lora_A_weight and A.bias is None and (A.in_features, A.out_features) == (6, 2)
+    assert torch.equal(B(A(X)), X @ m.lora_A_weight.T @ m.lora_B_weight.T)
+    assert list(A.parameters()) == [m.lora_A_weight] and list(A.state_dict()) == ["weight"]
     assert not A.requires_grad_(False).weight.requires_grad
-    assert B.to(torch.float64) is B and m.lora_B.dtype == torch.float64
+    assert B.to(torch.float64) is B and m.lora_B_weight.dtype == torch.float64
     with pytest.raises(AttributeError, match="no 'bias' to assign"):
         A.bias = torch.zeros(2)
     with pytest.raises(AttributeError, match="has no 'scale', only weight"):
@@ -43,7 +43,7 @@ def test_only_a_sum_with_the_weight_has_factors_to_call():
     layer = adapted(IA3Config(target_modules=["0"], feedforward_modules=[]))
     (m,) = layer.methods["default"]
     with pytest.raises(TypeError, match="ia3_l of IA3 is no layer"):
-        ModuleView(layer, m, "ia3_l", {"weight": "ia3_l"})(X)
+        ModuleView(layer, m, "ia3_l", {"weight": "ia3_l_weight"})(X)
 
 
 def test_a_dropout_view_reads_and_sets_the_rate():
@@ -71,7 +71,7 @@ def test_an_adapter_view_is_a_mapping_over_the_adapters_that_hold_the_name():
 def test_a_strength_of_zero_cannot_be_rescaled():
     (m,) = adapted(lora()).methods["default"]
     rescale(m, 6.0)
-    assert m.scaling == pytest.approx(6)
-    m.set(lora_alpha=0)
+    assert m.strength == pytest.approx(6)
+    m.set(own_alpha=0)
     with pytest.raises(ValueError, match="a strength of 0 cannot be rescaled"):
         rescale(m, 2.0)

@@ -46,7 +46,7 @@ def test_targets_of_the_older_layout_become_parameters_of_the_new_one():
         pytest.skip("this transformers has the older layout itself")
     config = LoraConfig(target_modules=["q_proj", "w1", "w2", "w3"], r=4)
     retarget(model, config, method("LORA"))
-    assert config.target_modules == ["q_proj"]
+    assert config.target_modules == {"q_proj"}
     assert sorted(config.target_parameters) == ["down_proj", "gate_up_proj"]
     with pytest.raises(ValueError, match="holds these layers together with w3: name w3, too"):
         retarget(model, LoraConfig(target_modules=["w1"]), method("LORA"))
@@ -56,4 +56,4 @@ def test_a_config_that_names_none_of_them_stays_as_it_is():
     model, _ = mixtral()
     config = LoraConfig(target_modules=["q_proj"])
     retarget(model, config, method("LORA"))
-    assert config.target_modules == ["q_proj"] and not config.target_parameters
+    assert config.target_modules == {"q_proj"} and not config.target_parameters

@@ -68,16 +68,16 @@ def test_the_shared_pair_trains_from_both_ends():
     apart = get_peft_model(llama(), LoraConfig(**fields))
     A, B = (
         dict(tied.roster.adapters["default"].methods)["model.embed_tokens"].get_parameter(n)
-        for n in ("lora_A", "lora_B")
+        for n in ("lora_A_weight", "lora_B_weight")
     )
     table, head = (dict(apart.roster.adapters["default"].methods)[n] for n in ("model.embed_tokens", "lm_head"))
-    table.lora_A.data, table.lora_B.data = A.detach().clone(), B.detach().clone()
-    head.lora_A.data, head.lora_B.data = B.detach().T.clone(), A.detach().T.clone()
+    table.lora_A_weight.data, table.lora_B_weight.data = A.detach().clone(), B.detach().clone()
+    head.lora_A_weight.data, head.lora_B_weight.data = B.detach().T.clone(), A.detach().T.clone()
     assert torch.allclose(logits(tied), logits(apart), atol=1e-6)
     for model in (tied, apart):
         model(IDS, labels=IDS).loss.backward()
-    torch.testing.assert_close(A.grad, table.lora_A.grad + head.lora_B.grad.T)
-    torch.testing.assert_close(B.grad, table.lora_B.grad + head.lora_A.grad.T)
+    torch.testing.assert_close(A.grad, table.lora_A_weight.grad + head.lora_B_weight.grad.T)
+    torch.testing.assert_close(B.grad, table.lora_B_weight.grad + head.lora_A_weight.grad.T)
 
 
 def test_without_it_the_ends_are_apart():

@@ -34,7 +34,7 @@ def test_a_files_tensors_fill_the_adapter_with_or_without_the_wrappers_prefix():
         roster, adapter = adapted()
         pairs, missing, extra = fit(roster, adapter, given)
         assert not missing and not extra
-        check_fit(adapter, pairs, missing, extra, "")
+        check_fit(pairs, missing, extra, "")
         assign(pairs, adapter)
         assert all(torch.equal(v, state[k]) for k, v in state_dict_of(roster, "default").items())
 
@@ -49,10 +49,10 @@ def test_what_does_not_fit_is_told_from_both_sides():
     with pytest.raises(
         CheckpointError, match=r"(?s)the file does not fit.*1 tensors.*q_proj.*1 keys.*k_proj.*7 of 8 keys fit"
     ):
-        check_fit(adapter, pairs, missing, extra, "the file")
+        check_fit(pairs, missing, extra, "the file")
     pairs, missing, extra = fit(roster, adapter, {**state, KEYS[0]: torch.zeros(3, 16)})
     with pytest.raises(CheckpointError, match=r"size mismatch.*file \(3, 16\), model \(4, 16\)"):
-        check_fit(adapter, pairs, missing, extra, "the file")
+        check_fit(pairs, missing, extra, "the file")
 
 
 def test_the_modules_that_a_file_is_for_are_read_from_its_keys():

@@ -56,6 +56,6 @@ def test_gathered_values_are_found_by_the_methods_place():
     values = {f"module.{k}": v + 1 for k, v in model.state_dict().items()}
     find = gathered(model, values)
     _, method = model.roster.adapters["default"].methods[0]
-    assert torch.equal(find(method, "lora_A"), method.lora_A + 1)
+    assert torch.equal(find(method, "lora_A_weight"), method.lora_A_weight + 1)
     assert find(nn.Linear(2, 2), "weight") is None and gathered(model, None) is None
     assert not flat(model)

@@ -75,4 +75,4 @@ def test_the_scale_stands_at_the_first_factor():
     method.reset(torch.Generator().manual_seed(3), place)
     method.multiplier = 0.5
     A, B = method.scaled()
-    assert method.scaling == 1.25 and torch.equal(A, 1.25 * method.left) and B is method.right
+    assert method.strength == 1.25 and torch.equal(A, 1.25 * method.left) and B is method.right

@@ -78,8 +78,8 @@ def test_a_file_holds_the_kept_parts_and_gives_their_number_back(methods):
     m.config.rank_pattern = Pruned.patterns({"base.second": m})
     m.config.rank_pattern = {k.removeprefix("base."): v for k, v in m.config.rank_pattern.items()}
     m.resize(state)
-    assert m.r == 2 and m.pattern == [True, False, True] and m.kept.all()
+    assert m.own_r == 2 and m.pattern == [True, False, True] and m.kept.all()
     assert all(m.get_parameter(n).shape == t.shape for n, t in state.items())
     m.kept = torch.tensor([False, True])
     assert m.full_pattern() == [False, False, True]
-    assert other.r == 3
+    assert other.own_r == 3

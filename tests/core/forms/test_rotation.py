@@ -29,7 +29,7 @@ class Config(BlockRotationConfig):
 
 
 class Blocks(BlockRotation):
-    tensors = {"turned": Stored(shape="count size size"), "grown": Stored(shape="out")}
+    tensors = {"turned": Stored(shape="number size size"), "grown": Stored(shape="out")}
     starts = {"turned": 0.0, "grown": 1.0}
 
 
@@ -56,7 +56,7 @@ def test_the_other_of_the_two_follows_from_the_layer():
     assert (by_size.stated, by_count.stated) == ("size", "count")
     for config, expected in ((by_size, (4, 2)), (by_count, (2, 4))):
         method = Blocks(config, site())
-        assert (method.count, method.size) == expected
+        assert (method.number, method.size) == expected
         assert tuple(method.turned.shape) == (expected[0], expected[1], expected[1])
 
 
@@ -64,7 +64,7 @@ def test_a_kernel_is_rotated_over_its_columns():
     place = site()
     place.geometry = Geometry(out=6, fan_in=24, inputs=8, kernel=3, shape=(3,))
     method = Blocks(Config(size=4), place)
-    assert (method.count, method.size) == (6, 4) and method.rank() == 6
+    assert (method.number, method.size) == (6, 4) and method.rank() == 6
 
 
 def test_a_layer_that_does_not_fit_is_refused_with_the_reason():

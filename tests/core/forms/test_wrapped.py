@@ -57,8 +57,8 @@ CONFIGS = {
     "loha": lambda **more: GainedLoHa(r=2, alpha=6, target_modules=["site"], **{"use_gain": True, **more}),
 }
 DELTAS = {
-    "lora": lambda m: 3.0 * m.lora_B @ m.lora_A,
-    "loha": lambda m: 3.0 * (m.hada_w1_a @ m.hada_w1_b) * (m.hada_w2_a @ m.hada_w2_b),
+    "lora": lambda m: 3.0 * m.lora_B_weight @ m.lora_A_weight,
+    "loha": lambda m: 3.0 * (m.hada_w1_a_weight @ m.hada_w1_b_weight) * (m.hada_w2_a_weight @ m.hada_w2_b_weight),
 }
 KEYS = {
     "lora": {"lora_A.weight", "lora_B.weight", "lora_gain"},

@@ -49,8 +49,10 @@ def test_an_error_at_a_later_layer_takes_back_the_earlier_ones(monkeypatch):
 def test_values_that_are_not_finite_are_named_before_anything_is_written():
     model = adapted()
     before = weights(model)
-    list(adapted_layers(model))[2].methods["default"][0].lora_B.data[0, 0] = torch.nan
-    with pytest.raises(ValueError, match=r"layers\.1\.self_attn\.q_proj\.lora_B holds NaN or inf; nothing was merged"):
+    list(adapted_layers(model))[2].methods["default"][0].lora_B_weight.data[0, 0] = torch.nan
+    with pytest.raises(
+        ValueError, match=r"layers\.1\.self_attn\.q_proj\.lora_B\.weight holds NaN or inf; nothing was merged"
+    ):
         list(merge(model))
     assert all(torch.equal(a, b) for a, b in zip(weights(model), before, strict=True))
 

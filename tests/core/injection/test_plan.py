@@ -7,7 +7,8 @@ import torch
 
 from peft import LoraConfig, NoMatchingPeftModuleError, get_peft_model
 from peft.core.acting.on_model import roster_of
-from peft.core.injection.plan import check_name, dry_run, plan, seed_for
+from peft.core.injection.dry_run import dry_run
+from peft.core.injection.plan import check_name, plan, seed_for
 from tests.helpers.tiny_llama import llama, lora
 
 
@@ -32,8 +33,8 @@ def test_a_sites_seed_is_of_the_adapters_seed_and_its_path_alone():
     first, second = (
         plan(llama(), LoraConfig(target_modules=t, seed=5)).items for t in (["v_proj"], ["q_proj", "v_proj"])
     )
-    drawn = {i.path: i.method.lora_A for i in second}
-    assert all(torch.equal(i.method.lora_A, drawn[i.path]) for i in first)
+    drawn = {i.path: i.method.lora_A_weight for i in second}
+    assert all(torch.equal(i.method.lora_A_weight, drawn[i.path]) for i in first)
 
 
 @pytest.mark.parametrize("name", ["", ".", "..", "a/b", "a\\b", "a\0b", None])

@@ -25,7 +25,7 @@ def banks(model, name: str) -> set[int]:
     return {
         p.data_ptr()
         for n, p in model.named_parameters(remove_duplicate=False)
-        if f".{name}.vera_" in n and n[-1] in "AB"
+        if f".{name}.vera_" in n and n.endswith(("A_weight", "B_weight"))
     }
 
 
@@ -46,7 +46,9 @@ def two(**more) -> PeftModel:
 def test_equal_size_and_seed_share_one_storage():
     model = two()
     assert banks(model, "a") == banks(model, "b") and len(banks(model, "a")) == 2
-    assert not any(p.requires_grad for n, p in model.named_parameters() if n.endswith(("vera_A", "vera_B")))
+    assert not any(
+        p.requires_grad for n, p in model.named_parameters() if n.endswith(("vera_A_weight", "vera_B_weight"))
+    )
 
 
 @pytest.mark.parametrize("more", [{"projection_prng_key": 5}, {"r": 2}])

@@ -78,7 +78,7 @@ def test_plain_pairs_act_as_the_adapter_on_the_untouched_base(tmp_path):
     config = again.peft_config["default"]
     assert config.init_lora_weights not in ("pissa", "olora")  # nothing is subtracted after loading
     A, B = (found[f"{ROOT}{path}.lora_{n}.weight"] for n in "AB")
-    scale = dict(again.roster.adapters["default"].methods)[path].scaling
+    scale = dict(again.roster.adapters["default"].methods)[path].strength
     assert torch.allclose(scale * B @ A, change, atol=1e-5)
     assert torch.linalg.matrix_rank(change, atol=1e-4) <= 2 * 2  # B A and B₀ A₀, rank 2 each
 

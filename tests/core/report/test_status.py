@@ -15,7 +15,7 @@ def test_status_of_layers_and_of_the_model():
     model = get_peft_model(llama(), lora())
     model.add_adapter("b", lora(target_modules=["q_proj"]))
     layers = model.get_layer_status()
-    assert [x.name for x in layers][:2] == ["model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.v_proj"]
+    assert [x.name for x in layers][:2] == [f"model.model.layers.0.self_attn.{n}_proj" for n in "qv"]
     assert layers[0].module_type == "lora.Linear" and layers[0].available_adapters == ["b", "default"]
     assert layers[0].requires_grad == {"default": True, "b": False} and layers[1].available_adapters == ["default"]
     status = model.get_model_status()
@@ -44,7 +44,7 @@ def test_where_layers_differ_the_status_says_so():
     first = next(s for s in get_layer_status(model))
     assert first.module_type == "lora.Linear" and first.requires_grad == {"default": True}
     layer = model.get_base_model().model.layers[0].self_attn.q_proj
-    layer.methods["default"][0].lora_A.requires_grad_(False)
+    layer.methods["default"][0].lora_A_weight.requires_grad_(False)
     assert get_layer_status(model)[0].requires_grad == {"default": "irregular"}
     assert get_model_status(model).requires_grad == {"default": "irregular"}
     layer.merge()

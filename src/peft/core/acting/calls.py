@@ -72,16 +72,16 @@ class Calls:
         found = self.overlay
         return self.own if found is None else found.mix
 
+    @mix.setter
+    def mix(self, mix: Mix) -> None:
+        self.own = mix
+
     def outside_graphs(self) -> Mix:
         """The mix, where it is known that no graph is being made."""
         open_ = OPEN.get()
         if not open_ or (found := self._innermost(open_)) is None:
             return self.own
         return found.mix
-
-    @mix.setter
-    def mix(self, mix: Mix) -> None:
-        self.own = mix
 
     @property
     def span(self) -> Span | None:

@@ -17,6 +17,7 @@ from typing import Any, TypeAlias
 from torch import nn
 
 from ...config import PeftConfig
+from ...contract.capabilities import Exclusive
 from ...contract.method import Method
 from ...contract.tree import Composite
 from ...errors import near
@@ -53,6 +54,8 @@ class Adapter:
     padded: bool = False  # its methods are padded twins, for swaps that recompile nothing: core/load/hotswap.py
     _leaves: tuple[list[Table], list[str]] = field(default_factory=lambda: ([], []))
     walked: int = 0  # how many methods `_leaves` knows
+    _alone: list[tuple[str, frozenset[object]]] = field(default_factory=list)
+    searched: int = 0  # how many methods `_alone` knows
 
     @property
     def whole_model(self) -> bool:
@@ -85,6 +88,13 @@ class Adapter:
     def brought(self) -> Iterator[tuple[str, Method]]:
         """The companions."""
         return (entry for entry, part in zip(self.methods, self.brought_by, strict=True) if part)
+
+    def held_alone(self) -> list[tuple[str, frozenset[object]]]:
+        """(disk path, what there) of all that cannot act together with another adapter's; found once."""
+        if self.searched != len(self.methods):
+            self._alone = [(p, m.held_alone()) for p, m in self.methods if isinstance(m, Exclusive)]
+            self.searched = len(self.methods)
+        return self._alone
 
     def drop(self, methods: Sequence[Method]) -> int:
         """Strike methods off the record; returns how many are left."""
@@ -138,6 +148,7 @@ class Roster(Recompute):
         self.paused = 0  # how many such calls there are
         self.off_by_layer = object()  # layers that hold this very object are switched off by themselves
         self.exact = False  # adapters compute in their parameters' dtype, not in the layer's
+        self.merged_at: set[str] = set()  # the paths of layers into which adapters are merged
         self.untied = False  # a merge had to untie the word embeddings
 
     @property
@@ -159,9 +170,23 @@ class Roster(Recompute):
 
     def activate_present(self, names: Sequence[str]) -> None:
         """The same for names of which some may be adapters of another part of a pipeline."""
+        self.require_apart(names)
         self.asked = tuple(dict.fromkeys(names))
         self.chosen = tuple(n for n in self.asked if n in self.adapters or n == BASE)
         self.switch()
+
+    def require_apart(self, names: Sequence[str]) -> None:
+        """Raise ValueError where two of these adapters replace the same: whole modules, or the same token rows."""
+        held: dict[tuple[str, object], str] = {}
+        for name in dict.fromkeys(names) if len(names) > 1 else ():
+            for path, there in self.adapters[name].held_alone() if name in self.adapters else ():
+                for what in there:
+                    first = held.setdefault((path, what), name)
+                    if first != name:
+                        raise ValueError(
+                            f"Only one adapter can be set at a time here: {first!r} and {name!r} both train {what} of "
+                            f"{path} whole, and the sum of two copies is neither. Activate one of them."
+                        )
 
     def enable(self, enabled: bool) -> None:
         """For the model as a whole: layers that were switched off by themselves are as all others again."""

@@ -20,6 +20,7 @@ from ...contract.capabilities import ScalesChannels, TakesSpan, can
 from ...contract.composition import by_form
 from ...contract.managed import present
 from ...contract.method import Method
+from ...contract.own_forward import run_with
 from ...contract.swapped import called_with
 from ...contract.tree import named
 from ...errors import Refusal
@@ -82,9 +83,13 @@ class Forward(AdaptedLayer):
             while not self.kind.factored and late and late[0].mergeable:  # what the layer does to W' comes after it
                 whole.append(late.pop(0))
             W, b = self.compose(whole, self.kind.dtype(self.base_layer))
-            out = self.op(x, W)
-            if b is not None:
-                out = self.kind.channels_back(self.kind.channels_last(out) + b)
+            if self.kind.own_forward:
+                values = {**(self.replaced(replaced) if replaced else {}), **self._native(W, b)}
+                out = run_with(self.base_layer, values, args, kwargs)
+            else:
+                out = self.op(x, W)
+                if b is not None:
+                    out = self.kind.channels_back(self.kind.channels_last(out) + b)
         else:
             for m in () if indexed else before:
                 x = self._in_parameter_dtype(m, lambda v, m=m: self._channels(m, v), x)
@@ -156,6 +161,11 @@ class Forward(AdaptedLayer):
                 seen.add(name)
         return out
 
+    def _native(self, W: Tensor, b: Tensor | None) -> dict[str, Tensor]:
+        """A composed (W, b) as values of the base layer's parameters."""
+        values = {"weight": self.kind.native(W, self.base_layer)}
+        return values if b is None else {**values, "bias": b}
+
     def _channels(self, m: Method, x: Tensor) -> Tensor:
         return self.kind.channels_back(m("before", self.kind.channels_last(x)))
 
@@ -174,7 +184,7 @@ class Forward(AdaptedLayer):
 
     def _dense(self, methods: Sequence[Method]) -> bool:
         if not self.kind.factored:
-            return any(m.mergeable for m in methods)
+            return any(m.mergeable and not (self.kind.own_forward and m.form == "replace") for m in methods)
         if self.geometry.pointwise or self.geometry.indexed:
             return False
         return any(not can(m, ScalesChannels) for m in by_form(methods).before)
@@ -196,7 +206,7 @@ class Forward(AdaptedLayer):
             parts: list[Any] = [fn(table[name], index) for name, index in groups]
             first = parts[0]
             if isinstance(first, (tuple, list)):
-                return type(first)([torch.cat([p[0] for p in parts])[undo], *first[1:]])
+                return type(first)([self._joined([p[i] for p in parts], groups, undo) for i in range(len(first))])
             return torch.cat(parts)[undo]
 
         each = [by_form(methods) for methods in table.values()]
@@ -226,6 +236,15 @@ class Forward(AdaptedLayer):
             )
         )
 
+    def _joined(self, parts: list[Any], groups: Sequence[tuple[str, Tensor]], undo: Tensor) -> Any:
+        """One of a block's outputs from those of each group of rows."""
+        sizes = [len(index) for _, index in groups]
+        if all(torch.is_tensor(p) and p.dim() and len(p) == n for p, n in zip(parts, sizes, strict=True)):
+            return torch.cat(parts)[undo]
+        if all(p is parts[0] for p in parts):
+            return parts[0]
+        raise Refusal("adapter_names", self.path, "this block gives more than tensors with one entry a row")
+
     def compose(self, methods: Sequence[Method], dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
         """(W', b') of these methods together: what the dense way runs and what a merge writes."""
         before, replaced, added, after = by_form(methods)
@@ -237,7 +256,7 @@ class Forward(AdaptedLayer):
             b = values["bias"].to(dtype) if b is not None and "bias" in values else b
         for m in added:
             change, b = m("fold", W0, b)
-            W = W + (change - W0)
+            W = change if W is W0 else W + (change - W0)
         for m in before if self.geometry.indexed else reversed(before):
             W, b = (m("before", W.T).T, b) if self.geometry.indexed else m("fold", W, b)
         for m in after:

@@ -19,7 +19,7 @@ from .upstream_layer import UpstreamLayer
 
 
 class Companions(AdapterContainer, Switch):
-    """The companions of one sort at a layer: what libraries switch where only companions hang. The layer does the work."""
+    """The companions of one sort at a layer."""
 
     layer: Adapted
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 
 import torch
@@ -21,6 +22,16 @@ Record = dict[str, list[tuple[Method, float]]]  # adapter -> its methods with th
 
 def merge_dtype(dtype: torch.dtype) -> torch.dtype:
     return dtype if dtype == torch.float64 or dtype.is_complex else torch.float32
+
+
+def tell_of_merged(merged: Sequence[str], wanted: Sequence[str]) -> None:
+    """Warn that some of these adapters are in the weights already."""
+    new = [n for n in wanted if n not in merged]
+    if merged and not new and wanted:
+        warnings.warn(f"{', '.join(wanted)}: already merged, nothing to do.", stacklevel=3)
+    elif merged and new:
+        text = f"Already merged: {', '.join(merged)}. You are now additionally merging {', '.join(new)}."
+        warnings.warn(text, stacklevel=3)
 
 
 class Merging(Forward):
@@ -50,14 +61,17 @@ class Merging(Forward):
                 values = {"weight": merged(*found)}
             else:
                 W, b = self.compose(methods, merge_dtype(self.kind.dtype(self.base_layer)))
-                values = {"weight": self.kind.native(W, self.base_layer)}
-                if b is not None:
-                    values["bias"] = b
+                replaced = by_form(methods).replaced
+                names = {n for m in replaced for n in m.replaced_names}
+                values = {n: v for n, v in self.replaced(replaced).items() if n in names} if replaced else {}
+                values = {**values, **self._native(W, b)}
         held = dict(self.base_layer.named_parameters())
         for name, value in values.items():
             kept = held[name].dtype if name in held and held[name].is_floating_point() else value.dtype
             if not finite(value.to(kept)):
-                raise ValueError(f"Merging into {self.path}.{name} would write NaN or inf; nothing was changed.")
+                raise ValueError(
+                    f"NaNs detected: merging into {self.path}.{name} would write NaN or inf; nothing was changed."
+                )
         return {n: v.detach().contiguous() for n, v in values.items()}
 
     def check_writable(self, tied: frozenset[int] | set[int] = frozenset()) -> None:
@@ -82,12 +96,15 @@ class Merging(Forward):
             self.base_layer = self.kind.write(self.base_layer, values)
         self.op.base = self.base_layer
         self.merged_adapters = [*self.merged_adapters, *names]
+        self.roster.merged_at.add(self.path)
         return untied
 
     def merge(self, safe_merge: bool = False, adapter_names: Sequence[str] | None = None) -> None:
         """Write the adapters into the base weight. Checks for NaN and inf always; `safe_merge` is kept for callers."""
+        names = list(adapter_names if adapter_names is not None else self.roster.chosen)
+        tell_of_merged(self.merged_adapters, names)
         with self.roster.gate.change():
-            self.merge_also(list(adapter_names if adapter_names is not None else self.roster.chosen))
+            self.merge_also(names)
 
     def merge_also(
         self, names: Sequence[str], keep: bool = True, tied: frozenset[int] | set[int] = frozenset()
@@ -134,6 +151,7 @@ class Merging(Forward):
             return False
         self.record = {n: [(m, m.multiplier) for m in self.methods[n]] for n in fresh}
         self.merged_adapters = fresh
+        self.roster.merged_at.add(self.path)
         return True
 
     def unmerge(self) -> None:
@@ -147,3 +165,4 @@ class Merging(Forward):
             self.base_layer = self.kind.restore(original, kept)
             self.op.base = self.base_layer
         self._kept, self.merged_adapters, self.record = None, [], {}
+        self.roster.merged_at.discard(self.path)

@@ -7,11 +7,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ...contract.capabilities import Companion, can
+from ...contract.capabilities import Companion
 from ...contract.composition import by_form
+from ...contract.method import Method
 from ...errors import Refusal
+from ..acting.raw_reads import asks_for_parameter, reader
 from . import views
-from .merge import Merging
+from .merge import Merging, merge_dtype
 from .switch import train
 
 SET_FIRST = ("base_layer", "methods", "adapters", "roster", "merged_adapters", "former")  # what looking up a view reads
@@ -97,15 +99,48 @@ class UpstreamLayer(Merging):
             found = views.view(self, name)
             if found is not None:
                 return found
-            # code that reads a parameter instead of calling the module sees what the module computes with
-            methods = () if self.merged_adapters else self.active_methods(self.roster.mix.active)
-            replacing = by_form(methods).replaced
-            brought = [m for m in methods if can(m, Companion)]
-            if name == "weight" and any(m.mergeable for m in brought if m not in replacing):
-                W, _ = self.compose(brought, self.kind.dtype(self.base_layer))
-                return self.kind.native(W, self.base_layer)
-            replaced = [m for m in replacing if name in m.replaced_names]
-            return self.replaced(replaced)[name] if replaced else getattr(self.base_layer, name)
+            if name in ("weight", "bias") and self.acting and not self.geometry.weightless:
+                if not asks_for_parameter():
+                    return self._composed(name, reader())
+            elif replaced := [m for m in by_form(self._reading()).replaced if name in m.replaced_names]:
+                return self.replaced(replaced)[name]
+            return getattr(self.base_layer, name)
+
+    def _reading(self, by: str = "") -> Sequence[Method]:
+        """The methods that act on what a reading gives."""
+        rows = self.roster.mix.rows
+        if self.merged_adapters:
+            return ()
+        if rows is None:
+            return self.active_methods(self.roster.mix.active)
+        if by and len(rows.distinct) > 1:
+            raise Refusal(
+                "adapter_names",
+                self.path,
+                f"{by} reads its weight instead of calling it, and the rows of this batch have several; run them one by one",
+            )
+        return self.active_methods(rows.distinct[:1])
+
+    def _composed(self, name: str, by: str) -> Tensor | None:
+        """What the layer computes with: the base's tensor and what the acting adapters make of it, with its gradient."""
+        methods = self._reading(by)
+        for m in methods:
+            if not m.mergeable:
+                raise Refusal(
+                    m.peft_type,
+                    self.path,
+                    f"{by} reads its {name} instead of calling it, and the effect of this method is no change of weights; "
+                    "leave the layer out of target_modules",
+                )
+        held: Tensor | None = getattr(self.base_layer, name)
+        before, replaced, added, after = by_form(methods)
+        if name == "bias" and not (before or after or any(m.shifts for m in added)):
+            return self.replaced(replaced)["bias"] if any("bias" in m.replaced_names for m in replaced) else held
+        dtype = self.kind.dtype(self.base_layer)
+        W, b = self.compose(methods, merge_dtype(dtype))
+        if name == "bias":
+            return None if b is None else b.to(dtype)
+        return self.kind.native(W, self.base_layer).to(dtype)
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Assignments go where the next forward reads: to the adapters, or to the base layer's own tensors."""
@@ -129,5 +164,23 @@ class UpstreamLayer(Merging):
 
     @property
     def original_module(self) -> nn.Module:
-        """The module of the base model, under the name that upstream's wrapper of whole modules has for it."""
+        """The module of the base model, under the name that upstream's wrappers of heads and embeddings have for it."""
+        if not any(isinstance(m, Companion) for m in self.nested_methods()):
+            raise AttributeError("original_module")
         return self.base_layer
+
+    @property
+    def in_features(self) -> int:
+        """The base layer's; of one that has none, the size of W's input: channels, or the vocabulary."""
+        return self._size("in_features", self.geometry.fan_in if self.geometry.indexed else self.geometry.inputs)
+
+    @property
+    def out_features(self) -> int:
+        """The base layer's; of one that has none, its output channels."""
+        return self._size("out_features", self.geometry.out)
+
+    def _size(self, name: str, size: int) -> int:
+        found = getattr(self.base_layer, name, None)
+        if found is None and self.geometry.weightless:
+            raise AttributeError(f"{self.path}, {type(self.base_layer).__name__}, has no {name}.")
+        return size if found is None else int(found)

@@ -10,12 +10,17 @@ import torch
 from torch import Tensor, nn
 
 from ...contract.method import Method
+from ...contract.tensors import head_of
 from ..acting.adapted_layer import AdaptedLayer
-from .view_names import LEAVES, holds, leaves, sums
+from .copied_module import module_of
+from .view_names import LEAVES, TURNED, copied, holds, leaves, sums
 
 
 def _put(method: nn.Module, attr: str, value: object, what: str) -> None:
     """A new tensor in the place of one that is held. A Parameter stays the very object, for optimisers that know it."""
+    if attr.endswith(TURNED):
+        value = value.detach().T if isinstance(value, Tensor) else value
+        return _put(method, attr.removesuffix(TURNED), value, f"the transpose of {what}")
     old = method._parameters.get(attr, method._buffers.get(attr))
     assert old is not None
     if not isinstance(value, Tensor):
@@ -45,7 +50,8 @@ class ModuleView:
         if leaf.startswith("_"):
             raise AttributeError(leaf)
         if leaf in self._held:
-            return getattr(self._method, self._held[leaf])
+            found: Tensor = attrgetter(self._held[leaf])(self._method)
+            return found
         if leaf in LEAVES:
             return None
         raise AttributeError(f"{self._name} of an adapter has no {leaf!r}, only {', '.join(self._held)}.")
@@ -60,11 +66,12 @@ class ModuleView:
     def __call__(self, x: Tensor) -> Tensor:
         """The factor next to x runs with the layer's geometry, the other one on channels."""
         method, weight = self._method, self.weight
-        chain = [a for a, k in method.table.own.items() if k.endswith(".weight")]
-        if not sums(method) or self._held.get("weight") not in chain:
+        table = method.table
+        chain = [head_of(k) for k in (*table.own.values(), *table.lent.values()) if k.endswith(".weight")]
+        if not sums(method) or self._name not in chain:
             raise TypeError(f"{self._name} of {method.peft_type} is no layer to be called.")
         op = self._layer.op
-        first = chain.index(self._held["weight"]) == 0
+        first = chain.index(self._name) == 0
         y: Tensor = op(x, weight.to(x.dtype)) if first else op.pointwise(x, weight.to(x.dtype))
         return y if self.bias is None else op.shift(y, self.bias.to(y.dtype))
 
@@ -93,6 +100,7 @@ class ModuleView:
     def to(self, *args: Any, **kwargs: Any) -> ModuleView:
         """In place, as a module moves."""
         for attr in self._held.values():
+            attr = attr.removesuffix(TURNED)
             t = getattr(self._method, attr)
             moved = t.detach().to(*args, **kwargs)
             if torch._has_compatible_shallow_copy_type(t, moved):
@@ -151,9 +159,11 @@ class AdapterView(Mapping[str, object]):
         if method is None:
             raise KeyError(adapter)
         if held := leaves(method, name):
-            return getattr(method, held[""]) if "" in held else ModuleView(self._layer, method, name, held)
+            return attrgetter(held[""])(method) if "" in held else ModuleView(self._layer, method, name, held)
         if name == method.shown.dropout:
             return DropoutView(method)
+        if (tree := copied(method, name)) is not None:
+            return module_of(self._layer.base_layer, tree)
         return attrgetter(method.shown.paths.get(name, name))(method)
 
     def __setitem__(self, adapter: str, value: Any) -> None:
@@ -165,7 +175,7 @@ class AdapterView(Mapping[str, object]):
             if "" in held:
                 return _put(method, held[""], value, what)
             return _take(value, ModuleView(self._layer, method, name, held), held, what)
-        if (tree := method._modules.get(name)) is not None:
+        if (tree := copied(method, name)) is not None:
             for at, _ in list(tree.named_parameters()):
                 owner, _, leaf = at.rpartition(".")
                 _put(tree.get_submodule(owner), leaf, value.get_parameter(at), f"{what}.{at}")
@@ -174,7 +184,7 @@ class AdapterView(Mapping[str, object]):
         elif name == "scaling":
             rescale(method, float(value))
         elif name in method.shown.assignable:
-            setattr(method, name, value)
+            setattr(method, method.shown.paths.get(name, name), value)
         else:
             raise AttributeError(f"{what} says how the adapter was made; add an adapter with another config instead.")
 
@@ -221,9 +231,9 @@ class AdapterView(Mapping[str, object]):
 
 
 def rescale(method: Method, scaling: float) -> None:
-    """Make a method's `scaling` this number, by its multiplier."""
+    """Make a method's strength this number, by its multiplier."""
     method.multiplier = 1.0
-    own = getattr(method, "scaling", 0.0)
+    own = getattr(method, method.shown.paths.get("scaling", "scaling"), 0.0)
     if not own and scaling:
         raise ValueError(f"{method.peft_type}: a strength of 0 cannot be rescaled to {scaling}.")
     method.multiplier = scaling / own if own else 1.0

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ...errors import Refusal
 from ..acting.adapted_layer import AdaptedLayer
-from .view_names import LEAVES, shows, sums, upstream_name
+from .view_names import LEAVES, copied, shows, sums, upstream_name
 from .view_objects import AdapterView
 
 ORIGINAL = "original_module"  # upstream's name of the base layer where whole modules are trained
@@ -31,7 +31,7 @@ def view(layer: AdaptedLayer, name: str) -> AdapterView | AdaptedLayer | None:
     for m in (inner for methods in layer.methods.values() for outer in methods for inner in outer.nested()):
         if shows(m, name):
             below = [k for k in m.table.own.values() if k.startswith(f"{name}.") and k.rpartition(".")[2] not in LEAVES]
-            return layer if below and name not in m._modules else AdapterView(layer, name)
+            return layer if below and copied(m, name) is None else AdapterView(layer, name)
     return AdapterView(layer, name) if name in layer.former else None
 
 

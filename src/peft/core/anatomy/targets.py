@@ -55,7 +55,7 @@ def exactly(model: nn.Module, paths: Collection[str]) -> list[Place]:
     """The places of just these paths, in model order; paths that this model does not have are passed over."""
 
     def meant(p: Place | None) -> bool:
-        return p is not None and (p.path in paths or p.disk_path in paths)
+        return p is not None and any(without_wrappers(path) in paths for path in (p.path, p.disk_path))
 
     places = list(walk(model))
     found = [p for p in places if not _composed(p) and (meant(p) or meant(p.owner))]
@@ -121,6 +121,12 @@ def find(model: nn.Module, config: TunerConfig, strict: bool = True) -> list[Pla
         if unused:
             _fail("exclude_modules", unused, places)
     return kept
+
+
+def unfit(model: nn.Module) -> dict[str, str]:
+    """Linear layers that no kind with a matrix takes, and why: what `all-linear` passes over."""
+    places = (p for p in walk(model) if p.owner is None and isinstance(p.module, nn.Linear) and not p.kind.linear)
+    return {p.path: p.kind.why_opaque(p.module) for p in places}
 
 
 def _composed(place: Place) -> bool:

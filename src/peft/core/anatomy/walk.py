@@ -107,6 +107,8 @@ def _candidates(module: nn.Module) -> list[LayerKind]:
     """The kinds that have to be asked about modules of this class: those that look at more than it, up to a taker."""
     asked = []
     for kind in kinds().values():
+        if kind.classes and not isinstance(module, kind.classes):
+            continue
         if kind.for_parameters or (kind.by_type and not kind.claims(module)):
             continue
         asked.append(kind)

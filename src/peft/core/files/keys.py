@@ -110,10 +110,11 @@ def _held(method: Method, attr: str) -> Tensor | None:
 
 
 def state_dict_of(
-    roster: Roster, name: str, gathered: sharded.Gathered | None = None, whole: bool = False
+    roster: Roster, name: str, gathered: sharded.Gathered | None = None, whole: bool = False, meta: bool = False
 ) -> dict[str, Tensor]:
     """The adapter's tensors under their keys in the file. gathered: values of tensors that are not whole here. whole:
-    put those together that are split over processes (collective); else their pieces are given."""
+    put those together that are split over processes (collective); else their pieces are given. meta: take tensors of
+    the meta device as they are, which have shapes and no values."""
     roster.known([name])
     adapter = roster.adapters[name]
     if gathered is None and any(managed.flat(m) for _, m in adapter.methods[:1]):
@@ -125,7 +126,7 @@ def state_dict_of(
         if gathered is not None and (found := gathered(method, attr)) is not None:
             value = found
         why = sharded.unreadable(value)
-        if why:
+        if why and not (meta and value.is_meta):
             raise CheckpointError(
                 f"Adapter {name!r}: {key} holds no values ({why}). Load weights first; with ZeRO-3 or FSDP save through "
                 "the trainer, which gathers them, or pass state_dict=accelerator.get_state_dict(model)."

@@ -15,7 +15,7 @@ from ...kernels.terms import Banks
 class VectorsAroundBanks(Method):
     """A subclass says what stands in the formula; where the frozen matrices come from is its own affair."""
 
-    r: int
+    own_r: int
 
     def banks(self) -> Banks:
         raise NotImplementedError(f"{type(self).__name__}.banks")
@@ -35,7 +35,7 @@ class VectorsAroundBanks(Method):
         return self.banks()
 
     def rank(self) -> int:
-        return min(self.r, self.geometry.out, self.geometry.fan_in)
+        return min(self.own_r, self.geometry.out, self.geometry.fan_in)
 
 
 def uniform_bank(rows: int, columns: int, dtype: torch.dtype, rng: torch.Generator) -> nn.Parameter:

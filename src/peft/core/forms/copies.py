@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ...contract.method import Method
 from ...contract.site import Site
-from ...contract.tensors import TensorTable
+from ...contract.tensors import COPY, TensorTable
 from ..anatomy.walk import Place
 
 
@@ -62,7 +62,7 @@ class Copies(Method):
     """P' = the trained copy of P. Subclasses say which tensors, and where the copies hang."""
 
     form = "replace"
-    holder: ClassVar[str] = ""  # the attribute that holds the tree
+    holder: ClassVar[str] = ""  # upstream's name of what holds the copies by adapter
     repeats: ClassVar[tuple[str, ...]] = ()  # starts of keys under which a file may hold the copies once more
     keep_state: ClassVar[bool] = True  # copy the buffers that belong to the state, too
 
@@ -72,10 +72,15 @@ class Copies(Method):
         copies: dict[str, Tensor] = {n: self.room(n, originals[n], site) for n in self.chosen(list(originals))}
         if self.keep_state:
             copies |= {n: b.detach().clone().to(site.device) for n, b in site.buffers().items()}
-        hang(self, self.holder, copies)
+        hang(self, self.tree, copies)
         self.replaced_names = tuple(copies)
-        keys = {f"{self.holder}.{n}": self.key(n) for n in self.replaced_names}
+        keys = {f"{self.tree}.{n}": self.key(n) for n in self.replaced_names}
         self.set(table=TensorTable(keys=keys, own=keys, repeats=self.repeats))
+
+    @property
+    def tree(self) -> str:
+        """The attribute that holds the copies."""
+        return f"{self.holder}{COPY}"
 
     @classmethod
     def chosen(cls, names: list[str]) -> list[str]:
@@ -94,10 +99,10 @@ class Copies(Method):
         originals = site.parameters()
         for name in self.replaced_names:
             if name in originals:
-                take(getattr(self, self.holder), name).copy_(originals[name])
+                take(getattr(self, self.tree), name).copy_(originals[name])
 
     def replace(self, name: str, P: Tensor) -> Tensor:
-        return take(getattr(self, self.holder), name)
+        return take(getattr(self, self.tree), name)
 
 
 def outermost(places: Iterable[Place]) -> list[Place]:

@@ -54,13 +54,13 @@ class Kronecker(Method):
             nn.init.zeros_(B)
 
     @property
-    def scaling(self) -> float:
+    def strength(self) -> float:
         return self.multiplier * self.config.scale
 
     def scaled(self) -> tuple[Tensor, Tensor]:
         """(s·A, B)."""
         A, B = map(self.tensor, self.pair_names)
-        return self.scaling * A, B
+        return self.strength * A, B
 
 
 def sizes(config: KroneckerConfig, site: Site) -> tuple[tuple[int, int], tuple[int, int]]:

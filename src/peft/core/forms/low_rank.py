@@ -47,7 +47,7 @@ class Ranked(Protocol):
 
 
 class LowRank(Derives, Follows, TwoFactors, Method):
-    """What such methods share. A subclass states `scaling`, `start` and the names of its attributes and fields."""
+    """What such methods share. A subclass states `strength`, `start` and the names of its attributes and fields."""
 
     pair_names: ClassVar[tuple[str, str]]  # the attributes that hold A and B
     bias_name: ClassVar[str] = ""  # … and a bias of the added term, if there can be one
@@ -56,14 +56,14 @@ class LowRank(Derives, Follows, TwoFactors, Method):
     any_factors: ClassVar[Mapping[str, object]]  # the fields of configs whose adapters are filled with given factors
     follows = False  # the factors were made for another end of a tied weight
     turned = False  # … and stand for the transpose of this end's ΔW
-    r: int
+    own_r: int
     first_A: Tensor | None  # the initial factors where they are subtracted; not saved
     first_B: Tensor | None
 
     @property
-    def scaling(self) -> float:
+    def strength(self) -> float:
         """s, times what set_scale and scale_layer asked for."""
-        raise NotImplementedError(f"{type(self).__name__}.scaling")
+        raise NotImplementedError(f"{type(self).__name__}.strength")
 
     @property
     def start(self) -> Start:
@@ -88,6 +88,8 @@ class LowRank(Derives, Follows, TwoFactors, Method):
         self._buffers.update(first_A=None, first_B=None)
         super().create(site, end.parts)
         if end.follows:
+            if end.turned:
+                self.set(seen_as=self.table.turned)
             self.set(follows=True, turned=end.turned, table=self.table.of_another(*self.pair_names, repeated=True))
 
     # -- the start ----------------------------------------------------------------------------------------------------
@@ -102,7 +104,7 @@ class LowRank(Derives, Follows, TwoFactors, Method):
             raise refusal(type(self), site, why)
         assert decompose is not None
         a, b = self.pair_names
-        first_A, first_B = decompose(self.tensor(a), self.tensor(b), rng, site, self.scaling, argument)
+        first_A, first_B = decompose(self.tensor(a), self.tensor(b), rng, site, self.strength, argument)
         self.register_buffer("first_A", first_A.to(site.device, site.dtype), persistent=False)
         self.register_buffer("first_B", first_B.to(site.device, site.dtype), persistent=False)
 
@@ -133,17 +135,17 @@ class LowRank(Derives, Follows, TwoFactors, Method):
 
     def delta(self) -> tuple[Tensor, Tensor]:
         A, B = self.factors()
-        return A, self.scaling * B
+        return A, self.strength * B
 
     def fused_term(self, op: Op) -> Thin | Banks | None:
         return Thin(*self.two_factors()) if self.plain_delta else None
 
     def rank(self) -> int:
-        return min(self.r * (1 if self.first_A is None else 2), self.geometry.out, self.geometry.fan_in)
+        return min(self.own_r * (1 if self.first_A is None else 2), self.geometry.out, self.geometry.fan_in)
 
     # -- as two factors -----------------------------------------------------------------------------------------------
     def two_factors(self) -> tuple[Tensor, Tensor, float]:
-        return (*self.factors(), self.scaling)
+        return (*self.factors(), self.strength)
 
     @torch.no_grad()
     def set_factors(self, A: Tensor, B: Tensor, bias: Tensor | None) -> None:

@@ -52,6 +52,10 @@ class Lycoris(Method):
 
     shown = Shown(
         settings=("r", "alpha", "scaling", "rank_dropout", "module_dropout"),
+        paths={
+            **{"r": "own_r", "alpha": "own_alpha", "scaling": "strength"},
+            **{"rank_dropout": "drop_rows", "module_dropout": "drop_all"},
+        },
         assignable=("alpha", "rank_dropout", "module_dropout"),
     )
     rescaled = True  # the rows that rank_dropout keeps grow to make up for the others
@@ -60,18 +64,18 @@ class Lycoris(Method):
 
     def __init__(self, config: LycorisConfig, site: Site) -> None:
         super().__init__(config, site)
-        self.r: int = for_path(config.rank_pattern, site.path, config.r, "rank_pattern")
-        self.alpha = for_path(config.alpha_pattern, site.path, config.alpha, "alpha_pattern")
-        self.rank_dropout, self.module_dropout = config.rank_dropout, config.module_dropout
+        self.own_r: int = for_path(config.rank_pattern, site.path, config.r, "rank_pattern")
+        self.own_alpha = for_path(config.alpha_pattern, site.path, config.alpha, "alpha_pattern")
+        self.drop_rows, self.drop_all = config.rank_dropout, config.module_dropout
         self.tucker = config.use_effective_conv2d and self.geometry.kernel > 1
 
     def low_rank_shapes(self, n: int, rows: int, inputs: int) -> Shapes:
         """The factors of the n-th matrix [rows, inputs·taps]; Tucker cores have at least two kernel sizes in the files."""
-        g, r, name = self.geometry, self.r, f"{self.prefix}w{n}"
+        g, r, name = self.geometry, self.own_r, f"{self.prefix}w{n}"
         if not self.tucker:
-            return {f"{name}_a": (rows, r), f"{name}_b": (r, inputs * g.kernel)}
+            return {f"{name}_a_weight": (rows, r), f"{name}_b_weight": (r, inputs * g.kernel)}
         core = (r, r, *g.shape, *([1] if len(g.shape) == 1 else []))
-        return {f"{name}_a": (r, rows), f"{name}_b": (r, inputs), f"{self.prefix}t{n}": core}
+        return {f"{name}_a_weight": (r, rows), f"{name}_b_weight": (r, inputs), f"{self.prefix}t{n}_weight": core}
 
     def make(self, site: Site, shapes: Shapes) -> None:
         """The tensors of these shapes; the table's others are None."""
@@ -91,8 +95,8 @@ class Lycoris(Method):
         raise NotImplementedError(f"{type(self).__name__}.zero_at_start")
 
     @property
-    def scaling(self) -> float:
-        return self.multiplier * self.alpha / self.r
+    def strength(self) -> float:
+        return self.multiplier * self.own_alpha / self.own_r
 
     def term(self, x: Tensor, op: Op, dtype: torch.dtype) -> Tensor:
         y = self.product(x, op, dtype)
@@ -105,13 +109,13 @@ class Lycoris(Method):
 
     def kept(self, like: Tensor) -> Tensor | None:
         """The factor [out] that both dropouts put on the rows of ΔW x in a training step."""
-        if not self.training or not (self.rank_dropout or self.module_dropout):
+        if not self.training or not (self.drop_rows or self.drop_all):
             return None
         out = self.geometry.out
-        kept = (torch.rand(out, device=like.device) > self.rank_dropout).to(like.dtype)
-        if self.rank_dropout and self.rescaled:
+        kept = (torch.rand(out, device=like.device) > self.drop_rows).to(like.dtype)
+        if self.drop_rows and self.rescaled:
             kept = kept / kept.mean().clamp(min=1 / out)
-        return kept * (torch.rand(1, device=like.device) > self.module_dropout)
+        return kept * (torch.rand(1, device=like.device) > self.drop_all)
 
 
 def kaiming(tensor: Tensor, rng: torch.Generator) -> None:

@@ -24,15 +24,15 @@ class Pruned(Method):
     gates: ClassVar[
         str
     ]  # the one with a number per part, 0 where it is pruned; a config's `rank_pattern` goes by its key
-    r: int  # parts in memory
+    own_r: int  # parts in memory
     path: str
     pattern: list[bool]  # which of the initial parts these are
-    kept: Tensor  # [r] bool: those that are not pruned
+    kept: Tensor  # [own_r] bool: those that are not pruned
     importance: dict[str, tuple[Tensor, Tensor]]  # attribute -> (Ī, Ū)
 
     def keep_all(self, r: int, site: Site) -> None:
         """The start: r parts, about which nothing is known."""
-        self.set(r=r, path=site.path, pattern=[True] * r, importance={})
+        self.set(own_r=r, path=site.path, pattern=[True] * r, importance={})
         self.register_buffer("kept", torch.ones(r, dtype=torch.bool), persistent=False)
 
     def rank(self) -> int:
@@ -76,7 +76,7 @@ class Pruned(Method):
     @staticmethod
     def patterns(methods: Mapping[str, Pruned]) -> dict[str, list[bool]]:
         """Which of the initial parts are kept, as a config's `rank_pattern` says it."""
-        return {f"{disk_path}.{m.gates}": m.full_pattern() for disk_path, m in methods.items()}
+        return {f"{disk_path}.{m.table.own[m.gates]}": m.full_pattern() for disk_path, m in methods.items()}
 
     def full_pattern(self) -> list[bool]:
         """`kept` in terms of the initial parts, of which earlier pruning may have dropped some."""
@@ -101,12 +101,15 @@ class Pruned(Method):
     def resize(self, state: dict[str, Tensor]) -> None:
         """Take over the parts that a file's pruning left."""
         gates = state.get(self.gates)
-        r = self.r if gates is None else gates.shape[0]
-        if r == self.r or r > len(self.pattern):
+        r = self.own_r if gates is None else gates.shape[0]
+        if r == self.own_r or r > len(self.pattern):
             return
         known: Mapping[str, list[bool]] = self.config.rank_pattern or {}
-        found = next((p for k, p in known.items() if k.startswith(f"{self.path}.{self.gates}") and sum(p) == r), None)
-        self.set(r=r, pattern=[bool(x) for x in found] if found else [True] * r)
+        found = next(
+            (p for k, p in known.items() if k.startswith(f"{self.path}.{self.table.own[self.gates]}") and sum(p) == r),
+            None,
+        )
+        self.set(own_r=r, pattern=[bool(x) for x in found] if found else [True] * r)
         self.kept = torch.ones(r, dtype=torch.bool, device=self.kept.device)
         for name, axis in self.part_axes.items():
             old = self.tensor(name)

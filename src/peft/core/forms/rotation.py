@@ -49,14 +49,16 @@ class BlockRotationConfig(LayoutConfig):
 
 
 class BlockRotation(Method):
-    """Has attributes of the names `block_fields`: the number and the size of the blocks at a site."""
+    """`number` blocks of the size `size` at a site."""
 
+    number: int
+    size: int
     starts: ClassVar[Mapping[str, float]]  # the tensors, and the value at which each changes nothing
     config: BlockRotationConfig
 
     def __init__(self, config: BlockRotationConfig, site: Site) -> None:
         super().__init__(config, site)
-        self.set(**dict(zip(config.block_fields, config.blocks(site.geometry.width))))
+        self.number, self.size = config.blocks(site.geometry.width)
         self.create(site)
         self.identity = config.init_weights
 

@@ -97,7 +97,8 @@ def _floating(model: nn.Module) -> torch.dtype:
     stated = getattr(getattr(model, "config", None), "dtype", None)
     if isinstance(stated, torch.dtype):
         return stated
-    return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.get_default_dtype())
+    wide = (p.dtype for p in model.parameters() if p.is_floating_point() and p.element_size() > 1)  # else: codes
+    return next(wide, torch.get_default_dtype())
 
 
 def inject(model: nn.Module, config: PeftConfig, name: str = "default", **options: Any) -> Roster:

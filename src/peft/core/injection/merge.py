@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 
 from torch import nn
@@ -12,7 +13,7 @@ from ...errors import Refusal
 from ..acting.on_model import roster_of
 from ..acting.roster import Roster
 from ..adapted.layer import Adapted, adapted_layers
-from ..adapted.merge import Record
+from ..adapted.merge import Record, tell_of_merged
 from ..anatomy.ties import shared_parameters, shared_storages, state_tied, state_untied
 from ..files.tensors import finite
 
@@ -33,6 +34,11 @@ def merge(model: nn.Module, names: list[str] | None = None, safe: bool = False, 
 def _merge(model: nn.Module, roster: Roster, names: list[str] | None, safe: bool, keep: bool) -> Iterator[str]:
     wanted = list(names) if names is not None else list(roster.chosen)
     roster.known(wanted)
+    merged = (
+        list(dict.fromkeys(n for x in adapted_layers(model) for n in x.merged_adapters)) if roster.merged_at else []
+    )
+    tell_of_merged(merged, wanted)
+    roster.require_apart([*merged, *wanted])
     for name in wanted:
         for disk_path, m in roster.adapters[name].methods:
             if not m.mergeable:
@@ -41,7 +47,10 @@ def _merge(model: nn.Module, roster: Roster, names: list[str] | None, safe: bool
                 )
             for attr, p in m.named_parameters():
                 if p.is_floating_point() and not finite(p):
-                    raise ValueError(f"Adapter {name!r}: {disk_path}.{attr} holds NaN or inf; nothing was merged.")
+                    raise ValueError(
+                        f"NaNs detected in adapter {name!r}: {disk_path}.{m.table.keys.get(attr, attr)} holds NaN or inf; "
+                        "nothing was merged."
+                    )
     layers = [x for x in adapted_layers(model) if any(n in x.methods and n not in x.merged_adapters for n in wanted)]
     settle(layer.kind.holder(layer.base_layer) for layer in layers)
     tied = shared_parameters(model)
@@ -77,6 +86,8 @@ def _untie_config(model: nn.Module, roster: Roster) -> None:
 def unmerge(model: nn.Module) -> None:
     """Restore the kept weights of every merged layer, and tied weights with them."""
     roster = roster_of(model)
+    if roster is not None and not roster.merged_at and roster.unmerged is None:
+        warnings.warn("Already unmerged, nothing to do.", stacklevel=3)
     with nullcontext() if roster is None else roster.gate.change():
         for layer in adapted_layers(model):
             layer.restore()
@@ -117,3 +128,18 @@ def resume(model: nn.Module) -> None:
         roster.switch()
         for _ in merge(model, merged):
             pass
+
+
+def set_active(model: nn.Module, names: str | Sequence[str], inference_mode: bool = False) -> None:
+    """Let one adapter act, or several together, and train exactly those. A merged model is unmerged before, with a
+    warning: its weights would go on with the adapters that are in them."""
+    roster = roster_of(model)
+    if roster is None:
+        raise ValueError("This model has no adapters.")
+    names = [names] if isinstance(names, str) else list(names)
+    roster.known(names)
+    if roster.merged_at:
+        warnings.warn("set_adapter: adapters are merged into this model. Unmerging the model first.", stacklevel=3)
+        unmerge(model)
+    roster.activate(names)
+    roster.train_only(names, inference_mode)

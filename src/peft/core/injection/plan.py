@@ -6,9 +6,9 @@ them in. What is found wrong while planning leaves the model as it was.
 
 from __future__ import annotations
 
-import copy
 import functools
 import hashlib
+import warnings
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import cast
@@ -24,7 +24,7 @@ from ...contract.kind import LayerKind
 from ...contract.method import Method
 from ...contract.site import Site
 from ...contract.tree import Composite
-from ...errors import NoMatchingPeftModuleError, Refusal, printable
+from ...errors import Refusal, printable
 from ...registry import companions, method, wrappers
 from ..acting.mix import BASE
 from ..acting.on_model import roster_of
@@ -34,7 +34,7 @@ from ..anatomy.embeddings import embed, vocab_size
 from ..anatomy.language import model_type, where
 from ..anatomy.older_layouts import retarget
 from ..anatomy.roles import fill_targets
-from ..anatomy.targets import ALL_LINEAR, exactly, find, short_names
+from ..anatomy.targets import ALL_LINEAR, exactly, find, short_names, unfit
 from ..anatomy.ties import other_ends
 from ..anatomy.ties import wanted as tying_wanted
 from ..anatomy.walk import Place
@@ -78,6 +78,7 @@ class Plan:
     items: list[Item]
     shared: dict[str, nn.Parameter] = field(default_factory=dict)
     roster: Roster | None = None  # that of the model, where it has adapters already
+    passed_over: dict[str, str] = field(default_factory=dict)  # linear layers that `all-linear` leaves, and why
 
     def adapter(self) -> Adapter:
         methods = [(i.place.disk_path if i.place else "", i.method) for i in self.items]
@@ -144,6 +145,8 @@ def plan(
         role = getattr(config, "role", cls.role)
         fill_targets(cast(TunerConfig, config), role, model_type(model), cls.peft_type)
     items: list[Item] = []
+    passed_over: dict[str, str] = {}
+    everything = False
     model_config = getattr(model, "config", None)
     holders: dict[tuple[type[Method], int], str] = {}  # weight -> the path of the first site that has it
 
@@ -167,6 +170,8 @@ def plan(
         elif tuned.target_modules or not getattr(config, "target_parameters", None):
             wanted += find(model, tuned, strict)
             if tuned.target_modules == ALL_LINEAR:
+                passed_over = unfit(model)
+                everything = True
                 tuned.target_modules = short_names(model, wanted)  # files name the modules, so that all read the same
         if getattr(config, "target_parameters", None):
             wanted += find_parameters(model, tuned)
@@ -179,12 +184,48 @@ def plan(
             for place in places:
                 add(place, field_name, companion, sub)
     for item in items:
+        _require_forward(item)
         item.cls.check(item.config, item.site)
-    _build(items, plan_ := Plan(name, config, items, roster=roster), init, meta)
+    _build(items, plan_ := Plan(name, config, items, roster=roster, passed_over=passed_over), init, meta)
+    refused = _refused(items)
+    if refused and everything and len(refused) < sum(not i.brought_by for i in items):
+        kept = [i.place for i in items if i.place and not i.brought_by and i.path not in refused]
+        cast(TunerConfig, config).target_modules = short_names(model, kept)
+        plan_ = plan(
+            model, config, name, init=init, meta=meta, autocast_adapter_dtype=autocast_adapter_dtype, strict=strict
+        )
+        plan_.passed_over = {**passed_over, **{path: str(e) for path, e in refused.items()}}
+    elif refused:
+        raise next(iter(refused.values()))
+    if plan_.passed_over and not meta:
+        path, why = next(iter(plan_.passed_over.items()))
+        warnings.warn(
+            f"all-linear passes over {len(plan_.passed_over)} layers that cannot be adapted, {path} for one: {why}.",
+            stacklevel=2,
+        )
+    return plan_
+
+
+def _refused(items: list[Item]) -> dict[str, Refusal]:
+    """What the layers' kinds say against the methods planned for them, by path."""
+    refused = {}
     for item in items:
         if item.kind is not None and item.place is not None and item.method is not None:
-            item.kind.admit(item.place.module, item.method, item.path)
-    return plan_
+            try:
+                item.kind.admit(item.place.module, item.method, item.path)
+            except Refusal as e:
+                refused[item.path] = e
+    return refused
+
+
+def _require_forward(item: Item) -> None:
+    """What acts in a module's own forward needs one: a list of modules has none, and its owner goes through it."""
+    module = None if item.place is None else item.place.module
+    if module is not None and type(module).forward is nn.Module.forward and item.site.geometry.weightless:
+        raise TypeError(
+            f"{item.brought_by or item.cls.peft_type} cannot be applied to modules of type {type(module)}: {item.path} "
+            "is only a container, so that nothing calls it. Name the modules in it."
+        )
 
 
 def _followers(cls: type[Method], config: TunerConfig, model: nn.Module, places: list[Place]) -> list[Place]:
@@ -245,6 +286,7 @@ def _site(model: nn.Module, place: Place | None, kind: LayerKind | None, config:
         kind.device(module),
         _master(kind.dtype(module), autocast),
         kind.name,
+        opaque=kind.why_opaque(module),
         config=config,
     )
 
@@ -305,13 +347,3 @@ def _build(items: list[Item], plan: Plan, init: bool, meta: bool) -> None:
                 for p in m.parameters():
                     p.data = p.data.to(number)
             site.device, site.dtype = device, number
-
-
-def dry_run(model: nn.Module, config: PeftConfig) -> list[Item]:
-    """What `config` would adapt, as rows with .path, .kind, .shape, .parameters; raises what get_peft_model would."""
-    base = getattr(model, "base_model", model)
-    base = getattr(base, "model", base) if roster_of(model) is not None and hasattr(base, "model") else model
-    rows = plan(base, copy.deepcopy(config), name="%dry", init=False, meta=True).items
-    if not rows:
-        raise NoMatchingPeftModuleError("the config targets nothing")
-    return rows

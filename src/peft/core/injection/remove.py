@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Sequence
 from contextlib import nullcontext
 
 from torch import nn
@@ -17,17 +19,41 @@ from ..adapted.layer import Adapted, adapted_layers
 from ..prompts.attach import detach
 
 
+def delete_all(model: nn.Module, names: str | Sequence[str]) -> None:
+    """Remove one adapter or several, with a warning where another one acts then; all of them or none."""
+    names = [names] if isinstance(names, str) else list(dict.fromkeys(names))
+    roster = _deletable(model, names)
+    acting = [n for n in names if n in roster.chosen]
+    for name in names:
+        delete(model, name)
+    if acting and roster.chosen and not set(roster.chosen) & set(acting):
+        warnings.warn(
+            f"Adapter {', '.join(acting)} was active and is deleted; {', '.join(roster.chosen)} is active now.",
+            stacklevel=4,
+        )
+
+
+def _deletable(model: nn.Module, names: Sequence[str]) -> Roster:
+    roster = roster_of(model)
+    for name in names:
+        if roster is None or name not in roster.adapters:
+            known = sorted(roster.adapters) if roster else "none"
+            raise ValueError(f"Adapter {name} does not exist: not found among those loaded, {known}.")
+    if roster is None:
+        raise ValueError("This model has no adapters.")
+    for layer in adapted_layers(model) if roster.merged_at else ():
+        if merged := [n for n in names if n in layer.merged_adapters]:
+            raise ValueError(
+                f"Cannot delete adapter(s) {merged}: merged into {layer.path}. Please unmerge first (unmerge_adapter())."
+            )
+    return roster
+
+
 def delete(model: nn.Module, name: str) -> None:
     """Remove an adapter everywhere; the base layers of places without adapters stay wrapped until `unload`."""
     roster = roster_of(model)
     with nullcontext() if roster is None else roster.gate.change():
-        if roster is None or name not in roster.adapters:
-            raise ValueError(f"Adapter {name} does not exist. Loaded: {sorted(roster.adapters) if roster else 'none'}.")
-        for layer in adapted_layers(model):
-            if name in layer.merged_adapters:
-                raise ValueError(
-                    f"Adapter {name} is merged into {layer.path}: call unmerge_adapter() before deleting it."
-                )
+        roster = _deletable(model, [name])
         whole = roster.adapters[name].whole_model
         roster.forget(name)  # first: who begins a call from now on does without it
         for layer in adapted_layers(model):

@@ -32,9 +32,8 @@ from ..files import header
 from ..files.header import Loaded, check_base
 from ..files.keys import assign, check_fit, modules_in_file
 from ..files.sharded import unwrapped, unwrapped_name
-from ..injection.commit import commit
 from ..injection.plan import Plan, plan
-from ..injection.remove import delete
+from ..injection.replace import replace, unused_name
 from ..injection.shared import refill, rewriting
 from .load import Fit, checked, read_adapter
 
@@ -120,7 +119,7 @@ def swap(model: nn.Module, loaded: Loaded, name: str, only: set[str] | None = No
         fit = checked(
             model,
             loaded,
-            _unused(roster),
+            unused_name(roster),
             check,
             init=False,
             autocast_adapter_dtype=has_fp32_masters(old),
@@ -141,7 +140,7 @@ def swap(model: nn.Module, loaded: Loaded, name: str, only: set[str] | None = No
                 _copy((a for _, a in old.methods), (b for _, b in new.methods))
             roster.configs[name] = old.config = loaded.config
         else:
-            _replace(model, roster, name, planned)
+            replace(model, roster, name, planned)
 
 
 def _check_whole(adapter: Adapter, name: str) -> None:
@@ -165,13 +164,6 @@ def _parts(model: nn.Module) -> tuple[nn.Module, Roster]:
 def has_fp32_masters(adapter: Adapter) -> bool:
     """Whether the adapter keeps fp32 masters on a half-precision base."""
     return all(p.dtype not in (torch.float16, torch.bfloat16) for p in adapter.parameters())
-
-
-def _unused(roster: Roster) -> str:
-    name = "%swap"
-    while name in roster.adapters:
-        name += "%"
-    return name
 
 
 # -- in place ---------------------------------------------------------------------------------------------------------------
@@ -215,24 +207,6 @@ def _copy(old: Iterable[Method], new: Iterable[Method]) -> None:
                     x.config = y.config
 
 
-def _replace(model: nn.Module, roster: Roster, name: str, planned: Plan) -> None:
-    """The planned methods in the place of the adapter's present ones; activation and training as they were."""
-    asked, trainable, order = roster.asked, name in roster.training, list(roster.adapters)
-    delete(model, name)
-    planned.name = name
-    commit(model, planned)
-    _put_in_order(roster.adapters, order)
-    _put_in_order(roster.configs, order)
-    roster.activate_present(asked)
-    roster.set_trainable(name, trainable)
-
-
-def _put_in_order(table: dict[str, T], names: list[str]) -> None:
-    entries = {n: table[n] for n in names}
-    table.clear()
-    table.update(entries)
-
-
 # -- padded twins -----------------------------------------------------------------------------------------------------------
 def prepare_model_for_compiled_hotswap(
     model: nn.Module,
@@ -274,7 +248,7 @@ def prepare_model_for_compiled_hotswap(
         planned = plan(
             model,
             held,
-            _unused(roster),
+            unused_name(roster),
             init=False,
             autocast_adapter_dtype=has_fp32_masters(adapter),
             only=None if getattr(held, "target_parameters", None) else set(adapter.targeted),
@@ -290,8 +264,15 @@ def prepare_model_for_compiled_hotswap(
         plans.append((name, planned))
     with roster.gate.change():
         for name, planned in plans:
-            _replace(model, roster, name, planned)
+            trains = {key: p.requires_grad for key, p in _named(roster.adapters[name])}
+            replace(model, roster, name, planned)
+            for key, p in _named(roster.adapters[name]):
+                p.requires_grad_(trains.get(key, p.requires_grad))
             roster.adapters[name].padded = True
+
+
+def _named(adapter: Adapter) -> list[tuple[tuple[str, str], nn.Parameter]]:
+    return [((path, n), p) for path, m in adapter.methods for n, p in m.named_parameters()]
 
 
 def _ranks(config: Any) -> list[int]:

@@ -153,9 +153,12 @@ def _load_into(
             check_keys(fit.pairs, fit.missing, fit.extra, loaded.source)
         wrong[:] = check_values(fit.pairs, loaded.source, ignore_sizes)
 
-    # what a file may lack starts as a fresh adapter would: memory that nobody wrote is never used
-    fresh = not strict or ignore_sizes
-    fit = checked(model, loaded, name, check, ignore_sizes, init=fresh, autocast_adapter_dtype=autocast_adapter_dtype)
+    options = {"autocast_adapter_dtype": autocast_adapter_dtype}
+    fit = checked(model, loaded, name, check, ignore_sizes, init=False, **options)
+    if fit.missing or wrong:
+        # what a file lacks starts as a fresh adapter would: memory that nobody wrote is never used. Nothing is drawn for a
+        # file that has all: a prompt may start from a tokenizer, which the config names
+        fit = checked(model, loaded, name, check, ignore_sizes, init=True, **options)
     if not strict and (fit.missing or fit.extra):
         warn(
             f"{loaded.source}: {len(fit.missing)} tensors missing, {len(fit.extra)} keys not used. Missing, so they start "

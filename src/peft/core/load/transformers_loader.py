@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable, Sequence
+import weakref
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -20,6 +21,7 @@ from torch import nn
 from ...config import PeftConfig
 from ...errors import CheckpointError
 from ..acting.on_model import roster_of
+from ..acting.roster import Roster
 from ..files.header import Loaded
 from ..files.keys import ROOT, check_fit, check_values
 from ..injection.remove import delete
@@ -35,6 +37,35 @@ if TYPE_CHECKING:
 Pending: TypeAlias = "Future[torch.Tensor] | Callable[[], torch.Tensor]"  # a tensor that the loader still reads
 
 
+class Loading:
+    """The adapter that transformers is about to load: its name, and its config for as long as the loader holds that.
+
+    A load that fails leaves nothing behind: its config is gone, or stands in the model for which it was."""
+
+    name = ""
+    config: Callable[[], PeftConfig | None] = staticmethod(lambda: None)
+    adopted = False  # a model has taken the config in: the load is into that model
+
+    def begin(self, name: str, config: PeftConfig | None) -> None:
+        self.name, self.adopted = name, False
+        self.config = (lambda: None) if config is None else weakref.ref(config)
+
+    def end(self) -> None:
+        self.name = ""
+
+    def into(self, roster: Roster, held: Iterable[str]) -> bool:
+        """Whether it goes into a layer that holds adapters of these names. A swap brings a config that no model has."""
+        config = self.config()
+        if not self.name or config is None or self.name not in held:
+            return False
+        mine = roster.configs.get(self.name) is config
+        self.adopted = self.adopted or mine
+        return mine or not self.adopted
+
+
+loading = Loading()
+
+
 def build_peft_weight_mapping(
     weight_conversions: Sequence[object] | None, adapter_name: str, peft_config: PeftConfig | None = None
 ) -> list[object]:
@@ -43,6 +74,7 @@ def build_peft_weight_mapping(
     The base model's own conversions are not among them: where a file was made on an older layout, `core/files/older_keys.py`
     translates it, here and everywhere else.
     """
+    loading.begin(adapter_name, peft_config)
     return [_adapter_file()(adapter_name, peft_config)]
 
 
@@ -81,6 +113,7 @@ def _adapter_file() -> type:
             loading_info: LoadStateDictInfo | None = None,
         ) -> dict[str, torch.Tensor]:
             if self.futures:
+                loading.end()
                 futures, self.futures = self.futures, {}
                 values = {k: f() if callable(f) else f.result() for k, f in futures.items()}
                 assert model is not None and loading_info is not None

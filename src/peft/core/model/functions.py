@@ -7,10 +7,12 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
 
-from ...config import PeftConfig
-from ...errors import CheckpointError
+from ...config import PeftConfig, TunerConfig
+from ...errors import CheckpointError, NoMatchingPeftModuleError
 from ..acting.on_model import roster_of
 from ..acting.roster import Adapter
+from ..anatomy.heads import prepare_head
+from ..anatomy.targets import find
 from ..anatomy.walk import walk
 from ..files import sharded
 from ..files.header import Loaded
@@ -24,6 +26,7 @@ from ..load.embeddings import embedding_tensors
 from ..load.load import Fit, LoadResult, read_adapter
 from .peft_model import PeftModel, class_for
 from .task_models import PeftMixedModel
+from .wrapping import wrap
 
 
 def get_peft_model(
@@ -35,14 +38,19 @@ def get_peft_model(
     revision: str | None = None,
     low_cpu_mem_usage: bool = False,
 ) -> PeftModel:
-    """Put an adapter into a model and freeze the rest.
+    """Put an adapter into a model and freeze the rest. A model that holds adapters gets one more, with a warning; it acts
+    and trains instead of them, and one of the same name is replaced by it.
 
     Raises NoMatchingPeftModuleError for targets that match nothing, Refusal for combinations that mathematics or the
     base's format rules out, ValueError for names already taken; the model is then as it was.
     """
     if isinstance(model, PeftModel):
-        model.add_adapter(adapter_name, peft_config, low_cpu_mem_usage, autocast_adapter_dtype)
-        model.set_adapter(adapter_name)
+        base = model.get_base_model()
+        prepare_head(base, peft_config)
+        if peft_config.base_model_name_or_path is None:
+            peft_config.base_model_name_or_path = getattr(base, "name_or_path", None)
+        how = {"init": True, "meta": low_cpu_mem_usage, "autocast_adapter_dtype": autocast_adapter_dtype}
+        wrap(base, peft_config, adapter_name, **how)
         return model
     named = getattr(sharded.bare(model), "name_or_path", None)
     peft_config.base_model_name_or_path = named or peft_config.base_model_name_or_path
@@ -83,9 +91,31 @@ def inject_adapter_in_model(
     )
     roster.activate([adapter_name])
     roster.train_only([adapter_name], peft_config.inference_mode)
+    if state_dict is not None:
+        _tell_of_targets(model, peft_config, roster.adapters[adapter_name].targeted)
     if not isinstance(model, PeftModel):
         model.__dict__.setdefault("peft_config", roster.configs)
     return model
+
+
+def _tell_of_targets(model: nn.Module, config: PeftConfig, reached: Sequence[str]) -> None:
+    """Warn where a state dict reaches other modules than the config's target names mean."""
+    if not isinstance(config, TunerConfig) or getattr(config, "target_parameters", None):
+        return
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            meant = {p.path for p in find(model, config, strict=False)}
+    except NoMatchingPeftModuleError:
+        meant = set()
+    more, fewer = sorted(set(reached) - meant), sorted(meant - set(reached))
+    if more or fewer:
+        warnings.warn(
+            "The adapter goes where the state_dict has tensors for it; there is an inconsistency between the PEFT config "
+            f"and the provided state_dict. Only in the state_dict: {few(more)}. Only meant by the config: {few(fewer)}.",
+            RuntimeWarning,
+            stacklevel=3,
+        )
 
 
 def get_peft_model_state_dict(
@@ -102,7 +132,7 @@ def get_peft_model_state_dict(
         raise ValueError("This model has no adapters.")
     if state_dict is None and sharded.flat(model):
         state_dict = model.state_dict()
-    out = state_dict_of(roster, adapter_name, sharded.gathered(model, state_dict))
+    out = state_dict_of(roster, adapter_name, sharded.gathered(model, state_dict), meta=True)
     if save_embedding_layers is True:
         out = {**embedding_tensors(base, roster.adapters[adapter_name]), **out}
     if not isinstance(sharded.bare(model), PeftModel):  # injected without a wrapper: no wrapper's prefix

@@ -18,8 +18,7 @@ from ..anatomy.embeddings import ask_gradients_of_embeddings, token_embeddings
 from ..anatomy.heads import prepare_head
 from ..files import sharded
 from ..injection.commit import inject
-from ..load.hotswap import reload
-from ..load.load import LoadResult, load_into, loading, read_adapter
+from ..load.load import LoadResult, loading, read_adapter
 from ..prompts.attach import embedding_to_save, get_prompt
 from ..report.card import write_card
 from ..report.counts import trainable_and_total
@@ -27,6 +26,7 @@ from ..report.status import TunerLayerStatus, TunerModelStatus, get_layer_status
 from .running import by_name, call, disabled, for_copies
 from .saving import gathered_among, prompts_below, push_adapters, save_adapters
 from .tuner import Tuner
+from .wrapping import activate, holder_of_adapters, load_under, wrap
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo
@@ -50,14 +50,8 @@ class PeftModel(nn.Module):
         _init: bool = True,
     ) -> None:
         super().__init__()
-        inject(
-            model,
-            peft_config,
-            adapter_name,
-            init=_init,
-            meta=low_cpu_mem_usage,
-            autocast_adapter_dtype=autocast_adapter_dtype,
-        )
+        how = {"init": _init, "meta": low_cpu_mem_usage, "autocast_adapter_dtype": autocast_adapter_dtype}
+        wrap(model, peft_config, adapter_name, **how)
         self._wrap(model)
 
     def _wrap(self, model: nn.Module) -> None:
@@ -211,7 +205,7 @@ class PeftModel(nn.Module):
         """Say which adapters train, whatever is active."""
         self.base_model.set_requires_grad(adapter_names, requires_grad)
 
-    def delete_adapter(self, adapter_name: str) -> None:
+    def delete_adapter(self, adapter_name: str | Sequence[str]) -> None:
         self.base_model.delete_adapter(adapter_name)
 
     def adapter_parameters(self, adapter_name: str) -> Iterator[nn.Parameter]:
@@ -288,7 +282,10 @@ class PeftModel(nn.Module):
         loaded.config.inference_mode = not is_trainable
         target = class_for(loaded.config) if cls is PeftModel else cls
         model = model.get_base_model() if isinstance(model, PeftModel) else model
-        load_into(model, loaded, adapter_name, strict=strict, **loading(autocast_adapter_dtype, kwargs))
+        held = holder_of_adapters(model)
+        load_under(model, loaded, adapter_name, strict, **loading(autocast_adapter_dtype, kwargs))
+        if held is not None:
+            activate(held, adapter_name, loaded.config)
         self = target.__new__(target)
         nn.Module.__init__(self)
         self._wrap(model)
@@ -311,11 +308,8 @@ class PeftModel(nn.Module):
         The model is in evaluation mode afterwards, unless the adapter is to be trained."""
         loaded = read_adapter(model_id, None, key_mapping, strict, kwargs)
         loaded.config.inference_mode = not is_trainable
-        base, found = self.get_base_model(), LoadResult([], [])
-        if adapter_name in self.roster.adapters:
-            reload(base, loaded, adapter_name)
-        else:
-            found = load_into(base, loaded, adapter_name, strict=strict, **loading(autocast_adapter_dtype, kwargs))
+        base = self.get_base_model()
+        found = load_under(base, loaded, adapter_name, strict, **loading(autocast_adapter_dtype, kwargs))
         if not is_trainable and (self.training or base.training):
             self.eval()
         return found

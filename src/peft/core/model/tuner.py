@@ -17,8 +17,8 @@ from ..acting.mix import Mix
 from ..acting.roster import Roster
 from ..adapted.layer import Adapted, adapted_layers
 from ..injection.commit import inject
-from ..injection.merge import merge, pause, resume, unmerge
-from ..injection.remove import check_unloadable, delete, unload
+from ..injection.merge import merge, pause, resume, set_active, unmerge
+from ..injection.remove import check_unloadable, delete_all, unload
 from ..injection.schedules import update_and_allocate
 from ..load.combine import add_weighted_adapter
 
@@ -93,9 +93,7 @@ class Tuner(nn.Module):
 
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
         """Activate one adapter or several together, and train exactly those."""
-        names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
-        self.roster.activate(names)
-        self.roster.train_only(names, inference_mode)
+        set_active(self.model, adapter_name, inference_mode)
 
     def enable_adapter_layers(self) -> None:
         self.roster.enable(True)
@@ -129,8 +127,9 @@ class Tuner(nn.Module):
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         return False
 
-    def delete_adapter(self, adapter_name: str) -> None:
-        delete(self.model, adapter_name)
+    def delete_adapter(self, adapter_name: str | Sequence[str]) -> None:
+        """Remove one adapter, or several: all of them or, where one cannot be removed, none."""
+        delete_all(self.model, adapter_name)
 
     def inject_adapter(
         self, model: nn.Module, adapter_name: str, config: PeftConfig | None = None, **options: Any
