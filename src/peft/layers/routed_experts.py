@@ -167,7 +167,7 @@ class Experts(Stacked):
     def between(self, h: Tensor) -> Tensor:
         """What an expert does between its two matrices."""
         base: Any = self.base_layer
-        return base._apply_gate(h) if base.has_gate else base.act_fn(h)  # type: ignore[no-any-return]
+        return base._apply_gate(h) if getattr(base, "has_gate", True) else base.act_fn(h)  # type: ignore[no-any-return]
 
     def after(self, y: Tensor) -> Tensor:
         base: Any = self.base_layer
