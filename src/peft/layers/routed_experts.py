@@ -167,7 +167,8 @@ class Experts(Stacked):
     def between(self, h: Tensor) -> Tensor:
         """What an expert does between its two matrices."""
         base: Any = self.base_layer
-        return base._apply_gate(h) if getattr(base, "has_gate", True) else base.act_fn(h)  # type: ignore[no-any-return]
+        inner: Tensor = base._apply_gate(h) if getattr(base, "has_gate", True) else base.act_fn(h)
+        return inner
 
     def after(self, y: Tensor) -> Tensor:
         base: Any = self.base_layer
@@ -200,7 +201,8 @@ class SortedExperts(Experts):
     def between(self, h: Tensor) -> Tensor:
         base: Any = self.base_layer
         gate, up = h.chunk(2, dim=-1)
-        return up * base.act_fn(gate)  # type: ignore[no-any-return]
+        inner: Tensor = up * base.act_fn(gate)
+        return inner
 
     def after(self, y: Tensor) -> Tensor:
         return y
