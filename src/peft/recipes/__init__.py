@@ -11,7 +11,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from . import bases, data, events, job, likelihood, outputs, record, run, saved, stopping, writing
+    from . import bases, data, events, job, likelihood, outputs, ranks, record, resuming, run, saved, stopping, writing
 
 PARTS = (
     "bases",
@@ -20,7 +20,9 @@ PARTS = (
     "job",
     "likelihood",
     "outputs",
+    "ranks",
     "record",
+    "resuming",
     "run",
     "saved",
     "stopping",
