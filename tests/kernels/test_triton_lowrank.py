@@ -18,7 +18,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-pytest.importorskip("triton")
+pytest.importorskip("triton", minversion="3.3")
 
 from peft.kernels import triton_launch  # noqa: E402
 from peft.kernels import triton_lowrank as K  # noqa: E402

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-pytest.importorskip("triton")
+pytest.importorskip("triton", minversion="3.3")
 
 from peft.kernels import triton_lowrank as K  # noqa: E402
 from tests.helpers.lowrank_triton import close, draw  # noqa: E402

@@ -157,6 +157,18 @@ def test_training_with_checkpointing_gives_the_same_gradients():
     assert all(torch.allclose(a, b, atol=1e-7) for a, b in zip(plain, again, strict=True))
 
 
+def test_blocks_that_say_nothing_of_a_gate_have_one():
+    """As in transformers 5.0."""
+    block = base("mixtral").model.layers[0].mlp.experts
+    vars(block).pop("has_gate", None)
+    kind = ExpertStack()
+    assert kind.claims(block) and type(kind.stand_in(block)) is Experts
+    model = base("mixtral")
+    for layer in model.model.layers:
+        vars(layer.mlp.experts).pop("has_gate", None)
+    assert torch.equal(adapted(model)(IDS).logits, adapted(base("mixtral"))(IDS).logits)
+
+
 def test_tokens_are_dealt_to_the_experts_that_the_router_chose():
     block = base("mixtral").model.layers[0].mlp.experts
     kind = ExpertStack()

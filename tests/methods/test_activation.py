@@ -21,6 +21,7 @@ from peft import (
 from peft.core.adapted.layer import Adapted, adapted_layers
 from tests.helpers.activation import CONFIGS, IDS, MODELS, D, Net, adapted, base, inputs
 from tests.helpers.cells import clone, randomise
+from tests.helpers.versions import compiles_models
 
 WHOLE_FFN = ("llama", "t5", "gpt2", "vit")  # model types with one module for the FFN
 
@@ -205,6 +206,7 @@ def test_flattened_tokens_keep_their_positions():
     assert changed[:, 0].all() and not changed[:, 1:].any()
 
 
+@compiles_models
 @pytest.mark.parametrize("which", ["pfeiffer", "loreft"])
 def test_models_compile_in_one_graph(which):
     model = adapted("llama", CONFIGS[which]())

@@ -53,10 +53,10 @@ def _installed() -> bool:
     if importlib.util.find_spec("triton") is None:
         return False
     try:
-        import triton.language  # noqa: F401
+        import triton.language
     except Exception:  # a build for another platform: as good as none
         return False
-    return True
+    return hasattr(triton.language, "mul")  # products that may wrap around: from Triton 3.3
 
 
 @functools.cache
@@ -71,7 +71,7 @@ def processors(device: torch.device) -> int:
 
 
 def available(x: Tensor) -> bool:
-    """Whether the kernels take x: on a GPU with Triton installed, or interpreted under TRITON_INTERPRET=1.
+    """Whether the kernels take x: on a GPU with Triton 3.3 installed, or interpreted under TRITON_INTERPRET=1.
 
     The interpreter multiplies bfloat16 wrongly: numpy does not know the type.
     """

@@ -50,9 +50,10 @@ class ExpertStack(LayerKind[nn.Module]):
             index = torch.tensor([[0, 1], [2, 0], [1, 2], [2, 1]])  # every expert has tokens
             return layer, (torch.randn(4, 16), index, torch.rand(4, 2)), target
 
+        grouped: Examples = {"grouped": lambda: make("mixtral", "grouped_mm")} if hasattr(torch, "_grouped_mm") else {}
         return {
             "mixtral": lambda: make("mixtral"),
-            "grouped": lambda: make("mixtral", "grouped_mm"),
+            **grouped,
             "gpt_oss": lambda: make("gpt_oss"),
             "llama4": lambda: make("llama4"),
         }
@@ -63,7 +64,7 @@ class ExpertStack(LayerKind[nn.Module]):
     def stand_in(self, module: nn.Module) -> Composite:
         first = _first(module)
         assert first is not None
-        routed = hasattr(module, "has_gate")
+        routed = _routed(module)
         transposed = bool(module.is_transposed) if routed else True
         bias = routed and module.has_bias
         slices = {
@@ -78,6 +79,11 @@ class ExpertStack(LayerKind[nn.Module]):
         return stand_in
 
 
+def _routed(module: nn.Module) -> bool:
+    """Whether transformers wrapped its class for its routed implementations; `has_gate` came after version 5.0."""
+    return all(hasattr(module, name) for name in ("is_transposed", "has_bias", "_apply_gate"))
+
+
 def _first(module: nn.Module) -> str | None:
     """The name of the parameter next to the input, where the module keeps the contract of transformers' experts."""
 
@@ -88,10 +94,10 @@ def _first(module: nn.Module) -> str | None:
     if not stack(DOWN):
         return None
     forward = forward_of(module)
-    if hasattr(module, "has_gate") and hasattr(module, "is_transposed"):
+    if _routed(module):
         if getattr(forward, "__globals__", {}).get("__name__") != "transformers.integrations.moe":
             return None  # a subclass that overrides what the library's decorator made: only its own forward is known
-        name = "gate_up_proj" if module.has_gate else "up_proj"
+        name = "gate_up_proj" if getattr(module, "has_gate", True) else "up_proj"
         return name if stack(name) else None
     takes = list(inspect.signature(forward).parameters)
     mine = getattr(forward, "__module__", "").startswith("transformers.")

@@ -87,7 +87,7 @@ class Experts(Stacked):
         base: Any = self.base_layer
         first = next(n for n in self.single if n != DOWN)
         h = _through(self.of(first)[e], x, row)
-        h = base._apply_gate(h) if base.has_gate else base.act_fn(h)
+        h = base._apply_gate(h) if getattr(base, "has_gate", True) else base.act_fn(h)
         y = _through(self.of(DOWN)[e], h, row)
         return base.post_expert_norm(y) if getattr(base, "has_post_expert_norm", False) else y
 

@@ -53,6 +53,16 @@ class RowsRead:
 
 
 @dataclass(frozen=True)
+class Skipped:
+    """Rows of a file that cannot be right are left out: how many of how many, and the first of them with its fault."""
+
+    name: str
+    count: int
+    rows: int
+    first: tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True)
 class Began:
     """Work of unknown length begins."""
 
@@ -202,6 +212,7 @@ class Answered:
 
 Event = (
     RowsRead
+    | Skipped
     | Began
     | Ended
     | Progress

@@ -36,7 +36,7 @@ from .events import (
     ignore,
     working,
 )
-from .job import Job, check_fields
+from .job import Job, check_fields, check_job
 from .outputs import Output
 from .stopping import Stopper, memory
 from .tasks import find
@@ -81,8 +81,7 @@ class Run:
         on_event = on_event if ranks.is_first() else ignore
         self.job, self.output, self.on_event = job, Path(job.output).expanduser(), on_event
         check_fields(job.trainer, transformers.TrainingArguments, "trainer", reserved=RESERVED)
-        if not 0 < job.checkpoint_minutes < float("inf"):
-            raise UserError(f"checkpoint_minutes is {job.checkpoint_minutes}: expected a number above 0.")
+        check_job(job)
         saved.method(job.method)
         self.arguments = self._arguments()  # here the processes of a run meet
         self.sharded = supervised.sharded(self.arguments)
@@ -96,9 +95,8 @@ class Run:
         self.kind = find.find(job.task, bases.load_config(self.source), self.source.gguf is not None)
         job.task = find.SHORT[self.kind.type]
         self.read = data.digests(job.data) | bases.digests(self.source)  # what a run that goes on must find unchanged
-        self.train_rows, self.held_out = data.load(job.data, job.seed)
+        self.train_rows, self.held_out = data.load(job.data, job.seed, self.kind, on_event)
         on_event(RowsRead(len(self.train_rows), len(self.held_out) if self.held_out else None))
-        job.data.choices = self.kind.find_labels(job.data, self.train_rows)
         self.tokenizer = bases.load_tokenizer(self.source)
         self.task = self.kind(job.data, self.tokenizer, job.data.choices, on_event)
         self.task.encode(self.train_rows[0])  # says early what a row lacks
@@ -329,6 +327,6 @@ class Run:
             asked = [self.task.prompt(row) for row in rows]
             answers = self.task.generate(model, asked)
         else:
-            asked = [str(row[self.job.data.text]) for row in rows]
+            asked = [self.task.shown(row) for row in rows]
             answers = [str(found["prediction"]) for found in self.task.predict(model, rows, count)]
         self.on_event(Answered(tuple(zip(asked, answers))))

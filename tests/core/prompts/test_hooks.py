@@ -38,6 +38,7 @@ from tests.helpers.prompts import (
     run,
 )
 from tests.helpers.tiny_llama import TOKENS, llama
+from tests.helpers.versions import compiles_models
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "prompt"
 
@@ -267,6 +268,19 @@ def test_deepcopy_and_pickle(method, example, model):
     assert torch.equal(run(torch.load(file, weights_only=False), model), out)
 
 
+@on("config", [PromptTuningConfig, peft.PrefixTuningConfig])
+def test_positions_in_the_cache_are_counted_by_the_model(config):
+    """Generation in transformers before 5.3 hands over a count of its own, without virtual tokens."""
+    made = get_peft_model(llama(), config(num_virtual_tokens=3, task_type="CAUSAL_LM")).eval()
+    seen = []
+    made.get_base_model().model.register_forward_pre_hook(lambda m, args, kwargs: seen.append(kwargs), with_kwargs=True)
+    ids = torch.arange(5, 10)[None]
+    plain, counted = made(input_ids=ids).logits, made(input_ids=ids, cache_position=torch.arange(5)).logits
+    assert torch.equal(plain, counted) and len(seen) == 2
+    assert all(kwargs.get("cache_position") is None for kwargs in seen)
+
+
+@compiles_models
 @on(("method", "example"), [e for e in EXAMPLES if e[1] == 1])
 @on("model", ["llama_gqa", "bert_cls"])
 def test_compiles_in_one_graph(method, example, model):

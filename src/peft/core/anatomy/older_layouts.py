@@ -78,9 +78,15 @@ def stacked_experts(model: nn.Module, places: list[Place]) -> list[Stack]:
                 continue
             if f".{path}.{name}".endswith("." + c.target_patterns[0].removeprefix(".")):
                 former = tuple(s.removesuffix(".weight").rpartition("*.")[2] for s in c.source_patterns)
-                out.append(Stack(path, name, experts, former, _former_path(path, renamings)))
+                was = path.removesuffix(_holder(c.target_patterns[0])) + _holder(c.source_patterns[0], "*.")
+                out.append(Stack(path, name, experts, former, _former_path(was, renamings)))
                 break
     return out
+
+
+def _holder(pattern: str, end: str = ".") -> str:
+    """The path of the module before the last part of a conversion's pattern."""
+    return pattern.rpartition(end)[0].strip(".")
 
 
 def _former_path(path: str, renamings: list[WeightRenaming]) -> str:

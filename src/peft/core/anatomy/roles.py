@@ -14,6 +14,9 @@ _FUSED = ("bloom", "gpt_neox", "chatglm", "RefinedWebModel", "RefinedWeb", "falc
 _BERTS = ("bert", "roberta", "xlm-roberta", "electra", "layoutlm")
 
 
+_CLIPS = ("clip", "clip_text_model", "clip_vision_model")
+
+
 _FFN_BLOCKS = (
     *(t for t in _LLAMAS if t != "llama4"),
     *("stablelm", "gpt2", "gpt_neox", "gpt_bigcode", "gptj", "gpt_neo", "falcon"),
@@ -24,11 +27,15 @@ _FFN_BLOCKS = (
 ROLES: dict[str, list[tuple[list[str], tuple[str, ...]]]] = {
     "attention": [
         (["q", "v"], ("t5", "mt5")),
-        (["q", "v", "q_proj", "v_proj"], ("blip-2",)),
+        ([r".*\.(q|v|q_proj|v_proj)"], ("blip-2",)),  # its language model is an OPT or a T5
         (["c_attn"], ("gpt2", "gpt_bigcode")),
         (["c_proj", "c_attn"], ("btlm",)),
         (["query_key_value"], _FUSED),
-        (["query", "value"], (*_BERTS, "vit", "dinov2")),
+        (["query", "value"], _BERTS),
+        (
+            [r".*\.(query|value|q_proj|v_proj)"],
+            ("vit", "dinov2", "segformer"),
+        ),  # the first two until transformers renamed them
         (["query_proj", "value_proj"], ("deberta-v2",)),
         (["in_proj"], ("deberta",)),
         (["Wqkv"], ("mpt",)),
@@ -38,7 +45,7 @@ ROLES: dict[str, list[tuple[list[str], tuple[str, ...]]]] = {
         (["q_proj", "k_proj", "v_proj", "o_proj"], ("nemotron_h",)),
         (["key", "value", "receptance", "output"], ("rwkv",)),
         (["r_proj", "k_proj", "v_proj", "o_proj", "key", "value"], ("rwkv7",)),
-        (["q_proj", "v_proj"], (*_LLAMAS, "bart", "opt", "gptj", "gpt_neo", "stablelm")),
+        (["q_proj", "v_proj"], (*_LLAMAS, "bart", "opt", "gptj", "gpt_neo", "stablelm", "whisper", *_CLIPS)),
     ],
     "every_linear": [
         (["q", "k", "v", "o", "wi", "wo"], ("t5",)),
@@ -60,7 +67,7 @@ ROLES: dict[str, list[tuple[list[str], tuple[str, ...]]]] = {
         (["q_proj", "v_proj", "c_proj"], ("gpt_neo",)),
         (["q_proj", "v_proj", "fc2"], ("bart", "phi")),
         (["query_key_value", "dense_4h_to_h"], ("gpt_neox", "RefinedWebModel", "RefinedWeb", "falcon")),
-        (["k_proj", "v_proj", "w2"], ("mixtral",)),
+        (["k_proj", "v_proj"], ("mixtral",)),  # its experts are stacked parameters
         (["k_proj", "v_proj", "down_proj"], ("llama", "mistral")),
         (["q_proj", "v_proj", "down_proj"], ("llama4", "gemma", "gemma2", "gemma3_text", "qwen2", "qwen3")),
     ],
@@ -74,12 +81,13 @@ ROLES: dict[str, list[tuple[list[str], tuple[str, ...]]]] = {
         (["fc_out"], ("gptj",)),
         (["c_proj"], ("gpt_neo",)),
         (["dense_4h_to_h"], ("gpt_neox", "RefinedWebModel", "RefinedWeb", "falcon")),
-        (["w2"], ("mixtral",)),
-        (["down_proj"], _LLAMAS),
+        ([], ("mixtral",)),
+        (["down_proj"], tuple(t for t in _LLAMAS if t != "mixtral")),
     ],
     "norms": [
         (["input_layernorm", "post_attention_layernorm", "norm"], ("llama", "mistral", "gemma")),
-        (["input_layernorm", "post_attention_layernorm", "ln_f"], ("bloom", "falcon")),
+        (["input_layernorm", "post_attention_layernorm", "ln_f"], ("bloom",)),
+        ([r"(.*\.)?(input_layernorm|post_attention_layernorm|ln_attn|ln_mlp|ln_f)"], ("falcon",)),
         (["layer_norm", "final_layer_norm"], ("t5", "mt5")),
         (["self_attn_layer_norm", "encoder_attn_layer_norm", "final_layer_norm"], ("bart",)),
         (["ln_1", "ln_2", "ln_f"], ("gpt2",)),

@@ -141,6 +141,8 @@ class PeftModel(nn.Module):
         if len(args) > 2 and self.arguments:
             args, kwargs = by_name(self.arguments, args, kwargs)
         tuner = self.base_model
+        if adapter_names is None and task_ids is None and torch.compiler.is_compiling():
+            return tuner(*args, **kwargs)
         with call(tuner, adapter_names, task_ids, args, kwargs):
             return tuner(*args, **kwargs)
 

@@ -40,10 +40,16 @@ class Tuner(nn.Module):
         return roster
 
     def forward(self, *args: object, **kwargs: object) -> Any:
-        roster = self.roster
-        with roster.gate.call(), self.steady():
-            out = self.model(*args, **kwargs)
-            return add_penalties(roster, out) if self.training and torch.is_grad_enabled() else out
+        if (
+            torch.compiler.is_compiling()
+        ):  # nothing waits in a graph; torch 2.6 cannot enter a generator's context in one
+            return self._run(args, kwargs)
+        with self.roster.gate.call(), self.steady():
+            return self._run(args, kwargs)
+
+    def _run(self, args: tuple[object, ...], kwargs: dict[str, object]) -> Any:
+        out = self.model(*args, **kwargs)
+        return add_penalties(self.roster, out) if self.training and torch.is_grad_enabled() else out
 
     def generate(self, *args: object, **kwargs: object) -> Any:
         with self.roster.gate.call(), self.steady():

@@ -60,6 +60,12 @@ def seen(cache: Cache | None) -> int:
     return int(cache.get_seq_length()) if cache is not None else 0
 
 
+def recount(kwargs: Arguments) -> None:
+    """`cache_position` of generation in transformers before 5.3 does not count virtual tokens; without it, models count
+    from the cache's length."""
+    kwargs.pop("cache_position", None)
+
+
 def flat_mask(mask: Tensor | dict[str, Tensor] | None, length: int) -> Tensor | None:
     """The mask as [rows, length]. Generation with a cache of fixed size hands over the full one, made from it."""
     if isinstance(mask, dict):

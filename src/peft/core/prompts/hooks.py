@@ -161,4 +161,8 @@ class Prompts(VirtualTokens, KeysValues):
 
     def by_name(self, module: nn.Module, args: tuple[object, ...], kwargs: Arguments) -> Arguments:
         """All arguments of a call by their names."""
-        return {**dict(zip(self.names[type(module)], args, strict=False)), **kwargs}
+        names = self.names[type(module)]
+        named = {
+            names[i]: arg for i, arg in enumerate(args[: len(names)])
+        }  # no zip: torch 2.6 does not compile `strict`
+        return {**named, **kwargs}

@@ -25,7 +25,7 @@ from ..anatomy.language import (
     shares_keys,
     where,
 )
-from .arguments import Arguments, flat_mask, refuse_gap, refuse_packed, seen, taken, tokens_of, warn_of_window
+from .arguments import Arguments, flat_mask, recount, refuse_gap, refuse_packed, seen, taken, tokens_of, warn_of_window
 from .front import Front
 from .state import PromptState
 
@@ -55,6 +55,7 @@ class KeysValues(PromptState):
     def lead(self, module: nn.Module, kwargs: Arguments, front: Front) -> None:
         """Prefixes into the cache and the mask; positions, where the model would count them wrongly."""
         tokens = tokens_of(kwargs)
+        recount(kwargs)
         length, past = tokens.shape[1], seen(kwargs.get(CACHE))
         counted: Tensor | None = kwargs.get("position_ids")  # by who called the stack, front.S included
         given = self.call.given if front.S else counted

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from ...errors import Refusal
 from ..anatomy.embeddings import token_embeddings
 from ..anatomy.language import CACHE, decoder_ids, identity_inputs, token_and_cache_stacks
-from .arguments import Arguments, before, flat_mask, refuse_packed, seen, spread, taken, tokens_of
+from .arguments import Arguments, before, flat_mask, recount, refuse_packed, seen, spread, taken, tokens_of
 from .front import Front
 from .state import PromptState
 
@@ -33,6 +33,7 @@ class VirtualTokens(PromptState):
         S, past = front.S, seen(kwargs.get(CACHE))
         self.call.given = kwargs.pop("position_ids", None)
         tokens = tokens_of(kwargs)
+        recount(kwargs)
         length = tokens.shape[1]
         refuse_packed(self.call.given, kwargs.get("attention_mask"), past)
         mask = flat_mask(kwargs.get("attention_mask"), length if not past else past - front.width + length)
