@@ -113,10 +113,14 @@ def heading(text: str) -> None:
     console.print(f"\n[bold]{escape(text)}[/]", soft_wrap=True)
 
 
-def table(*columns: str, right: Iterable[str] = ()) -> Table:
+def table(*columns: str, right: Iterable[str] = (), whole: Iterable[str] = ()) -> Table:
+    """A table without lines. right: columns of numbers; they and those in `whole` are never broken over lines."""
     grid = Table(header_style="bold", box=None, pad_edge=False)
     for column in columns:
-        grid.add_column(column, justify="right" if column in right else "left", overflow="fold")
+        number = column in right
+        grid.add_column(
+            column, justify="right" if number else "left", overflow="fold", no_wrap=number or column in whole
+        )
     return grid
 
 
