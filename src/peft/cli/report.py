@@ -57,6 +57,9 @@ def lines(event: events.Event) -> list[str]:
                 f"{escape(str(folder))} was written by an earlier version, which kept no list of its files: they stay, also "
                 "those that are used up."
             ]
+        case events.Shared(processes, rows, accumulated):
+            times = f" × {accumulated} accumulated" if accumulated > 1 else ""
+            return [f"{processes} processes × {rows} rows{times} = {event.step} rows a step"]
         case events.GoingOn(step, steps):
             return [f"Going on from step {step} of {steps}."]
         case events.BaseScored(found):

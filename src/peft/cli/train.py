@@ -85,11 +85,13 @@ def train(
         recipes.checks.number("--stop-after", stop_after, 1)
     job = recipes.job.read(file, flags)
     quiet_libraries()
-    with Report(every=every) as report:
+    with Report(every=every) as report:  # a run listens in its first process only
         run = recipes.run.Run(job, report)
         if dry_run:
-            return show_plan(run.dry_run(), every=every)
+            plan = run.dry_run()
+            return show_plan(plan, every=every) if recipes.ranks.is_first() else None
         end = run.train(restart=restart, stop_after=stop_after)
+    recipes.ranks.leave()
     if isinstance(end, Stopped) and end.asked:
         raise typer.Exit(130)
     return None

@@ -11,7 +11,23 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from . import bases, checks, data, events, files, job, likelihood, outputs, record, run, saved, stopping, writing
+    from . import (
+        bases,
+        checks,
+        data,
+        events,
+        files,
+        job,
+        likelihood,
+        outputs,
+        ranks,
+        record,
+        resuming,
+        run,
+        saved,
+        stopping,
+        writing,
+    )
 
 PARTS = (
     "bases",
@@ -22,7 +38,9 @@ PARTS = (
     "job",
     "likelihood",
     "outputs",
+    "ranks",
     "record",
+    "resuming",
     "run",
     "saved",
     "stopping",

@@ -35,6 +35,8 @@ class Metrics(TypedDict):
     before: Mapping[str, float] | None
     after: Mapping[str, float] | None
     steps: int
+    processes: int
+    rows_of_a_step: int
     final_loss: float | None
     seconds: dict[str, float]
     memory_bytes: dict[str, int]
@@ -108,6 +110,20 @@ class Plan:
     @property
     def added(self) -> int:
         return sum(target.parameters for target in self.targets)
+
+
+@dataclass(frozen=True)
+class Shared:
+    """Several processes train together: each reads `rows` at a time, `accumulated` times for an optimizer step."""
+
+    processes: int
+    rows: int
+    accumulated: int
+
+    @property
+    def step(self) -> int:
+        """How many rows an optimizer step sees in all."""
+        return self.processes * self.rows * self.accumulated
 
 
 @dataclass(frozen=True)
@@ -201,6 +217,7 @@ Event = (
     | Ended
     | Progress
     | Plan
+    | Shared
     | BaseScored
     | Adopted
     | GoingOn
