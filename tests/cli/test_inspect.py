@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from peft import LoraConfig
-from peft.cli.inspect import FEW, brief, differing, ranges
+from peft.cli.inspect import FEW, brief, differing, norms, ranges
+from peft.recipes import saved
 from peft.recipes.job import Job
 from peft.recipes.saved import Saved
 from tests.helpers.small_models import causal
@@ -43,3 +46,14 @@ def test_settings_are_shown_as_the_job_gave_them(tmp_path: Path) -> None:
     assert shown == {"r": 4, "target_modules": "all-linear", "layers_to_transform": "1-3"}
     alone = differing(Saved(tmp_path, config, None), LoraConfig)
     assert alone["layers_to_transform"] == "1-3" and alone["target_modules"].endswith("(20 in all)")
+
+
+def test_norms_are_readable_at_80_columns() -> None:
+    layer = "model.language_model.layers.3.block_sparse_mixture.experts.gate_and_up_projection"
+    entries = [saved.Entry(layer, "lora_magnitude_vector", (16, 14336), "float32", 1, 2.345e-10, True)]
+    for every in (False, True):
+        console = Console(width=80, file=io.StringIO())
+        console.print(norms(entries, every))
+        said = console.file.getvalue()
+        assert "lora_magnitude_vector" in said and "16×14336" in said and "2.345e-10" in said
+        assert all(len(line) <= 80 for line in said.splitlines())

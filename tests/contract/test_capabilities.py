@@ -74,7 +74,7 @@ def test_a_function_that_nobody_stated_names_the_class_and_itself():
     for call, name in [
         (lambda: Half().two_factors(), "two_factors"),
         (lambda: Half.after_step({}, None, 1), "after_step"),
-        (lambda: Half.blend([], []), "blend"),
+        (lambda: Half().blend([], []), "blend"),
     ]:
         with pytest.raises(NotImplementedError, match=rf"^Half\.{name}$"):
             call()

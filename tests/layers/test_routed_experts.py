@@ -127,6 +127,61 @@ def test_while_no_adapter_acts_the_blocks_own_forward_runs():
         assert asked == [1] and torch.equal(found, site.base_layer(*given))
 
 
+# -- a stack at once ------------------------------------------------------------------------------------------------------------
+def called(site: Experts) -> list[int]:
+    """The experts that are called by themselves from now on. Hooks would be called, too; this asks on the way."""
+    ran: list[int] = []
+    whole = site.expert
+    site.__dict__["expert"] = lambda e, *args: (ran.append(e), whole(e, *args))[1]
+    return ran
+
+
+def gradients(model: nn.Module, given: tuple[Tensor, ...]) -> tuple[Tensor, list[Tensor]]:
+    leaf = given[0].clone().requires_grad_()
+    weights = [g.clone().requires_grad_(g.is_floating_point()) for g in given[1:]]
+    y = model(leaf, *weights)
+    parameters = [p for n in model.roster.chosen for p in model.adapter_parameters(n)]
+    wanted = [leaf, *(w for w in weights if w.requires_grad), *parameters]
+    g = torch.linspace(-1, 1, y.numel()).view(y.shape)
+    return y.detach(), list(torch.autograd.grad(y, wanted, g, materialize_grads=True))
+
+
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss", "llama4"])
+@pytest.mark.parametrize("adapters", [("a",), ("a", "b")], ids=len)
+def test_a_stack_at_once_is_the_same_as_expert_by_expert(name, adapters):
+    model, site, given = block(name, *adapters)
+    model.base_model.set_adapter(list(adapters))
+    ran = called(site)
+    at_once = gradients(model, given)
+    assert not ran, "no expert by itself"
+    site.of(UP)[1].register_forward_hook(lambda *_: None)  # a hook on an expert's part wants to see it called
+    by_expert = gradients(model, given)
+    assert ran == [0, 1, 2]
+    for found, expected in zip((at_once[0], *at_once[1]), (by_expert[0], *by_expert[1]), strict=True):
+        assert torch.allclose(found, expected, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("why", ["rows", "dora", "bias", "trained weight", "autocast", "a foreign expert"])
+@torch.no_grad()
+def test_what_is_more_than_products_goes_expert_by_expert(why):
+    model, site, (x, index, p) = block("mixtral", "a", "b")
+    more = {"dora": {"use_dora": True}, "bias": {"lora_bias": True}}.get(why)
+    if why == "bias":
+        model, site, (x, index, p) = block("gpt_oss", "a")
+    if more:
+        target = {"target_parameters": [f"site.{UP}", "site.down_proj"]}
+        model.add_adapter("c", LoraConfig(r=2, target_modules=[], init_lora_weights=False, **more, **target))
+        model.set_adapter("c")
+    if why == "trained weight":
+        site.base_layer._parameters[UP].requires_grad_(True)
+    ran = called(site)
+    index = torch.where(index == 2, 3, index) if why == "a foreign expert" else index
+    names = {"adapter_names": ["a", "b", "a", "b"]} if why == "rows" else {}
+    with torch.autocast("cpu", torch.bfloat16, enabled=why == "autocast"):
+        model(x, index, p, **names)
+    assert ran
+
+
 # -- experts that are each given all tokens ---------------------------------------------------------------------------------------
 @torch.no_grad()
 def test_sorted_experts_each_take_their_share_of_the_rows():

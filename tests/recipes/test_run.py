@@ -11,6 +11,7 @@ from peft.errors import UserError
 from peft.recipes import events
 from peft.recipes.job import Data, Job
 from peft.recipes.run import Run
+from peft.recipes.trainers import supervised
 from tests.helpers.small_models import TEMPLATE
 
 
@@ -68,3 +69,32 @@ def test_a_run_tells_what_it_does_and_prints_nothing(
     with pytest.raises(UserError, match="finished run"):
         Run(job(home, tmp_path / "run")).train()
     assert capsys.readouterr().out == ""
+
+
+def test_a_sharded_base_is_scored_once_it_can_be_run(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights that lie in pieces until the training begins: the base is the trained model with its adapter off."""
+    whole = Run(job(home, tmp_path / "whole")).train()
+    monkeypatch.setattr(supervised, "sharded", lambda args: True)
+    monkeypatch.setattr(Run, "_score_base", before_training := Scoring(Run._score_base))
+    end = Run(job(home, tmp_path / "run")).train()
+    assert isinstance(whole, events.Finished) and isinstance(end, events.Finished)
+    assert before_training.adapted == [True]
+    for when in ("before", "after"):
+        assert end.metrics[when] == pytest.approx(whole.metrics[when], abs=1e-6)
+    assert end.metrics["history"][0]["loss"] == pytest.approx(whole.metrics["history"][0]["loss"], abs=1e-6)
+
+
+class Scoring:
+    """Notes which models are scored as the base: those that have an adapter, or do not."""
+
+    def __init__(self, score: Any) -> None:
+        self.score, self.adapted = score, []
+
+    def __get__(self, run: Run, owner: type) -> Any:
+        def call(output: Any, model: Any) -> None:
+            self.adapted.append(hasattr(model, "peft_config"))
+            self.score(run, output, model)
+
+        return call

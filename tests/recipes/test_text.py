@@ -16,4 +16,4 @@ def test_prompts_split_where_the_answer_begins(home: Path) -> None:
     row = task.encode({"text": "the box was wet", "label": "no complaint"})
     answer = tokenizer("no complaint").input_ids
     assert [i for i in row["labels"] if i != -100] == answer and row["input_ids"][-3:] == answer
-    assert len(task.encode({"text": "the box was wet " * 9, "label": "no complaint"})["input_ids"]) <= 11
+    assert len(task.encode({"text": "the box was wet " * 9, "label": "no complaint"})["input_ids"]) <= 10

@@ -7,6 +7,7 @@ import functools
 import logging
 import os
 import re
+import warnings
 from collections.abc import Callable, Iterable
 from typing import ParamSpec, TypeVar
 
@@ -17,6 +18,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from ..errors import UserError
+from ..recipes import ranks
 
 console = Console(highlight=False)
 errors = Console(stderr=True, highlight=False)
@@ -84,6 +86,8 @@ def command(function: Callable[P, T]) -> Callable[P, T]:
                 message = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
             else:
                 raise
+            if not ranks.speaks():  # another process of this run has said it
+                raise typer.Exit(2) from None
             errors.print(f"[bold red]Error:[/] {escape(message.strip() or type(error).__name__)}", soft_wrap=True)
             if not isinstance(error, UserError):
                 errors.print("[dim](PEFT_TRACEBACK=1 shows where this comes from)[/]")
@@ -100,6 +104,8 @@ def quiet_libraries() -> None:
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()
+    if not ranks.is_first():
+        warnings.simplefilter("ignore")
 
 
 def heading(text: str) -> None:
@@ -107,10 +113,14 @@ def heading(text: str) -> None:
     console.print(f"\n[bold]{escape(text)}[/]", soft_wrap=True)
 
 
-def table(*columns: str, right: Iterable[str] = ()) -> Table:
+def table(*columns: str, right: Iterable[str] = (), whole: Iterable[str] = ()) -> Table:
+    """A table without lines. right: columns of numbers; they and those in `whole` are never broken over lines."""
     grid = Table(header_style="bold", box=None, pad_edge=False)
     for column in columns:
-        grid.add_column(column, justify="right" if column in right else "left", overflow="fold")
+        number = column in right
+        grid.add_column(
+            column, justify="right" if number else "left", overflow="fold", no_wrap=number or column in whole
+        )
     return grid
 
 

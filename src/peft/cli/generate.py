@@ -35,8 +35,11 @@ def generate(
     quiet_libraries()
     if not texts and not prompts:
         raise UserError("Nothing to write on: give --text (put into the run's template) or --prompt.")
-    if temperature < 0:
-        raise UserError(f"--temperature {temperature}: expected 0 or more.")
+    recipes.checks.number("--temperature", temperature, 0, 1000, whole=False)
+    recipes.checks.number("--max-new-tokens", max_new_tokens, 1)
+    recipes.checks.number("--seed", seed, 0)
+    for given in [*(texts or []), *(prompts or [])]:
+        recipes.checks.text("--text" if given in (texts or []) else "--prompt", given)
     saved = recipes.saved.open_adapter(adapter)
     loaded = recipes.saved.load(saved, model=model, dtype=dtype, data={"template": template})
     task = loaded.task

@@ -109,7 +109,7 @@ def norms(entries: Sequence[Entry], every: bool) -> Table:
         layer = e.layer if every else re.sub(r"(?<=\.)\d+(?=\.|$)", "*", e.layer)
         groups.setdefault((layer, e.name, e.sizes), []).append(e)
     columns = ("norm",) if every else ("layers", "least", "mean", "most")
-    grid = table("layer", "tensor", "shape", *columns, right=("layers", *columns))
+    grid = table("layer", "tensor", "shape", *columns, right=("layers", *columns), whole=("tensor", "shape"))
     for (layer, name, sizes), found in groups.items():
         values = [e.norm for e in found]
         shown = [values[0]] if every else [min(values), sum(values) / len(values), max(values)]

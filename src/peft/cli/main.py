@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from . import generate, inspect, merge, methods, predict, train
+from . import flags, generate, inspect, merge, methods, predict, train
 
 app = typer.Typer(
     name="peft",
@@ -13,9 +13,9 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-app.command("train")(train.train)
-app.command("generate")(generate.generate)
-app.command("predict")(predict.predict)
-app.command("merge")(merge.merge)
-app.command("inspect")(inspect.inspect)
-app.command("methods")(methods.methods)
+app.command("train", cls=flags.Command)(train.train)
+app.command("generate", cls=flags.Command)(generate.generate)
+app.command("predict", cls=flags.Command)(predict.predict)
+app.command("merge", cls=flags.Command)(merge.merge)
+app.command("inspect", cls=flags.Command)(inspect.inspect)
+app.command("methods", cls=flags.Command)(methods.methods)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from collections.abc import Sequence
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
 Adapter = Annotated[str, typer.Argument(help="The folder of a run, or of an adapter.", show_default=False)]
 Base = Annotated[str | None, typer.Option("--model", "-m", help="The base, if not the one that the adapter names.")]
 Dtype = Annotated[str, typer.Option(help="Of the base: auto, float32, bfloat16, float16.")]
+SkipBadRows = Annotated[
+    bool, typer.Option("--skip-bad-rows", help="Leave out rows without text, with unknown labels and the like.")
+]
 Template = Annotated[str | None, typer.Option(help="The prompt, with columns in braces, if not the run's own.")]
 
 
@@ -38,6 +42,7 @@ def predict(
     template: Template = None,
     choice: Annotated[list[str] | None, typer.Option(help="A possible answer, if not the run's own; repeat.")] = None,
     batch_size: Annotated[int, typer.Option(help="Rows at a time.")] = 16,
+    skip_bad_rows: SkipBadRows = False,
 ) -> None:
     """Label texts or rows. Where rows have the target column, the score is printed too."""
     import datasets
@@ -45,19 +50,27 @@ def predict(
     quiet_libraries()
     if bool(texts) == bool(data):
         raise UserError("Give either --text (repeat it for more) or --data.")
+    recipes.checks.number("--batch-size", batch_size, 1)
+    recipes.checks.check_choices(choice or None)
     if output is not None:
         check_output(output, overwrite)
     saved = recipes.saved.open_adapter(adapter)
-    rows = recipes.data.rows(data) if data else None
-    given = {"template": template, "choices": choice}
+    given = {"template": template, "choices": choice or None}
     with Report() as report:
         loaded = recipes.saved.load(saved, model=model, dtype=dtype, data=given, on_event=report)
         task = loaded.task
-        if rows is None:
-            rows = datasets.Dataset.from_list([{task.data.text: text} for text in texts or []])
-        recipes.data.check_columns(rows, task.data, target=False)
+        known = dataclasses.replace(task.data, skip_bad_rows=skip_bad_rows, choices=task.labels)
+        if data:
+            rows = recipes.data.read(data, known, task, target=False, on_event=report)
+        else:
+            asked = [{task.data.text: text, "text": text} for text in texts or []]
+            rows = datasets.Dataset.from_list(asked)
+            for row in asked:
+                wrong = task.fault(known, row, task.labels, target=False)
+                if wrong:
+                    raise UserError(f"--text {row['text']!r:.60}: {wrong}.")
         found = task.predict(loaded.model, rows, batch_size)
-        if data and task.data.target in rows.column_names:
+        if data and task.data.target in rows.column_names and rows[task.data.target][0] not in (None, ""):
             scores = task.evaluate(loaded.model, rows, batch_size)
             console.print("  ".join(f"{k} {v:.4f}" if isinstance(v, float) else f"{k} {v}" for k, v in scores.items()))
     if output is not None:
@@ -70,7 +83,7 @@ def predict(
                 check_output(output, overwrite)  # nobody has made it in the meantime
         console.print(f"{len(found)} rows written to {output}")
     else:
-        _show([row[task.data.text] for row in rows], found)
+        _show([task.shown(row) for row in rows], found)
 
 
 def is_stream(output: Path) -> bool:

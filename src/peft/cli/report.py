@@ -48,11 +48,18 @@ def lines(event: events.Event) -> list[str]:
     match event:
         case events.RowsRead(train, held_out):
             return [f"{train} rows to train on, {'none' if held_out is None else held_out} held out"]
+        case events.Skipped(name, count, rows, first):
+            said = [f"[yellow]{count} of {rows} rows in {escape(name)} are left out:[/]"]
+            said += [escape(f"  {place}: {wrong}") for place, wrong in first]
+            return said + ([f"  ... and {count - len(first)} more"] if count > len(first) else [])
         case events.Adopted(folder):
             return [
                 f"{escape(str(folder))} was written by an earlier version, which kept no list of its files: they stay, also "
                 "those that are used up."
             ]
+        case events.Shared(processes, rows, accumulated):
+            times = f" × {accumulated} accumulated" if accumulated > 1 else ""
+            return [f"{processes} processes × {rows} rows{times} = {event.step} rows a step"]
         case events.GoingOn(step, steps):
             return [f"Going on from step {step} of {steps}."]
         case events.BaseScored(found):

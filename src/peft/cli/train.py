@@ -10,6 +10,7 @@ import typer
 from .. import recipes
 from ..recipes.events import Stopped
 from .console import command, quiet_libraries
+from .predict import SkipBadRows
 from .report import Report
 from .report import dry_run as show_plan
 
@@ -39,6 +40,7 @@ def train(
     template: Annotated[str | None, typer.Option(help="The prompt, with columns in braces.")] = None,
     choice: Annotated[list[str] | None, typer.Option(help="A possible answer; repeat for each.")] = None,
     max_length: Annotated[int | None, typer.Option(help="Tokens kept of a row.")] = None,
+    skip_bad_rows: SkipBadRows = False,
     method: Annotated[str | None, typer.Option(help="`peft methods` lists them.")] = None,
     set: Annotated[
         list[str] | None, typer.Option("--set", help="A field of the method's config: r=8, layers_to_transform=15-29.")
@@ -76,15 +78,20 @@ def train(
             "template": template,
             "choices": choice or None,
             "max_length": max_length,
+            "skip_bad_rows": skip_bad_rows or None,
         },
     }
+    if stop_after is not None:
+        recipes.checks.number("--stop-after", stop_after, 1)
     job = recipes.job.read(file, flags)
     quiet_libraries()
-    with Report(every=every) as report:
+    with Report(every=every) as report:  # a run listens in its first process only
         run = recipes.run.Run(job, report)
         if dry_run:
-            return show_plan(run.dry_run(), every=every)
+            plan = run.dry_run()
+            return show_plan(plan, every=every) if recipes.ranks.is_first() else None
         end = run.train(restart=restart, stop_after=stop_after)
+    recipes.ranks.leave()
     if isinstance(end, Stopped) and end.asked:
         raise typer.Exit(130)
     return None

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -63,3 +65,17 @@ class TokensAlong(Companion, TrainableTokens):
                         "tied weight: give them the same indices."
                     )
         return places, along
+
+    @classmethod
+    def bring_all(cls, config: Any, configs: Sequence[Any], model: nn.Module) -> None:
+        """The union: of plain lists one list, else by the paths of the embeddings and heads."""
+        lists = [c.trainable_token_indices for c in configs]
+        if all(isinstance(some, list) for some in lists):
+            config.trainable_token_indices = list(dict.fromkeys(i for some in lists for i in some))
+            return
+        rows: dict[str, list[int]] = {}
+        for c in configs:
+            places, along = cls.accompany(c, model)
+            for p in places:
+                rows[p.path] = list(dict.fromkeys([*rows.get(p.path, []), *along.indices_at(p.path)]))
+        config.trainable_token_indices = rows

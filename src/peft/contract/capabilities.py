@@ -8,6 +8,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from ..errors import Refusal
+
 
 def can(method: Any, capability: type) -> bool:
     """Whether a method at a layer has this capability: also one that something has put a stand-in around (FSDP 1's units),
@@ -40,10 +42,13 @@ class TwoFactors:
 class Blends:
     """The effect is linear in the parameters, so that a weighted sum of adapters is one of their kind."""
 
+    def blend(self, methods: Sequence[Any], weights: Sequence[float]) -> dict[str, Tensor]:
+        """The parameters that give this one, at the same site, the weighted sum of these ones' effects."""
+        raise NotImplementedError(f"{type(self).__name__}.blend")
+
     @classmethod
-    def blend(cls, methods: Sequence[Any], weights: Sequence[float]) -> dict[str, Tensor]:
-        """The parameters of the adapter whose effect is the weighted sum of these."""
-        raise NotImplementedError(f"{cls.__name__}.blend")
+    def widen(cls, config: Any, configs: Sequence[Any], model: nn.Module) -> None:
+        """Let `config` reach, within a site, what any of `configs` reaches."""
 
 
 class Penalised:
@@ -93,6 +98,16 @@ class Companion:
     def accompany(cls, config: Any, model: nn.Module) -> tuple[list[Any], Any]:
         """(places, config of this method) for what `config` asks by the field."""
         raise NotImplementedError(f"{cls.__name__}.accompany")
+
+    @classmethod
+    def bring_all(cls, config: Any, configs: Sequence[Any], model: nn.Module) -> None:
+        """Let `config` bring along what any of `configs`, which all have the field set, does."""
+        values = [getattr(c, cls.companion) for c in configs]
+        if all(isinstance(v, (list, tuple, set)) for v in values):
+            values = [list(dict.fromkeys(x for v in values for x in v))]
+        if any(v != values[0] for v in values):
+            raise Refusal(cls.companion, "a combination", f"the adapters ask for {', '.join(map(repr, values))}")
+        setattr(config, cls.companion, values[0])
 
 
 class Exclusive:

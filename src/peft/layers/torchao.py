@@ -61,8 +61,11 @@ class TorchAO(Quantised[nn.Linear]):
 
 def _encode(like: Any, W: Tensor) -> Tensor:
     """W in the format of the quantised tensor `like`: same code type, same blocks, symmetric where that was."""
-    from torchao.quantization import Int8Tensor, IntxUnpackedToInt8Tensor, PerGroup, PerRow, PerTensor
-    from torchao.quantization.quant_primitives import MappingType
+    try:
+        from torchao.quantization import Int8Tensor, IntxUnpackedToInt8Tensor, PerGroup, PerRow, PerTensor
+        from torchao.quantization.quant_primitives import MappingType
+    except ImportError as e:  # tensors of another kind, before these
+        raise _not_recorded(like) from e
 
     zero = getattr(like, "zero_point", None)
     mapping = MappingType.SYMMETRIC if zero is None or not zero.any() else MappingType.ASYMMETRIC
@@ -81,7 +84,11 @@ def _encode(like: Any, W: Tensor) -> Tensor:
             act_quant_kwargs=like.act_quant_kwargs,
             reduce_range=like.reduce_range,
         )
-    raise Refusal(
+    raise _not_recorded(like)
+
+
+def _not_recorded(like: Any) -> Refusal:
+    return Refusal(
         "requantize",
         type(like).__name__,
         "this tensor does not record the settings it was quantised with; merge without requantize=True and quantise "

@@ -114,8 +114,7 @@ class IA3(Blends, ScalesChannels, Method):
             return W * self.geometry.spread(scale), b
         return W * scale[:, None], None if b is None else b * scale
 
-    @classmethod
-    def blend(cls, methods: Sequence[Method], weights: Sequence[float]) -> dict[str, Tensor]:
+    def blend(self, methods: Sequence[Method], weights: Sequence[float]) -> dict[str, Tensor]:
         """Σ wᵢ lᵢ: the effect is linear in l."""
         return {
             "ia3_l_weight": torch.stack([w * m.get_parameter("ia3_l_weight") for m, w in zip(methods, weights)]).sum(0)

@@ -9,8 +9,9 @@ config field `trainable_token_indices` brings the same along with any other meth
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from ..config import TunerConfig, as_bias
 from ..config_fields import own_field, reading
 from ..config_values import AtLeast0
-from ..contract.capabilities import Derives, Exclusive, Follows, NeedsTokens
+from ..contract.capabilities import Blends, Derives, Exclusive, Follows, NeedsTokens
 from ..contract.method import Method
 from ..contract.site import Op, Site
 from ..contract.tensors import Shown, Stored
@@ -52,7 +53,7 @@ class TrainableTokensConfig(TunerConfig):
         return self.token_indices
 
 
-class TrainableTokens(Derives, Exclusive, Follows, NeedsTokens, Method):
+class TrainableTokens(Blends, Derives, Exclusive, Follows, NeedsTokens, Method):
     peft_type = "TRAINABLE_TOKENS"
     config_class = TrainableTokensConfig
     summary = "Trains the embeddings of chosen tokens only."
@@ -137,6 +138,18 @@ class TrainableTokens(Derives, Exclusive, Follows, NeedsTokens, Method):
             self.original = self.rows(op.read())
         change = self.trainable_tokens_delta_weight - self.original
         return add_rows(x, y, op, self.known, change[self.order])
+
+    def blend(self, methods: Sequence[Any], weights: Sequence[float]) -> dict[str, Tensor]:
+        """W[i] + Σ w (δ_i − W[i]) over those of `methods` that train row i."""
+        rows, place = self.original.clone(), {token: k for k, token in enumerate(self.indices)}
+        for m, w in zip(methods, weights, strict=True):
+            at = torch.tensor([place[i] for i in m.indices], device=rows.device)
+            rows[at] += w * (m.trainable_tokens_delta_weight.to(rows) - self.original[at])
+        return {"trainable_tokens_delta_weight": rows}
+
+    @classmethod
+    def widen(cls, config: Any, configs: Sequence[Any], model: nn.Module) -> None:
+        config.token_indices = list(dict.fromkeys(i for c in configs for i in c.token_indices))
 
     def held_alone(self) -> frozenset[object]:
         return frozenset(self.indices)

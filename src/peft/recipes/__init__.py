@@ -11,16 +11,36 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from . import bases, data, events, job, likelihood, outputs, record, run, saved, stopping, writing
+    from . import (
+        bases,
+        checks,
+        data,
+        events,
+        files,
+        job,
+        likelihood,
+        outputs,
+        ranks,
+        record,
+        resuming,
+        run,
+        saved,
+        stopping,
+        writing,
+    )
 
 PARTS = (
     "bases",
+    "checks",
     "data",
     "events",
+    "files",
     "job",
     "likelihood",
     "outputs",
+    "ranks",
     "record",
+    "resuming",
     "run",
     "saved",
     "stopping",

@@ -204,6 +204,5 @@ def torch_dtype(name: str) -> torch.dtype | str:
 
 
 def device() -> torch.device:
-    accelerator = getattr(torch, "accelerator", None)
-    found = accelerator.current_accelerator(check_available=True) if accelerator is not None else None
+    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     return found or torch.device("cpu")

@@ -35,6 +35,8 @@ class Metrics(TypedDict):
     before: Mapping[str, float] | None
     after: Mapping[str, float] | None
     steps: int
+    processes: int
+    rows_of_a_step: int
     final_loss: float | None
     seconds: dict[str, float]
     memory_bytes: dict[str, int]
@@ -48,6 +50,16 @@ class RowsRead:
 
     train: int
     held_out: int | None
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """Rows of a file that cannot be right are left out: how many of how many, and the first of them with its fault."""
+
+    name: str
+    count: int
+    rows: int
+    first: tuple[tuple[str, str], ...]
 
 
 @dataclass(frozen=True)
@@ -98,6 +110,20 @@ class Plan:
     @property
     def added(self) -> int:
         return sum(target.parameters for target in self.targets)
+
+
+@dataclass(frozen=True)
+class Shared:
+    """Several processes train together: each reads `rows` at a time, `accumulated` times for an optimizer step."""
+
+    processes: int
+    rows: int
+    accumulated: int
+
+    @property
+    def step(self) -> int:
+        """How many rows an optimizer step sees in all."""
+        return self.processes * self.rows * self.accumulated
 
 
 @dataclass(frozen=True)
@@ -186,10 +212,12 @@ class Answered:
 
 Event = (
     RowsRead
+    | Skipped
     | Began
     | Ended
     | Progress
     | Plan
+    | Shared
     | BaseScored
     | Adopted
     | GoingOn

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict, TypeVar
@@ -11,6 +12,8 @@ from typing import TYPE_CHECKING, TypedDict, TypeVar
 import yaml
 
 from ..errors import UserError, nearest
+from . import checks
+from .files import text_of
 from .outputs import MARKER
 
 if TYPE_CHECKING:
@@ -22,8 +25,43 @@ NAME = "job.yaml"  # the record of a job in the folder of its run
 LAYERS = "layers_to_transform"  # the field of configs that takes ranges in a job
 
 
+MOST = 256 << 10  # characters of YAML
+NODES, DEPTH = 20_000, 40  # values in it, those that aliases repeat counted each time, and how deep they may lie
+
+
 class Loader(yaml.SafeLoader):
-    """YAML 1.1 reads `1e-3` as text; here it is a number, as in every configuration of a learning rate."""
+    """YAML 1.1 reads `1e-3` as text; here it is a number, as in every configuration of a learning rate. A key that stands
+    twice in a mapping is an error, and work is bounded: values that aliases repeat count each time."""
+
+    def __init__(self, stream: str) -> None:
+        super().__init__(stream)
+        self.count, self.depth, self.sizes = 0, 0, dict[int, int]()
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        alias, before = self.check_event(yaml.AliasEvent), self.count
+        self.depth += 1
+        if self.depth > DEPTH:
+            raise yaml.YAMLError(f"it is nested deeper than {DEPTH} levels")
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        if alias and id(node) not in self.sizes:
+            raise yaml.YAMLError("an alias stands inside what it repeats")
+        self.count += self.sizes[id(node)] if alias else 1
+        if self.count > NODES:
+            raise yaml.YAMLError(f"it has more than {NODES} values, those that aliases repeat counted each time")
+        self.sizes[id(node)] = self.count - before
+        return node
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, object]:
+        seen = set()
+        for key, _ in node.value:
+            name = (key.tag, key.value) if isinstance(key, yaml.ScalarNode) else id(key)
+            if name in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key.value!r} stands there twice", key.start_mark
+                )
+            seen.add(name)
+        return super().construct_mapping(node, deep)
 
 
 Loader.add_implicit_resolver(
@@ -44,8 +82,9 @@ class Data:
     target: str | None = "label"  # the column to learn; null trains on the text itself
     template: str | None = None  # the prompt, with columns in braces; `{text}` alone when left out
     choices: list[str] | None = None  # the possible answers: they are scored by their likelihood
-    max_length: int = 512  # tokens; longer prompts lose their beginning
+    max_length: int = 512  # tokens of prompt and target together; longer prompts lose their beginning
     limit: int | None = None  # use the first rows only
+    skip_bad_rows: bool = False  # leave out rows that cannot be right (no text, an unknown label ...), and say how many
 
 
 @dataclass
@@ -109,10 +148,12 @@ def read(path: Path | None, flags: Flags) -> Job:
     raw: Fields = {}
     if path is not None:
         if not path.is_file():
+            if path.is_dir():
+                raise UserError(f"{path} is a folder, expected a job file in YAML. Is it {path / NAME}?")
             raise UserError(
                 f"There is no job file {str(path)!r}. Name a YAML file, or give flags (--model, --train ...)."
             )
-        text = path.read_text(encoding="utf-8")
+        text = text_of(path, MOST)
         if not text.strip("\0 \n\r\t"):
             raise UserError(
                 f"The job file {path} is empty{', as a crash while it was written leaves it' if _is_record(path) else ''}. "
@@ -121,7 +162,10 @@ def read(path: Path | None, flags: Flags) -> Job:
         found = parse(text, str(path))
         if not isinstance(found, dict):
             raise UserError(f"{path} holds {type(found).__name__}, expected keys such as `model:`, `data:`, `method:`.")
-        raw = found
+        raw = dict(found)
+        for name in ("data", "config", "trainer"):
+            if not isinstance(raw.get(name) or {}, dict):
+                raise UserError(f"{path}: `{name}` is {raw[name]!r:.100}, expected keys below it.")
         if _is_record(path):
             raw["output"] = str(path.absolute().parent)
     data = dict(raw.pop("data", None) or {})
@@ -133,11 +177,8 @@ def read(path: Path | None, flags: Flags) -> Job:
     raw["config"] = dict(raw.get("config") or {}) | flags.pop("config", {})
     raw["trainer"] = dict(raw.get("trainer") or {}) | flags.pop("trainer", {})
     raw |= {k: v for k, v in flags.items() if v is not None}
-    for value in data.get("choices") or []:
-        if not isinstance(value, str):
-            raise UserError(f"data.choices: {value!r} is a {type(value).__name__} in YAML; put it in quotes.")
     layers(raw["config"].get(LAYERS))
-    job = _make(Job, raw | {"data": _make(Data, data, "data.")})
+    job = made(raw | {"data": data})
     if not job.model:
         raise UserError("No model. Give --model (or `model:` in the job file): a hub id, a folder or a GGUF file.")
     return job
@@ -169,10 +210,13 @@ def assignments(pairs: list[str], flag: str) -> Fields:
 
 
 def parse(text: str, where: str) -> object:
+    if len(text) > MOST:
+        raise UserError(f"{where[:200]} has {len(text)} characters, at most {MOST} are read.")
     try:
         return yaml.load(text, Loader)  # noqa: S506 - a SafeLoader
-    except yaml.YAMLError as error:
-        raise UserError(f"{where} is not YAML: {error}") from None
+    except (yaml.YAMLError, ValueError, RecursionError, TypeError, AttributeError) as error:
+        said = str(error).replace('"<unicode string>", ', "")
+        raise UserError(f"{where} is not YAML that can be read: {said}") from None
 
 
 def layers(given: object) -> list[int] | int | None:
@@ -205,14 +249,69 @@ def check_fields(given: Fields, cls: type, what: str, *, reserved: dict[str, str
         if reserved and name in reserved:
             raise UserError(f"{what}.{name} is set by the job: use {reserved[name]} instead.")
         if name not in known:
-            raise UserError(f"{what}.{name}: {cls.__name__} has no such field. {nearest(name, known)}".rstrip())
+            hint = checks.synonym(str(name), known=f"{what}.{name}") or nearest(name, known)
+            raise UserError(f"{what}.{name}: {cls.__name__} has no such field. {hint}".rstrip())
+
+
+def made(given: Fields) -> Job:
+    """A job from its fields, all of them checked."""
+    data = given.get("data")
+    if not isinstance(data, dict):
+        raise UserError(f"`data` is {data!r:.100}, expected keys such as train, text and target below it.")
+    found = _make(Job, given | {"data": _make(Data, data, "data.")})
+    check_job(found)
+    return found
+
+
+def columns_of(data: Data) -> list[str]:
+    """The columns that a prompt is made of, each once. `{text}` is the column that `data.text` names."""
+    if not data.template:
+        return [data.text]
+    named = [column for _, column in checks.pieces(data.template) if column is not None]
+    return list(dict.fromkeys(data.text if c == "text" else c for c in named))
+
+
+def check_data(data: Data) -> None:
+    """Every field of `data:` is of its type and in its range."""
+    for name in ("train", "subset", "target", "template"):
+        if getattr(data, name) is not None:
+            checks.text(f"data.{name}", getattr(data, name), empty=name in ("train", "template"))
+    checks.text("data.text", data.text)
+    if isinstance(data.eval, (int, float)) and data.eval is not False:
+        if isinstance(data.eval, bool) or not 0 < data.eval < 1:
+            raise UserError(f"data.eval is {data.eval}: expected a file, a data set, or a fraction between 0 and 1.")
+    elif data.eval is not None and data.eval is not False:
+        checks.text("data.eval", data.eval, empty=True)
+    checks.number("data.max_length (--max-length)", data.max_length, 2)
+    if data.limit is not None:
+        checks.number("data.limit", data.limit, 1)
+    checks.flag("data.skip_bad_rows", data.skip_bad_rows)
+    checks.check_choices(data.choices)
+    if data.template and not any(column is not None for _, column in checks.pieces(data.template)):
+        raise UserError("data.template names no column, so that every prompt would be the same. Put one in: {text}.")
+
+
+def check_job(job: Job) -> None:
+    """Every field of a job is of its type and in its range."""
+    for name in ("model", "method", "output", "dtype"):
+        checks.text(name, getattr(job, name), empty=name == "model")
+    if job.task is not None:
+        checks.text("task", job.task)
+    checks.number("seed", job.seed, 0)
+    checks.number("show", job.show, 0)
+    checks.number("checkpoint_minutes", job.checkpoint_minutes, 0, whole=False, above=True)
+    checks.flag("evaluate_before", job.evaluate_before)
+    checks.flag("keep_checkpoints", job.keep_checkpoints)
+    check_data(job.data)
+    checks.check_trainer(job.trainer)
 
 
 def _make(cls: type[Part], given: Fields, prefix: str = "") -> Part:
     known = [f.name for f in dataclasses.fields(cls)]
     for name in given:
         if name not in known:
-            raise UserError(f"Unknown key `{prefix}{name}` in the job. {nearest(name, known)}".rstrip())
+            hint = checks.synonym(str(name)) or nearest(name, known)
+            raise UserError(f"Unknown key `{prefix}{name}` in the job. {hint}".rstrip())
     return cls(**given)
 
 

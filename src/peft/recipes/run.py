@@ -6,9 +6,8 @@ import contextlib
 import json
 import time
 import uuid
-from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import yaml
 from torch import nn
@@ -17,7 +16,7 @@ import peft
 
 from ..config import Fields
 from ..errors import UserError
-from . import bases, data, record, saved
+from . import bases, data, ranks, record, resuming, saved
 from .bases import Model
 from .data import Rows
 from .events import (
@@ -31,12 +30,13 @@ from .events import (
     OnEvent,
     Plan,
     RowsRead,
+    Shared,
     Stopped,
     Target,
     ignore,
     working,
 )
-from .job import Job, check_fields
+from .job import Job, check_fields, check_job
 from .outputs import Output
 from .stopping import Stopper, memory
 from .tasks import find
@@ -78,22 +78,28 @@ class Run:
     def __init__(self, job: Job, on_event: OnEvent = ignore) -> None:
         import transformers
 
+        on_event = on_event if ranks.is_first() else ignore
         self.job, self.output, self.on_event = job, Path(job.output).expanduser(), on_event
         check_fields(job.trainer, transformers.TrainingArguments, "trainer", reserved=RESERVED)
-        if not 0 < job.checkpoint_minutes < float("inf"):
-            raise UserError(f"checkpoint_minutes is {job.checkpoint_minutes}: expected a number above 0.")
+        check_job(job)
         saved.method(job.method)
+        self.arguments = self._arguments()  # here the processes of a run meet
+        self.sharded = supervised.sharded(self.arguments)
+        self.before: dict[str, float] | None = None  # the base's scores
+        with ranks.agreed():
+            self._read()
+
+    def _read(self) -> None:
+        job, on_event = self.job, self.on_event
         self.source = bases.resolve(job.model)
         self.kind = find.find(job.task, bases.load_config(self.source), self.source.gguf is not None)
         job.task = find.SHORT[self.kind.type]
         self.read = data.digests(job.data) | bases.digests(self.source)  # what a run that goes on must find unchanged
-        self.train_rows, self.held_out = data.load(job.data, job.seed)
+        self.train_rows, self.held_out = data.load(job.data, job.seed, self.kind, on_event)
         on_event(RowsRead(len(self.train_rows), len(self.held_out) if self.held_out else None))
-        job.data.choices = self.kind.find_labels(job.data, self.train_rows)
         self.tokenizer = bases.load_tokenizer(self.source)
         self.task = self.kind(job.data, self.tokenizer, job.data.choices, on_event)
         self.task.encode(self.train_rows[0])  # says early what a row lacks
-        self.arguments = self._arguments()
         self.steps = supervised.steps_of(self.arguments, len(self.train_rows))
         self.config = saved.config(job, self.kind, self.steps)
 
@@ -108,6 +114,7 @@ class Run:
         }
         if bases.device().type == "cpu":
             usual["dataloader_pin_memory"] = False
+            usual["use_cpu"] = ranks.count() > 1  # accelerate does not find the way for processes to talk by itself
         given = usual | DEFAULTS | self.job.trainer
         folder = str(self.output.absolute() / checkpoints.FOLDER)
         return transformers.TrainingArguments(**given, output_dir=folder, seed=self.job.seed, disable_tqdm=True)
@@ -134,27 +141,32 @@ class Run:
     def train(self, *, restart: bool = False, stop_after: int | None = None) -> Finished | Stopped:
         """Trains to the end, or until it is stopped. The same job goes on where it stopped; `restart` begins anew."""
         started = time.monotonic()
-        writes = self.arguments.process_index == 0
-        output = Output(self.output, COMMAND, writes=writes, foreign=saved.is_old_run)
-        with self.arguments.main_process_first(local=False):
-            output.__enter__()
+        output = Output(self.output, COMMAND, writes=ranks.is_first(), foreign=saved.is_old_run)
+        with ranks.agreed():
+            if output.writes:
+                output.__enter__()
         with contextlib.closing(output):
+            output.staging = ranks.on_first(lambda: output.staging)  # all write their part of a checkpoint there
             return self._train(output, restart, stop_after, started)
 
     def _train(self, output: Output, restart: bool, stop_after: int | None, started: float) -> Finished | Stopped:
         import transformers
 
-        if (
-            not restart and output.notes.get("state") == "saved" and output.is_own(saved.METRICS)
-        ):  # all but the tidying was done
-            return self._tidied(output, json.loads(output.path(saved.METRICS).read_text(encoding="utf-8")))
-        with self.arguments.main_process_first(local=False):
-            checkpoint = self._begin(output, restart)
+        untidied = not restart and output.notes.get("state") == "saved"
+        if metrics := ranks.on_first(lambda: self._known(output, saved.METRICS) if untidied else None):
+            return self._tidied(output, metrics)
+        checkpoint = ranks.on_first(lambda: self._begin(output, restart))
         transformers.set_seed(self.job.seed)
-        with working("loading the base model", self.on_event):
+        with working("loading the base model", self.on_event), ranks.agreed(alone=not self.sharded):
             base = bases.load_base(self.source, self.kind.auto, self.job.dtype, **self.task.model_arguments())
         self.on_event(self._plan(base))
-        before = self._before(output, base)
+        if ranks.together():
+            args = self.arguments
+            self.on_event(Shared(args.world_size, args.train_batch_size, args.gradient_accumulation_steps))
+        if self.held_out and self.job.evaluate_before:
+            self.before = ranks.on_first(lambda: self._known(output, BEFORE))
+            if self.before is None and not self.sharded:
+                self._score_base(output, base)
         transformers.set_seed(self.job.seed)
         model = peft.get_peft_model(base, self.config)
         # what the adapter's config tells others to load: as the job names it, a folder by its full path
@@ -165,14 +177,22 @@ class Run:
 
         if "logging_steps" not in self.job.trainer:
             self.arguments.logging_steps = max(1, self.steps // 25)
-        encoded, held_out = self._encoded(self.train_rows), None
-        if self.held_out and self.arguments.eval_strategy != "no":
-            held_out = self._encoded(self.held_out)
+        with ranks.agreed():
+            encoded, held_out = self._encoded(self.train_rows), None
+            if self.held_out and self.arguments.eval_strategy != "no":
+                held_out = self._encoded(self.held_out)
         stopper = Stopper(stop_after, self.on_event)
         keeper = checkpoints.Keeper(60 * self.job.checkpoint_minutes, stopper, output)
         hooks = [supervised.Teller(self.on_event), supervised.Schedule(), stopper, keeper]
         collator = self.task.collator()
         loop = supervised.trainer(model, self.arguments, encoded, held_out, collator, hooks, output, started)
+        if self.before is None and self.held_out and self.job.evaluate_before:  # only now the base can be run
+
+            def score_base() -> None:
+                with model.disable_adapter():
+                    self._score_base(output, loop.whole)
+
+            loop.add_callback(supervised.AtTheBeginning(score_base))
         if checkpoint is not None and (checkpoints.step_of(Path(checkpoint).name) or 0) >= self.steps:
             loop.take_up_the_end(checkpoint)
         else:
@@ -182,22 +202,19 @@ class Run:
             stopped = Stopped(loop.state.global_step, loop.state.max_steps, stopper.asked)
             self.on_event(stopped)
             return stopped
-        return self._finish(output, model, loop, before, counts)
+        return self._finish(output, model, loop, counts)
 
     def _begin(self, output: Output, restart: bool) -> str | None:
         """Prepares the output folder; the checkpoint to go on from, if a run was interrupted there."""
-        if not output.writes:
-            output.read()
-            return str(found) if (found := checkpoints.last(output)) is not None else None
         if restart and output.adopted:
             raise UserError(
                 f"{self.output} holds a run of a version that kept no list of what it wrote, so nothing there is removed. "
                 "Empty the folder yourself, or give another --output."
             )
-        made = self._written_job(output)
+        made = resuming.written_job(output)
         if restart:
             output.refuse_what_is_in_the_way(*FILES, checkpoints.FOLDER)
-            self._check_record(output, made)
+            resuming.check_record(self.job, output, made)
             output.remove(*RESULTS, checkpoints.FOLDER, saved.JOB)
             output.notes = {}
         elif output.path(saved.METRICS).exists() and (output.adopted or output.listed(saved.METRICS)):
@@ -207,16 +224,16 @@ class Run:
         output.refuse_what_is_in_the_way(*FILES)
         checkpoint = checkpoints.last(output)
         if checkpoint is not None or output.adopted:
-            self._check_same(output, made)
+            resuming.check_same(self.job, self.read, output, made)
         else:
-            self._check_record(output, made)
+            resuming.check_record(self.job, output, made)
         if output.adopted:
             self.on_event(Adopted(self.output))
         if checkpoint is not None:
             self.on_event(GoingOn(checkpoints.step_of(checkpoint.name) or 0, self.steps))
         text = yaml.safe_dump(self.job.located(), sort_keys=False, allow_unicode=True)
         known, now = (output.notes.get("job"), output.notes.get("read")), (text, self.read)
-        output.begin(job=text, read=self.read, adopted=output.adopted, state="begun")
+        output.begin(job=text, read=self.read, adopted=output.adopted, state="begun", processes=ranks.count())
         if checkpoint is None and known != now:
             output.remove(BEFORE)  # the scores of another job
         if not output.path(saved.JOB).exists() or output.is_own(saved.JOB):
@@ -224,53 +241,28 @@ class Run:
         output.keep_folder(checkpoints.FOLDER)
         return str(checkpoint) if checkpoint is not None else None
 
-    def _written_job(self, output: Output) -> object:
-        """What the record of the job in the folder says; None where there is none."""
-        file = output.path(saved.JOB)
-        if not file.is_file():
-            return None
-        try:
-            return yaml.safe_load(file.read_text(encoding="utf-8")) or {}
-        except yaml.YAMLError:
-            return {}
+    def _known(self, output: Output, name: str) -> Any:
+        """What a JSON file says that an interrupted run has written; None where it has not."""
+        if output.is_own(name) or (name == BEFORE and output.adopted and output.path(name).is_file()):
+            return json.loads(output.path(name).read_text(encoding="utf-8"))
+        return None
 
-    def _check_record(self, output: Output, made: object) -> None:
-        """A record that somebody has changed is not written over, unless it says what this job says."""
-        if not isinstance(made, dict) or not made or self.job.differences(made):
-            output.refuse_what_is_in_the_way(saved.JOB)
+    def _score_base(self, output: Output, base: Model) -> None:
+        self.before = self._scored(base)
+        with ranks.agreed():
+            output.write(BEFORE, record.as_json(self.before))
+        self.on_event(BaseScored(self.before))
 
-    def _check_same(self, output: Output, made: object) -> None:
-        """The run to go on with is one of this job, on the same rows and the same base."""
-        recorded = yaml.safe_load(str(output.notes["job"])) if "job" in output.notes else made
-        if not isinstance(recorded, dict) or not recorded:
-            raise UserError(
-                f"{output.path(saved.JOB)} is empty or cut short, so it is not known which job was interrupted here. Give "
-                "another --output, or put the file back."
-            )
-        other = self.job.differences(recorded)
-        if other:
-            raise UserError(
-                f"{self.output} holds an interrupted run of another job: it differs in {', '.join(other)}. "
-                "Give the same job to go on, another --output, or --restart to discard it."
-            )
-        read = dict(output.notes.get("read") or {})
-        for name, found in self.read.items():
-            if read.get(name, found) != found:
-                raise UserError(
-                    f"{name} has changed since the run in {self.output} began, which is to go on. Put the file back as it "
-                    "was, give another --output, or --restart to train anew on what it holds now."
-                )
-
-    def _before(self, output: Output, base: Model) -> dict[str, float] | None:
-        """The base's scores on the held-out rows; an interrupted run has them already."""
-        if not self.held_out or not self.job.evaluate_before:
-            return None
-        if output.is_own(BEFORE) or (output.adopted and output.path(BEFORE).is_file()):
-            return json.loads(output.path(BEFORE).read_text(encoding="utf-8"))
-        found = self.task.evaluate(base, self.held_out, self.arguments.per_device_eval_batch_size)
-        output.write(BEFORE, record.as_json(found))
-        self.on_event(BaseScored(found))
-        return found
+    def _scored(self, model: Model) -> dict[str, float]:
+        """The scores on the held-out rows: each process reads its share, or all the same where weights are sharded."""
+        assert self.held_out is not None
+        size = self.arguments.per_device_eval_batch_size
+        if self.sharded or not ranks.together():
+            return self.task.evaluate(model, self.held_out, size)
+        mine = range(ranks.rank(), len(self.held_out), ranks.count())
+        with ranks.agreed():
+            found = self.task.evaluate(model, self.held_out.select(mine), size) if mine else None
+        return ranks.pooled(found)
 
     def _encoded(self, rows: Rows) -> Rows:
         # the fingerprint keeps datasets from pickling the tokenizer to look for a cached result
@@ -281,16 +273,13 @@ class Run:
         output: Output,
         model: PeftModel,
         loop: AdapterTrainer,
-        before: Mapping[str, float] | None,
         counts: Counted,
     ) -> Finished:
         folder = output.path(saved.ADAPTER)
-        with output.written(saved.ADAPTER) as part:
+        with ranks.agreed(), output.written(saved.ADAPTER) as part:
             model.save_pretrained(str(part), is_main_process=output.writes)
         trained = loop.seconds
-        after = None
-        if self.held_out:
-            after = self.task.evaluate(model, self.held_out, self.arguments.per_device_eval_batch_size)
+        after = self._scored(loop.whole if self.sharded else model) if self.held_out else None
         history = loop.state.log_history
         if output.writes:
             with output.written(saved.PLOT) as part:
@@ -300,9 +289,11 @@ class Run:
             "job": self.job.located(),
             "counts": counts,
             "adapter_bytes": record.folder_size(folder),
-            "before": before,
+            "before": self.before,
             "after": after,
             "steps": loop.state.global_step,
+            "processes": ranks.count(),
+            "rows_of_a_step": supervised.rows_of_a_step(self.arguments),
             "final_loss": losses[-1] if losses else None,
             "seconds": {"total": loop.seconds, "until_saved": trained},
             "memory_bytes": memory(),
@@ -310,7 +301,8 @@ class Run:
             "versions": record.versions(),
         }
         output.notes["state"] = "saved"
-        output.write(saved.METRICS, record.as_json(metrics))
+        with ranks.agreed():
+            output.write(saved.METRICS, record.as_json(metrics))
         finished = self._tidied(output, metrics)
         self._show(model)
         return finished
@@ -327,7 +319,7 @@ class Run:
 
     def _show(self, model: PeftModel) -> None:
         """Tells what the adapted model answers to a few held-out rows."""
-        if not self.held_out or self.job.show <= 0:
+        if not self.held_out or self.job.show <= 0 or self.sharded or not ranks.is_first():
             return
         count = min(self.job.show, len(self.held_out))
         rows = self.held_out.select(range(count))
@@ -335,6 +327,6 @@ class Run:
             asked = [self.task.prompt(row) for row in rows]
             answers = self.task.generate(model, asked)
         else:
-            asked = [str(row[self.job.data.text]) for row in rows]
+            asked = [self.task.shown(row) for row in rows]
             answers = [str(found["prediction"]) for found in self.task.predict(model, rows, count)]
         self.on_event(Answered(tuple(zip(asked, answers))))

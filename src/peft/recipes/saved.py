@@ -20,7 +20,9 @@ from ..core.anatomy.patterns import for_path
 from ..errors import UserError, nearest
 from . import bases
 from .events import OnEvent, ignore
-from .job import LAYERS, NAME, Data, Job, check_fields, layers
+from .files import text_of
+from .job import LAYERS, MOST, NAME, Data, Job, check_data, check_fields, layers, parse
+from .job import made as from_fields
 from .tasks import find
 from .tasks.base import Task
 
@@ -100,11 +102,15 @@ def open_adapter(path: str) -> Saved:
     if not file.is_file():
         raise UserError(f"{path!r} holds no adapter: expected an adapter_config.json in it or in {path}/{ADAPTER}.")
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+        content = json.loads(text_of(file, 16 << 20))
+    except UserError:
+        raise
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{file} is not JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{file} holds a {type(content).__name__}, expected the fields of an adapter's config.")
     made = folder.parent / JOB
-    raw = yaml.safe_load(made.read_text(encoding="utf-8")) if folder.name == ADAPTER and made.is_file() else None
+    raw = parse(text_of(made, MOST), str(made)) if folder.name == ADAPTER and made.is_file() else None
     if (
         made.is_file()
         and folder.name == ADAPTER
@@ -114,7 +120,10 @@ def open_adapter(path: str) -> Saved:
             f"{made} does not hold the job that made this adapter (a crash may have cut it short), so it is not known how "
             f"rows became prompts. Put it back, or delete it and give --template and --choice."
         )
-    return Saved(folder, content, Job(**(raw | {"data": Data(**raw["data"])})) if raw else None)
+    try:
+        return Saved(folder, content, from_fields(raw) if isinstance(raw, dict) else None)
+    except UserError as error:
+        raise UserError(f"{made}: {error}") from None
 
 
 def is_old_run(folder: Path) -> bool:
@@ -220,6 +229,7 @@ def load(
     kind = find.find(saved.config.get("task_type"), bases.load_config(source), source.gguf is not None)
     known = saved.job.data if saved.job else Data()
     known = Data(**({**known.__dict__} | {k: v for k, v in (data or {}).items() if v is not None}))
+    check_data(known)
     tokenizer = bases.load_tokenizer(source)
     task = kind(known, tokenizer, known.choices, on_event)
     if task.labels is None and not task.generates:

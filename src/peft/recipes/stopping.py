@@ -14,6 +14,7 @@ import psutil
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from . import ranks
 from .events import OnEvent, StopAsked, ignore
 
 Handler: TypeAlias = Callable[[int, FrameType | None], object] | int | None  # of a signal
@@ -65,6 +66,7 @@ class Stopper(TrainerCallback):
         self.first = state.global_step
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
+        self.asked = ranks.anywhere(self.asked)  # signals do not come everywhere in the same step
         due = self.after is not None and state.global_step - self.first >= self.after
         if (self.asked or due) and state.global_step < state.max_steps:
             self.stopped = control.should_save = control.should_training_stop = True

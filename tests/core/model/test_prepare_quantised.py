@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 import pytest
 import torch
 from torch import nn
@@ -19,6 +21,13 @@ def load(path, bits: int):
     return AutoModelForCausalLM.from_pretrained(
         path, quantization_config=BitsAndBytesConfig(**settings), device_map="cpu", dtype=torch.float32
     )
+
+
+def test_no_garbage_is_collected(monkeypatch):
+    """What it frees is in no cycle, and walking all objects of a process takes longer than the rest."""
+    monkeypatch.setattr(gc, "collect", lambda *_: pytest.fail("a garbage collection"))
+    model = prepare_model_for_kbit_training(nn.Sequential(nn.Linear(2, 2)), use_gradient_checkpointing=False)
+    assert not any(p.requires_grad for p in model.parameters())
 
 
 def size(model) -> int:

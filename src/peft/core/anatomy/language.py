@@ -13,7 +13,7 @@ from ...contract import offload
 from ...signatures import arguments_of
 
 CACHE = "past_key_values"
-LAYER_CACHE = {CACHE, "past_key_value", "layer_past"}  # what attention modules call it
+LAYER_CACHE = {CACHE, "cache", "past_key_value", "layer_past"}  # what attention modules call it; `cache` from 5.24
 
 
 class EncoderDecoder(Protocol):
@@ -85,7 +85,7 @@ def attentions(stack: nn.Module) -> Iterator[nn.Module]:
 def takes_prefix(model: nn.Module) -> str:
     """Why no keys and values can be put before this model's attention; "" where they can."""
     _, stack = token_and_cache_stacks(model)
-    if CACHE not in arguments_of(type(stack)) or next(attentions(stack), None) is None:
+    if not {CACHE, "cache"} & set(arguments_of(type(stack))) or next(attentions(stack), None) is None:
         return "its attention takes no keys and values from outside (no past_key_values), so a prefix has no way in"
     return ""
 

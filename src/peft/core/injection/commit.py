@@ -21,6 +21,7 @@ from ..prompts.attach import attach
 from .lists import follow
 from .plan import Plan, plan
 from .schedules import watch as watch_schedule
+from .sharded import warn_if_late
 from .shared import together
 
 
@@ -72,6 +73,8 @@ def commit(model: nn.Module, plan: Plan) -> Roster:
         roster.activate([plan.name])
     roster.set_trainable(plan.name, plan.name in roster.chosen and not plan.config.inference_mode)
     watch_schedule(roster, plan.name)
+    if not plan.config.inference_mode:
+        warn_if_late(model, plan.name)
     if any(issubclass(item.cls, TakesSpan) for item in plan.items):
         with roster.gate.change():  # hooks, which a call may just be walking through
             watch(model, roster)

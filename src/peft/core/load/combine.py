@@ -5,6 +5,8 @@
 themselves, weighted by √|wᵢsᵢ| each, which brings cross terms BᵢAⱼ with it; with the ending `_svd` they work on
 the dense ΔWᵢ instead. TIES: arXiv 2306.01708; DARE: arXiv 2311.03099.
 
+Token rows become W[i] + Σ wᵢ (δᵢ − W[i]) over the union of the indices, whatever is done with the factors.
+
 Methods meet this file by `TwoFactors` (two thin factors), or `Blends` (effects linear in the
 parameters).
 """
@@ -13,6 +15,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -21,10 +24,10 @@ import torch
 from torch import Tensor, nn
 
 from ...config import PeftConfig, TunerConfig
-from ...contract.capabilities import Blends, TwoFactors
+from ...contract.capabilities import Blends, Companion, TwoFactors
 from ...contract.method import Method
 from ...errors import Refusal, near
-from ...registry import method
+from ...registry import companions, method
 from ..acting.on_model import roster_of
 from ..acting.roster import Adapter, Roster
 from ..anatomy.targets import find
@@ -61,7 +64,11 @@ def add_weighted_adapter(
         raise ValueError("This model has no adapters to combine.")
     if not adapters or len(adapters) != len(weights):
         raise ValueError(f"Expected one weight per adapter, got {len(adapters)} adapters and {len(weights)} weights.")
-    roster.known(adapters)
+    if unknown := [n for n in adapters if n not in roster.adapters]:
+        raise ValueError(
+            f"Adapter {unknown[0]} does not exist: {unknown[0]!r} is not loaded. Loaded: {sorted(roster.adapters)}."
+            f"{near(unknown[0], roster.adapters)}"
+        )
     check_name(roster, adapter_name)
     kind, svd = _kind(combination_type, density, majority_sign_method)
     classes = {roster.configs[n].own_type for n in adapters}
@@ -77,6 +84,7 @@ def add_weighted_adapter(
     paths = {p.disk_path: p.path for p in walk(model)}
     mix = _merger(kind, density, majority_sign_method)
     fill: dict[str, Callable[[Method], None]] = {}
+    written: dict[int, Tensor] = {}
     ranks: dict[str, int] = {}
     every = {
         id(m): m.two_factors() if isinstance(m, TwoFactors) else None for found in sites.values() for m, _ in found
@@ -94,10 +102,14 @@ def add_weighted_adapter(
                 )
             ranks[paths[disk_path]] = A.shape[0]
             fill[disk_path] = _holder(A, B, _bias(found))
-        elif combination_type in (None, "linear") and (state := _blend(found)) is not None:
-            fill[disk_path] = _writer(state)
+        elif combination_type in (None, "linear") and isinstance(found[0][0], Blends):
+            fill[disk_path] = functools.partial(_blend, found, disk_path, written)
         else:
             m = found[[p is None for p in pairs].index(True)][0]
+            if isinstance(m, Blends):
+                raise Refusal(
+                    str(m.peft_type), f"combination_type={combination_type!r}", "its adapters are summed: 'linear'"
+                )
             raise Refusal(
                 str(m.peft_type),
                 f"{disk_path} (a combination)",
@@ -108,7 +120,14 @@ def add_weighted_adapter(
         assert issubclass(cls, TwoFactors)
         config = cls.config_for_ranks(config, ranks)
     assert isinstance(config, TunerConfig)
-    _target(model, config, [roster.configs[n] for n in adapters], {paths[s] for s in sites})
+    configs = [roster.configs[n] for n in adapters]
+    if issubclass(own := method(config.peft_type), Blends):
+        own.widen(config, configs, model)
+    for name, companion in companions().items():
+        if asking := [c for c in configs if getattr(c, name, None) not in (None, "none", [], {})]:
+            assert issubclass(companion, Companion)
+            companion.bring_all(config, asking, model)
+    _target(model, config, configs, {paths[s] for s in sites})
     config.inference_mode = True
     dtypes = {p.dtype for a, _ in sources for p in a.parameters()}
     planned = plan(
@@ -118,17 +137,28 @@ def add_weighted_adapter(
     for item in planned.items:
         assert item.place is not None and item.method is not None
         if not item.brought_by:
+            if item.place.disk_path not in fill:
+                raise Refusal(
+                    config.own_type,
+                    f"{item.place.disk_path} (a combination)",
+                    "add_weighted_adapter does not support targeting nn.Parameter in one adapter and its module in "
+                    "another; activate the adapters together, or merge them",
+                )
             fill.pop(item.place.disk_path)(item.method)
         else:
             _carry(
                 item.method,
                 item.place.disk_path,
                 item.brought_by,
-                others.get((item.place.disk_path, type(item.method)), []),
+                others.pop((item.place.disk_path, type(item.method)), []),
                 sources,
+                written,
             )
     if fill:
         raise ValueError(f"The combined config does not reach {', '.join(list(fill)[:5])}.")
+    for disk_path, left in others:
+        assert issubclass(left, Companion)
+        raise Refusal(left.companion, f"{disk_path} (a combination)", "the combined config would not bring it along")
     commit(model, planned)
 
 
@@ -216,7 +246,7 @@ def _merger(kind: str, density: float | None, sign: str) -> Any:
             raise Refusal(
                 kind,
                 where,
-                f"factors of ranks {[A.shape[0] for A, *_ in group]} do not add; use 'cat' (exact) or a type ending in 'svd'",
+                f"All adapters must have the same r value, but factors of ranks {[A.shape[0] for A, *_ in group]} do not add: use 'cat' (exact) or a type ending in 'svd'",
             )
         root = [math.sqrt(abs(w * s)) for _, _, s, w in group]
         signed = [math.copysign(r, w * s) for r, (_, _, s, w) in zip(root, group)]
@@ -248,12 +278,19 @@ def _bias(found: list[tuple[Method, float]]) -> Tensor | None:
     return linear([c.detach() for c, _ in changes], [w for _, w in changes]) if changes else None
 
 
-def _blend(found: list[tuple[Method, float]]) -> dict[str, Tensor] | None:
-    first = found[0][0]
-    if not isinstance(first, Blends):
-        return None
+def _blend(found: list[tuple[Any, float]], disk_path: str, written: dict[int, Tensor], m: Method) -> None:
+    """Give the new adapter's method the weighted sum, unless the other end of a tied weight has got another one."""
+    assert isinstance(m, Blends)
     with torch.no_grad():
-        return type(first).blend([m for m, _ in found], [w for _, w in found])
+        state = m.blend([x for x, _ in found], [w for _, w in found])
+    for attr, value in state.items():
+        if not torch.equal(written.setdefault(id(m.get_parameter(attr)), value), value):
+            raise Refusal(
+                str(m.peft_type) or "trainable_token_indices",
+                f"{disk_path} (a combination)",
+                "the sums at the ends of a tied weight differ, and the new adapter has one set for them",
+            )
+    _writer(state)(m)
 
 
 # -- filling the new adapter ------------------------------------------------------------------------------------------------
@@ -283,18 +320,24 @@ def _companions(roster: Roster, names: Sequence[str]) -> dict[tuple[str, type[Me
     return found
 
 
-def _carry(m: Method, disk_path: str, brought_by: str, which: list[int], sources: list[tuple[Adapter, float]]) -> None:
-    """A companion's weights, from the one adapter that has it; several are mixed where their effect is linear."""
+def _carry(
+    m: Method,
+    disk_path: str,
+    brought_by: str,
+    which: list[int],
+    sources: list[tuple[Adapter, float]],
+    written: dict[int, Tensor],
+) -> None:
+    """A companion's weights: summed where its effect is linear, else taken from the one adapter that has it."""
     found = [
         (x, sources[i][1]) for i in which for s, x in sources[i][0].methods if s == disk_path and type(x) is type(m)
     ]
-    state = _blend(found) if found else None
-    if state is None:
-        if len(found) != 1:
-            raise Refusal(
-                brought_by,
-                f"{disk_path} (a combination)",
-                f"{len(found)} of the adapters bring it, and copies trained whole have no sum",
-            )
-        state = dict(found[0][0].named_parameters())
-    _writer(state)(m)
+    if isinstance(m, Blends):
+        return _blend(found, disk_path, written, m)
+    if len(found) != 1:
+        raise Refusal(
+            brought_by,
+            f"{disk_path} (a combination)",
+            f"Cannot add weighted adapters: {len(found)} of the adapters bring it, and copies trained whole have no sum",
+        )
+    _writer(dict(found[0][0].named_parameters()))(m)

@@ -67,7 +67,7 @@ class Prompts(VirtualTokens, KeysValues):
             self.widen(kwargs, front)
             self.call.entered = True
         self.call.awaited = front is not None
-        return (), kwargs
+        return (), self.as_taken(module, kwargs)
 
     def leave_model(self, module: nn.Module, args: tuple[object, ...], output: object) -> None:
         """A model that runs its token stack past its `__call__` would ignore the prompts."""
@@ -89,16 +89,16 @@ class Prompts(VirtualTokens, KeysValues):
             self.place(module, kwargs, front)
         self.call.entered = self.call.awaited = False
         self.lead(module, kwargs, front)
-        return (), kwargs
+        return (), self.as_taken(module, kwargs)
 
     def leave_stack(self, module: nn.Module, args: tuple[object, ...], output: object) -> object:
         """A cache that only carried the prefix in is not the caller's: a next call would continue after this text."""
         if not self.call.lent:
             return None
         self.call.lent = False
-        if not isinstance(output, dict) or CACHE not in output:
+        if not isinstance(output, dict) or not {CACHE, "cache"} & output.keys():
             return None
-        return type(output)(**{k: v for k, v in output.items() if k != CACHE})
+        return type(output)(**{k: v for k, v in output.items() if k not in (CACHE, "cache")})
 
     def enter_pair(self, module: nn.Module, args: tuple[object, ...], kwargs: Arguments) -> Call:
         """An encoder-decoder model as a whole: tokens before the decoder's, where a method has them.
@@ -111,7 +111,7 @@ class Prompts(VirtualTokens, KeysValues):
         front = self.front(batch(kwargs))
         if front is not None and kwargs.get("encoder_outputs") is None and kwargs.get(CACHE) is None:
             self.before_decoder(module, kwargs, front)
-        return (), kwargs
+        return (), self.as_taken(module, kwargs)
 
     def enter_encoder(self, module: nn.Module, args: tuple[object, ...], kwargs: Arguments) -> Call | None:
         kwargs = self.by_name(module, args, kwargs)
@@ -122,7 +122,7 @@ class Prompts(VirtualTokens, KeysValues):
         self.widen(kwargs, front)
         self.place(module, kwargs, front)
         self.lead(module, kwargs, front)
-        return (), kwargs
+        return (), self.as_taken(module, kwargs)
 
     def enter_decoder(self, module: nn.Module, args: tuple[object, ...], kwargs: Arguments) -> Call | None:
         kwargs = self.by_name(module, args, kwargs)
@@ -141,7 +141,7 @@ class Prompts(VirtualTokens, KeysValues):
         front.S, front.soft = 0, [0] * len(front.groups)
         front.uneven = len(set(front.keyed)) > 1
         self.lead(module, kwargs, front)
-        return (), kwargs
+        return (), self.as_taken(module, kwargs)
 
     def enter_attention(self, module: nn.Module, args: tuple[object, ...], kwargs: Arguments) -> Call | None:
         """A layer that checkpointing took the cache from gets its own prefix back."""
@@ -150,6 +150,7 @@ class Prompts(VirtualTokens, KeysValues):
         kwargs = self.by_name(module, args, kwargs)
         hidden = kwargs.get("hidden_states")
         name = next(n for n in self.names[type(module)] if n in LAYER_CACHE)
+        name = CACHE if name == "cache" else name
         if kwargs.get(name) is not None or hidden is None:
             return None
         front = self.front(hidden.shape[0])
@@ -157,7 +158,7 @@ class Prompts(VirtualTokens, KeysValues):
             return None
         kwargs[name] = self.empty_cache()
         self.fill(kwargs[name], [module], front, hidden.dtype)
-        return (), kwargs
+        return (), self.as_taken(module, kwargs)
 
     def by_name(self, module: nn.Module, args: tuple[object, ...], kwargs: Arguments) -> Arguments:
         """All arguments of a call by their names."""
@@ -165,4 +166,18 @@ class Prompts(VirtualTokens, KeysValues):
         named = {
             names[i]: arg for i, arg in enumerate(args[: len(names)])
         }  # no zip: torch 2.6 does not compile `strict`
-        return {**named, **kwargs}
+        kwargs = {**named, **kwargs}
+        if renamed(names) and "cache" in kwargs:
+            kwargs[CACHE] = kwargs.pop("cache")
+        return kwargs
+
+    def as_taken(self, module: nn.Module, kwargs: Arguments) -> Arguments:
+        """Back to the names that the module has for them."""
+        if renamed(self.names[type(module)]) and CACHE in kwargs:
+            kwargs["cache"] = kwargs.pop(CACHE)
+        return kwargs
+
+
+def renamed(names: tuple[str, ...]) -> bool:
+    """Whether a module calls `past_key_values` its `cache`, as from transformers 5.24."""
+    return "cache" in names and CACHE not in names

@@ -11,7 +11,7 @@ from ..bases import Model
 from ..data import Row, Rows
 from ..job import Data
 from ..likelihood import batches
-from .base import Answer, Encoded, LabelNames, Task
+from .base import Answer, Encoded, LabelNames, Task, label_fault, text_fault
 
 if TYPE_CHECKING:
     from transformers.data.data_collator import DataCollator
@@ -23,6 +23,10 @@ class Classifier(Task):
     def model_arguments(self) -> LabelNames:
         assert self.labels is not None
         return {"id2label": dict(enumerate(self.labels)), "label2id": {name: i for i, name in enumerate(self.labels)}}
+
+    @classmethod
+    def declared(cls, data: Data, rows: Rows) -> list[str] | None:
+        return data.choices or _names(rows, data.target)
 
     @torch.no_grad()
     def logits(self, model: Model, rows: Rows, batch_size: int, title: str) -> list[torch.Tensor]:
@@ -46,6 +50,15 @@ class SequenceClassification(Classifier):
     @classmethod
     def find_labels(cls, data: Data, rows: Rows) -> list[str]:
         return data.choices or _names(rows, data.target) or sorted({str(v) for v in rows[cls.learned(data)]})
+
+    @classmethod
+    def learned_labels(cls, data: Data, rows: Rows) -> set[str]:
+        return {str(_name(value, data.choices)) for value in rows[cls.learned(data)]}
+
+    @classmethod
+    def fault(cls, data: Data, row: Row, labels: list[str] | None, *, target: bool = True) -> str | None:
+        named = row | {cls.learned(data): _name(row.get(cls.learned(data)), labels)} if target else row
+        return super().fault(data, named, labels, target=target)
 
     def encode(self, row: Row, *, labels: bool = True) -> Encoded:
         found = self.tokenizer(self.prompt(row), truncation=True, max_length=self.data.max_length)
@@ -79,6 +92,27 @@ class TokenClassification(Classifier):
     def find_labels(cls, data: Data, rows: Rows) -> list[str]:
         known = data.choices or _names(rows, data.target)
         return known or sorted({str(v) for values in rows[cls.learned(data)] for v in values})
+
+    @classmethod
+    def learned_labels(cls, data: Data, rows: Rows) -> set[str]:
+        return {str(_name(value, data.choices)) for values in rows[cls.learned(data)] for value in values}
+
+    @classmethod
+    def fault(cls, data: Data, row: Row, labels: list[str] | None, *, target: bool = True) -> str | None:
+        words = row.get(data.text)
+        if isinstance(words, str):
+            words = words.split() or words
+        if not isinstance(words, list) or not words:
+            return f"column {data.text!r} has no words" if words == [] else text_fault(data.text, words)
+        wrong = next(filter(None, (text_fault(data.text, word) for word in words)), None)
+        if wrong or not target:
+            return wrong and f"a word of {wrong}"
+        tags = row.get(cls.learned(data))
+        if not isinstance(tags, list):
+            return f"column {data.target!r} is {repr(tags)[:60]}, expected a list of labels, one for each word"
+        if len(tags) != len(words):
+            return f"{len(words)} words but {len(tags)} labels in column {data.target!r}"
+        return next(filter(None, (label_fault(data.target, _name(tag, labels), labels) for tag in tags)), None)
 
     def words(self, row: Row) -> list[str]:
         text = row[self.data.text]
@@ -139,6 +173,12 @@ def _names(rows: Rows, column: str | None) -> list[str] | None:
 
 def _name(value: object, labels: list[str] | None) -> object:
     """A row's label by name: data sets store declared labels as their index."""
-    if labels and isinstance(value, int) and str(value) not in labels and 0 <= value < len(labels):
+    if (
+        labels
+        and isinstance(value, int)
+        and not isinstance(value, bool)
+        and str(value) not in labels
+        and 0 <= value < len(labels)
+    ):
         return labels[value]
     return value

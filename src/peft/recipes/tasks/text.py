@@ -121,14 +121,21 @@ class CausalLM(Text):
             tokens = self.tokenizer(answer, add_special_tokens=False).input_ids
         return before[-max(1, self.data.max_length - len(tokens)) :], tokens
 
+    def prompt(self, row: Row) -> str:
+        """Without a template a line's end parts the text from what is learned."""
+        found = super().prompt(row)
+        return found if self.data.template or self.data.target is None else f"{found.rstrip()}\n"
+
     def encode(self, row: Row, *, labels: bool = True) -> Encoded:
         end = [self.tokenizer.eos_token_id] if self.tokenizer.eos_token_id is not None else []
         if self.data.target is None:
             ids = (self._ids(self.prompt(row)) + end)[: self.data.max_length]
             return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": list(ids)}
         before, tokens = self.split(self.prompt(row), str(row[self.data.target]))
-        ids = before + tokens + end
-        return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": [-100] * len(before) + tokens + end}
+        tokens = (tokens + end)[: self.data.max_length - 1]
+        before = before[-(self.data.max_length - len(tokens)) :]
+        ids = before + tokens
+        return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": [-100] * len(before) + tokens}
 
     def prompt_ids(self, prompt: str) -> list[int]:
         return self._ids(prompt.rstrip() or prompt)

@@ -6,9 +6,10 @@ Its callbacks tell the run's events and keep methods informed that change with t
 
 from __future__ import annotations
 
+import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -19,7 +20,9 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.data.data_collator import DataCollator
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_pt_utils import get_length_grouped_indices
+from transformers.utils import strtobool
 
+from .. import ranks
 from ..bases import Model
 from ..data import Rows
 from ..events import Logged, OnEvent, Step, TrainingEnded
@@ -70,11 +73,17 @@ class AdapterTrainer(Trainer):
         """What the run has taken so far, without the time in which it was interrupted."""
         return self.earlier + time.monotonic() - self.started
 
+    @property
+    def whole(self) -> Model:
+        """The model as it is to be called: by what wraps it, which knows where the pieces of its weights are."""
+        found: Any = self.model_wrapped
+        return found
+
     def _get_train_sampler(self, train_dataset: Dataset[object] | None = None) -> Sampler[int] | None:
         dataset: Any = train_dataset if train_dataset is not None else self.train_dataset
-        if self.args.train_sampling_strategy != "group_by_length" or self.args.world_size > 1:
+        if self.args.train_sampling_strategy != "group_by_length":
             return super()._get_train_sampler(train_dataset)
-        size = self.args.train_batch_size * self.args.gradient_accumulation_steps
+        size = rows_of_a_step(self.args)  # dealt out to the processes batch by batch
         return LengthGroups([len(ids) for ids in dataset["input_ids"]], size, self.args.seed)
 
     def compute_loss(self, model: nn.Module, inputs: Inputs, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor, Any]:
@@ -87,17 +96,15 @@ class AdapterTrainer(Trainer):
         return loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if self.args.world_size == 1 and "loss" in logs:
+        if "loss" in logs or "train_loss" in logs:
+            self.heard.sum = ranks.mean(self.heard.sum)
+        if "loss" in logs:
             logs["loss"] = self.heard.mean(self.state.global_step)
-        if self.args.world_size == 1 and "train_loss" in logs:
+        if "train_loss" in logs:
             logs["train_loss"] = self.heard.overall(self.state.global_step)
         super().log(logs, start_time)
 
     # -- checkpoints --------------------------------------------------------------------------------------------------
-    @property
-    def _sharded(self) -> bool:
-        return self.is_deepspeed_enabled or self.is_fsdp_enabled
-
     def _save_checkpoint(self, model: nn.Module, trial: Any, **more: Any) -> None:
         """As transformers does it, but aside: the checkpoint takes its place when all of it is on the disk."""
         name = f"checkpoint-{self.state.global_step}"
@@ -106,16 +113,19 @@ class AdapterTrainer(Trainer):
         self.args.output_dir, self.args.push_to_hub = str(parts), False
         try:
             super()._save_checkpoint(model, trial, **more)
-            if self.args.should_save:
-                if (self.state.best_model_checkpoint or "").startswith(str(parts)):
-                    self.state.best_model_checkpoint = str(place)
+            if (self.state.best_model_checkpoint or "").startswith(str(parts)):
+                self.state.best_model_checkpoint = str(place)
+                if self.args.should_save:
                     self.state.save_to_json(str(parts / name / checkpoints.STATE))
-                self._save_exactly(parts / name)
-            self.accelerator.wait_for_everyone()
-            if self.args.should_save:
-                self.output.publish(parts / name, f"{checkpoints.FOLDER}/{name}")
-                best = self.state.best_model_checkpoint if self.args.load_best_model_at_end else None
-                self.output.remove(*checkpoints.outdated(self.output, self.limit, best))
+            self.heard.sum = ranks.mean(self.heard.sum)
+            with ranks.agreed():  # all have written their part
+                if self.args.should_save:
+                    self._save_exactly(parts / name)
+            with ranks.agreed():
+                if self.args.should_save:
+                    self.output.publish(parts / name, f"{checkpoints.FOLDER}/{name}")
+                    best = self.state.best_model_checkpoint if self.args.load_best_model_at_end else None
+                    self.output.remove(*checkpoints.outdated(self.output, self.limit, best))
         finally:
             self.args.output_dir, self.args.push_to_hub = kept, push
             if self.args.should_save:
@@ -126,7 +136,7 @@ class AdapterTrainer(Trainer):
     def _save_exactly(self, folder: Path) -> None:
         heard = {"sum": self.heard.sum, "total": self.heard.total, "logged_at": self.heard.logged_at}
         state = {"heard": heard, "seconds": self.seconds}
-        if not self._sharded:
+        if not sharded(self.args):
             state |= checkpoints.snapshot(self.accelerator.unwrap_model(self.model))
         torch.save(state, folder / checkpoints.EXACT)
 
@@ -148,7 +158,7 @@ class AdapterTrainer(Trainer):
         self._load_from_checkpoint(checkpoint)
         self.state = TrainerState.load_from_json(str(Path(checkpoint) / checkpoints.STATE))
         steps, seconds = self.state.global_step, self.seconds
-        rows = steps * self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        rows = steps * rows_of_a_step(self.args)
         numbers = {
             "train_runtime": round(seconds, 4),
             "train_samples_per_second": round(rows / seconds, 3),
@@ -161,6 +171,18 @@ class AdapterTrainer(Trainer):
         if self.args.load_best_model_at_end and best is not None:
             self.state.best_model_checkpoint = best
             self._load_best_model()
+
+
+class AtTheBeginning(TrainerCallback):
+    """Does something once the model is where it trains: sharded, say, and before the first step."""
+
+    def __init__(self, work: Callable[[], object]) -> None:
+        self.work = work
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
+    ) -> None:
+        self.work()
 
 
 class Schedule(TrainerCallback):
@@ -246,6 +268,17 @@ def trainer(
     )
     made.remove_callback(PrinterCallback)
     return made
+
+
+def sharded(args: TrainingArguments) -> bool:
+    """Whether the weights are split over the processes, so that each forward needs all of them."""
+    asked = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")
+    return bool(args.deepspeed or args.fsdp) or any(strtobool(os.environ.get(n, "false")) for n in asked)
+
+
+def rows_of_a_step(args: TrainingArguments) -> int:
+    """How many rows an optimizer step sees, in all processes."""
+    return args.train_batch_size * args.gradient_accumulation_steps * args.world_size
 
 
 def steps_of(args: TrainingArguments, rows: int) -> int:
