@@ -19,6 +19,7 @@ from ..contract.site import Site
 from ..contract.tensors import Shown, Stored
 from ..core.anatomy.patterns import for_path
 from ..core.forms.low_rank import LowRank, Start
+from ..errors import Refusal
 from ..inits import find as find_init
 
 __all__ = ["LoraConfig", "LoraRuntimeConfig"]
@@ -76,6 +77,15 @@ class LoraConfig(DeltaConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         find_init(self.init_lora_weights)
+
+    def _register_custom_module(self, mapping: object) -> None:
+        """Raises Refusal: layers of new types are told as a `LayerKind`, for every method at once."""
+        raise Refusal(
+            "LORA",
+            "a custom layer class",
+            "layers hold adapters of any method; register the base layer's class by peft.registry.register_kind and a "
+            "LayerKind (see peft/layers), or target its nn.Linear parts",
+        )
 
 
 class Lora(LowRank):

@@ -28,7 +28,7 @@ def test_activating_replaces_one_object_and_keeps_the_order():
     before = roster.mix
     roster.activate(["b", "a", "b"])
     assert roster.chosen == roster.mix.active == ("b", "a") and before.active == ("a",)
-    with pytest.raises(ValueError, match=r"Adapter 'c' is not loaded. Loaded: \['a', 'b'\]"):
+    with pytest.raises(ValueError, match=r"Adapter c not found: 'c' is not loaded. Loaded: \['a', 'b'\]"):
         roster.activate(["c"])
     assert roster.chosen == ("b", "a")
 

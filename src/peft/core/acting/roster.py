@@ -160,7 +160,8 @@ class Roster(Recompute):
         for name in names:
             if name not in self.adapters and name != BASE:
                 raise ValueError(
-                    f"Adapter {name!r} is not loaded. Loaded: {sorted(self.adapters) or 'none'}.{near(name, self.adapters)}"
+                    f"Adapter {name} not found: {name!r} is not loaded. Loaded: {sorted(self.adapters) or 'none'}."
+                    f"{near(name, self.adapters)}"
                 )
 
     def activate(self, names: Sequence[str]) -> None:

@@ -114,7 +114,9 @@ def find(model: nn.Module, config: TunerConfig, strict: bool = True) -> list[Pla
     kept = [p for p in chosen if not barred(p.path) and in_layers(config, p.path) and not inside_saved(p.path)]
     if chosen and not kept:
         why = "exclude_modules, layers_to_transform and modules_to_save leave none of them"
-        raise NoMatchingPeftModuleError(f"target_modules={targets!r} matches {len(chosen)} modules, but {why}.")
+        raise NoMatchingPeftModuleError(
+            f"No modules were targeted for adaptation: target_modules={targets!r} matches {len(chosen)} modules, but {why}."
+        )
     if excluded and not isinstance(excluded, str):
         known = {end for p in places for end in endings(p.path)}
         unused = [e for e in excluded if e not in known]

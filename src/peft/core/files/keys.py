@@ -209,8 +209,8 @@ def check_keys(pairs: dict[str, tuple[FileTensor, Tensor]], missing: list[str], 
         hint = "".join(near(m, extra, 1) for m in missing[:1]) or "".join(near(e, missing, 1) for e in extra[:1])
         raise CheckpointError(
             f"{source or 'The state dict'} does not fit this model.{hint}"
-            f"\n  {len(missing)} tensors of the adapter are not in the file: {few(missing)}"
-            f"\n  {len(extra)} keys of the file have no place in the model: {few(extra)}"
+            f"\n  missing adapter keys: {len(missing)} tensors of the adapter are not in the file: {few(missing)}"
+            f"\n  unexpected keys: {len(extra)} keys of the file have no place in the model: {few(extra)}"
             f"\n  {len(pairs)} of {len(file_keys)} keys fit. Check the base model and the adapter's target_modules."
         )
 

@@ -64,7 +64,11 @@ def add_weighted_adapter(
         raise ValueError("This model has no adapters to combine.")
     if not adapters or len(adapters) != len(weights):
         raise ValueError(f"Expected one weight per adapter, got {len(adapters)} adapters and {len(weights)} weights.")
-    roster.known(adapters)
+    if unknown := [n for n in adapters if n not in roster.adapters]:
+        raise ValueError(
+            f"Adapter {unknown[0]} does not exist: {unknown[0]!r} is not loaded. Loaded: {sorted(roster.adapters)}."
+            f"{near(unknown[0], roster.adapters)}"
+        )
     check_name(roster, adapter_name)
     kind, svd = _kind(combination_type, density, majority_sign_method)
     classes = {roster.configs[n].own_type for n in adapters}
@@ -133,6 +137,13 @@ def add_weighted_adapter(
     for item in planned.items:
         assert item.place is not None and item.method is not None
         if not item.brought_by:
+            if item.place.disk_path not in fill:
+                raise Refusal(
+                    config.own_type,
+                    f"{item.place.disk_path} (a combination)",
+                    "add_weighted_adapter does not support targeting nn.Parameter in one adapter and its module in "
+                    "another; activate the adapters together, or merge them",
+                )
             fill.pop(item.place.disk_path)(item.method)
         else:
             _carry(
@@ -235,7 +246,7 @@ def _merger(kind: str, density: float | None, sign: str) -> Any:
             raise Refusal(
                 kind,
                 where,
-                f"factors of ranks {[A.shape[0] for A, *_ in group]} do not add; use 'cat' (exact) or a type ending in 'svd'",
+                f"All adapters must have the same r value, but factors of ranks {[A.shape[0] for A, *_ in group]} do not add: use 'cat' (exact) or a type ending in 'svd'",
             )
         root = [math.sqrt(abs(w * s)) for _, _, s, w in group]
         signed = [math.copysign(r, w * s) for r, (_, _, s, w) in zip(root, group)]
@@ -327,6 +338,6 @@ def _carry(
         raise Refusal(
             brought_by,
             f"{disk_path} (a combination)",
-            f"{len(found)} of the adapters bring it, and copies trained whole have no sum",
+            f"Cannot add weighted adapters: {len(found)} of the adapters bring it, and copies trained whole have no sum",
         )
     _writer(dict(found[0][0].named_parameters()))(m)

@@ -84,7 +84,8 @@ def _module_type(layer: Adapted) -> str:
     base = type(layer.base_layer).__name__
     if layer.kind.linear and layer.kind.castable:
         base = "Linear"  # whatever class of the base is run as one
-    found = sorted(layer.nested_methods(), key=lambda m: isinstance(m, Companion))
+    own = [m.nested()[-1] for methods in layer.methods.values() for m in methods]  # the method, not DoRA around it
+    found = sorted(own, key=lambda m: isinstance(m, Companion))
     stated = next((m.shown.layer or f"{type(m).__module__.rpartition('.')[2]}.{{}}" for m in found if m.prefix), "{}")
     return stated.format(base)
 
