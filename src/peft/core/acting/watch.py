@@ -22,7 +22,7 @@ def read(arguments: Mapping[str, object], outer: Span | None) -> Span:
     if not torch.is_tensor(tokens) or tokens.dim() < 2:
         return Span(0, 0, outer=outer)
     rows, length = tokens.shape[:2]
-    cache = arguments.get("past_key_values")
+    cache = arguments.get("past_key_values", arguments.get("cache"))  # `cache`: transformers from 5.24
     offset = int(cache.get_seq_length()) if hasattr(cache, "get_seq_length") else 0
     mask, labels = arguments.get("attention_mask"), arguments.get("labels")
     number = None
