@@ -115,7 +115,7 @@ def crowd(layers: int, n: int) -> nn.Module:
 def test_switching_walks_neither_modules_nor_adapters():
     crowds = [crowd(layers, n) for layers, n in ((1, 2), (6, 2), (1, 9))]
     calls = [python_calls(lambda m=m: m.set_adapter("a1")) for m in crowds]
-    assert calls[0] == calls[1] == calls[2] <= 40
+    assert calls[0] == calls[1] == calls[2] <= 60  # the gate and the calls' contexts are among them
 
 
 def test_no_work_is_put_off_to_the_forward_after_a_switch():

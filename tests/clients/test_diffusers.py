@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
 import peft
-from peft import LoHaConfig, LoKrConfig, LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import LoHaConfig, LoKrConfig, LoraConfig, Refusal, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.hotswap import prepare_model_for_compiled_hotswap
 
@@ -1023,9 +1023,13 @@ def test_layerwise_casting(storage, adapter_first):
     pipe.set_adapters("a", 0.5)
     same(eps(pipe.unet), eps(merged(cast(storage), (file, 0.5))), 2e-5)
     assert attention.base_layer.weight.dtype == storage
-    pipe.fuse_lora(components=["unet"])
-    assert attention.base_layer.weight.dtype == storage
-    pipe.unfuse_lora(components=["unet"])
+    if storage.itemsize == 1:  # its numbers are too coarse to hold what an adapter adds
+        with pytest.raises(Refusal, match="rounds small changes away"):
+            pipe.fuse_lora(components=["unet"])
+    else:
+        pipe.fuse_lora(components=["unet"])
+        assert attention.base_layer.weight.dtype == storage
+        pipe.unfuse_lora(components=["unet"])
     pipe.unload_lora_weights()
     same(eps(pipe.unet), eps(cast(storage)))
 

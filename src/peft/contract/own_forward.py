@@ -20,12 +20,16 @@ from .swapped import called_with
 
 
 def forward_of(module: nn.Module) -> Callable[..., Any]:
-    """The function that calling the module runs: its class's, or what stands on the instance; past accelerate's hooks."""
+    """The function that calling the module runs: its class's, or what stands on the instance; past accelerate's hooks and
+    diffusers'."""
     own = module.__dict__.get("forward")
     if own is None:
         return type(module).forward
     if "_hf_hook" in module.__dict__:
         own = module.__dict__.get("_old_forward", own)
+    registry = module.__dict__.get("_diffusers_hook")
+    first = next(iter(getattr(registry, "_fn_refs", ())), None)
+    own = getattr(first, "original_forward", None) or getattr(first, "forward", None) or own
     return getattr(own, "__func__", own)  # type: ignore[no-any-return]
 
 
@@ -83,7 +87,8 @@ def run_with(module: nn.Module, values: Mapping[str, Tensor | None], args: Any, 
     A twin runs it, which shares everything else with the module: other threads, which run the module, see its weights.
     """
     own = module.__dict__.get("forward")
-    bound = own is None or "_hf_hook" in module.__dict__ or getattr(own, "__self__", None) is module
+    hooked = "_hf_hook" in module.__dict__ or "_diffusers_hook" in module.__dict__
+    bound = own is None or hooked or getattr(own, "__self__", None) is module
     given = {n: v for n, v in values.items() if n in module._parameters}
     if torch.compiler.is_compiling() or not bound:
         return called_with(module, {n: v for n, v in given.items() if v is not None}, args, kwargs)

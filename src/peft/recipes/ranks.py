@@ -11,12 +11,12 @@ import contextlib
 import os
 from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
-from typing import Any, TypeVar
-
-import torch.distributed as dist
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 T = TypeVar("T")
 SAID = "peft/said/{}"  # in the store that the processes share: how many of them have begun to say what was wrong
@@ -29,16 +29,22 @@ class ElsewhereError(RuntimeError):
 # -- who ----------------------------------------------------------------------------------------------------------------
 def together() -> bool:
     """Whether this process works with others."""
+    import torch.distributed as dist
+
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def count() -> int:
     """How many processes a launcher has started, also before they have met."""
+    import torch.distributed as dist
+
     return dist.get_world_size() if together() else _launched("WORLD_SIZE", 1)
 
 
 def rank() -> int:
     """Which of them this is, from 0."""
+    import torch.distributed as dist
+
     return dist.get_rank() if together() else _launched("RANK", 0) if count() > 1 else 0
 
 
@@ -60,6 +66,8 @@ def agreed(alone: bool = True) -> Iterator[None]:
 
     alone: False where the work waits for the other processes. Then none can be told, and the launcher ends them.
     """
+    import torch.distributed as dist
+
     if not (alone and together()):
         yield
         return
@@ -79,6 +87,8 @@ def agreed(alone: bool = True) -> Iterator[None]:
 
 def on_first(work: Callable[[], T]) -> T:
     """What `work` gives in the first process, in all of them; its error, too."""
+    import torch.distributed as dist
+
     found: list[Any] = [None]
     with agreed():
         if is_first():
@@ -96,6 +106,8 @@ def anywhere(flag: bool) -> bool:
 
 def gathered(value: T) -> list[T]:
     """The value of every process, by rank."""
+    import torch.distributed as dist
+
     if not together():
         return [value]
     found: list[Any] = [None] * count()
@@ -105,6 +117,8 @@ def gathered(value: T) -> list[T]:
 
 def mean(value: Tensor | None) -> Tensor | None:
     """The mean of a number over all processes; None where it is None, which it is everywhere or nowhere."""
+    import torch.distributed as dist
+
     if value is None or not together():
         return value
     value = value.detach().clone()
@@ -151,6 +165,8 @@ def speaks() -> bool:
 
 def _store() -> Any:
     """What the processes share: the launcher's, which is there before they have met, or that of their group."""
+    import torch.distributed as dist
+
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         return dist.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=10))
@@ -159,6 +175,8 @@ def _store() -> Any:
 
 def leave() -> None:
     """Take leave of the others, when all is done."""
+    import torch.distributed as dist
+
     if together():
         dist.barrier()
         dist.destroy_process_group()
