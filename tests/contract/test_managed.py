@@ -7,14 +7,12 @@ from __future__ import annotations
 
 import sys
 import types
-from collections import OrderedDict
 from contextlib import contextmanager
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.nn.utils import prune
 
 from peft import (
     BOFTConfig,
@@ -134,23 +132,6 @@ def test_tied_weights_in_pieces_are_refused_before_anything_changes(mesh):
         model.merge_adapter()
     managed.settle(model.modules())
     assert all(torch.equal(p.full_tensor(), before[n]) for n, p in model.named_parameters())
-
-
-@pytest.mark.parametrize("how", ["parametrised", "weight_norm", "pruned"])
-def test_a_weight_that_is_computed_is_not_written(how):
-    base = nn.Sequential(OrderedDict(a=nn.Linear(8, 8), b=nn.Linear(8, 8)))
-    if how == "parametrised":
-        nn.utils.parametrizations.weight_norm(base.a)
-    elif how == "weight_norm":
-        nn.utils.weight_norm(base.a)
-    else:
-        prune.l1_unstructured(base.a, "weight", 0.5)
-    x = torch.randn(3, 8)
-    model = get_peft_model(base, LoraConfig(r=2, target_modules=["a", "b"], init_lora_weights=False))
-    y = model(x)
-    with pytest.raises(Refusal, match="a: the weight of this .* is computed"):
-        model.merge_adapter()
-    assert torch.equal(model(x), y) and not any(m.merged for m in model.modules() if hasattr(m, "merged_adapters"))
 
 
 # -- ZeRO-3 -----------------------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from typing import Any, NoReturn, TypeAlias
 from torch import nn
 
 from ..config import PeftConfig
+from ..contract.capabilities import NeedsTokens, can
 from ..contract.method import Method
 from ..core.adapted.layer import Adapted, Companions
 from ..core.adapted.switch import Switch
@@ -71,7 +72,9 @@ class TunerLayerView(type):
             return isinstance(obj, Switch) and not isinstance(
                 obj, Companions
             )  # where a method of the whole model hangs
-        return obj.targeted or TOKENS in obj.brought_by
+        if TOKENS in obj.brought_by or all(can(m, NeedsTokens) for m in obj.nested_methods()):
+            return isinstance(obj.base_layer, nn.Embedding)  # a head that is tied to it reads its rows
+        return obj.targeted
 
 
 class AuxiliaryView(type):
