@@ -73,7 +73,7 @@ class TunerLayerView(type):
                 obj, Companions
             )  # where a method of the whole model hangs
         if TOKENS in obj.brought_by or all(can(m, NeedsTokens) for m in obj.nested_methods()):
-            return isinstance(obj.base_layer, nn.Embedding)  # a head that is tied to it reads its rows
+            return hasattr(obj.base_layer, "num_embeddings")  # a head that is tied to it reads its rows
         return obj.targeted
 
 

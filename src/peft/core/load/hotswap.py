@@ -166,11 +166,16 @@ def has_fp32_masters(adapter: Adapter) -> bool:
     return all(p.dtype not in (torch.float16, torch.bfloat16) for p in adapter.parameters())
 
 
+OF_THE_MODEL = ("training", "multiplier")  # what the model's user sets
+
+
 # -- in place ---------------------------------------------------------------------------------------------------------------
 def _settings(m: nn.Module) -> dict[str, object]:
     """What a method computes with besides its tensors."""
     plain = (bool, int, float, str, tuple, list, dict, type(None))
-    return {k: v for k, v in vars(m).items() if not k.startswith("_") and k != "training" and isinstance(v, plain)}
+    return {
+        k: v for k, v in vars(m).items() if not k.startswith("_") and k not in OF_THE_MODEL and isinstance(v, plain)
+    }
 
 
 def _alike(old: list[tuple[str, Method]], new: list[tuple[str, Method]]) -> bool:
