@@ -291,7 +291,7 @@ def test_a_vocabulary_that_does_not_fit(folder, tmp_path_factory):
 
 
 # -- names --------------------------------------------------------------------------------------------------------------------
-@pytest.mark.xfail(reason="wrapping twice under one name starts that adapter afresh, as upstream: the test is to follow")
+@pytest.mark.xfail(reason="wrapping twice under one name starts it afresh, as upstream: the test is to follow")
 def test_a_name_already_taken(folder):
     model = get_peft_model(llama(), lora())
     for add in (lambda: model.add_adapter("default", lora()), lambda: get_peft_model(model, lora())):
