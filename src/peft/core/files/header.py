@@ -38,21 +38,13 @@ def fingerprint(model: nn.Module, adapter: Adapter) -> Fingerprint:
         if disk_path and not g.weightless:
             shapes[disk_path] = [g.out, g.fan_in]
     model = bare(model)
-    return {"class": known_class(model).__name__, "vocab_size": vocab_size(model), "shapes": shapes}
-
-
-def known_class(model: nn.Module) -> type[nn.Module]:
-    """The class of a model without wrappers; of transformers' models theirs, whatever was derived from it on the spot."""
-    cls = class_of(model)
-    theirs = (c for c in cls.__mro__ if c.__module__.startswith("transformers.models."))
-    first = next((c for c in theirs if issubclass(c, nn.Module) and not c.__name__.endswith("PreTrainedModel")), cls)
-    return first if issubclass(first, nn.Module) else cls
+    return {"class": class_of(model).__name__, "vocab_size": vocab_size(model), "shapes": shapes}
 
 
 def same_class(saved: str, model: nn.Module) -> bool:
     """Whether a file's word for a class means the model's: also with the marks that sharding makes of it in older files,
     in other capitals, or by an older name that transformers keeps."""
-    here = known_class(bare(model))
+    here = class_of(bare(model))
     if saved in OUTER or saved.casefold() == here.__name__.casefold():
         return True
     if saved.removeprefix(next((p for p in PUT_IN_FRONT if saved.startswith(p)), "")) == here.__name__:
