@@ -8,6 +8,7 @@ import os
 import re
 import secrets
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -154,11 +155,17 @@ def json_object(text: str) -> dict[str, Any]:
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        names = [k for k, _ in pairs]
-        raise ValueError(f"the field {next(k for k in names if names.count(k) > 1)[:100]!r} is there twice")
-    return found
+    if (name := repeated([k for k, _ in pairs])) is not None:
+        raise ValueError(f"the field {name[:100]!r} is there twice")
+    return dict(pairs)
+
+
+def repeated(names: Sequence[str]) -> str | None:
+    """The first of the names that stands there more than once; readers differ in which value they take."""
+    if len(set(names)) == len(names):
+        return None
+    counts = Counter(names)
+    return next(n for n in names if counts[n] > 1)
 
 
 def damaged(path: str, size: int, why: object) -> CheckpointError:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from ..errors import UserError
+from ..local_files import repeated
 
 Row: TypeAlias = dict[str, Any]  # a row's cells by column, of whatever type the data has
 
@@ -98,11 +99,9 @@ def rows_of(path: Path) -> Lines:
 
 # -- JSON ---------------------------------------------------------------------------------------------------------------
 def _pairs(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        names = [n for n, _ in pairs]
-        raise UserError(f"the key {next(n for n in names if names.count(n) > 1)!r} stands there twice")
-    return found
+    if (name := repeated([n for n, _ in pairs])) is not None:
+        raise UserError(f"the key {name!r} stands there twice")
+    return dict(pairs)
 
 
 DECODER = json.JSONDecoder(object_pairs_hook=_pairs)

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..errors import UserError
@@ -29,23 +31,26 @@ class ElsewhereError(RuntimeError):
 # -- who ----------------------------------------------------------------------------------------------------------------
 def together() -> bool:
     """Whether this process works with others."""
-    import torch.distributed as dist
+    dist = sys.modules.get(
+        "torch.distributed"
+    )  # nobody has met before it is loaded: a command that only prints stays light
+    return dist is not None and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+def _dist() -> ModuleType:
+    import torch.distributed
+
+    return torch.distributed
 
 
 def count() -> int:
     """How many processes a launcher has started, also before they have met."""
-    import torch.distributed as dist
-
-    return dist.get_world_size() if together() else _launched("WORLD_SIZE", 1)
+    return _dist().get_world_size() if together() else _launched("WORLD_SIZE", 1)
 
 
 def rank() -> int:
     """Which of them this is, from 0."""
-    import torch.distributed as dist
-
-    return dist.get_rank() if together() else _launched("RANK", 0) if count() > 1 else 0
+    return _dist().get_rank() if together() else _launched("RANK", 0) if count() > 1 else 0
 
 
 def is_first() -> bool:
@@ -66,8 +71,6 @@ def agreed(alone: bool = True) -> Iterator[None]:
 
     alone: False where the work waits for the other processes. Then none can be told, and the launcher ends them.
     """
-    import torch.distributed as dist
-
     if not (alone and together()):
         yield
         return
@@ -77,7 +80,7 @@ def agreed(alone: bool = True) -> Iterator[None]:
     except Exception as error:
         failed = error
     told: list[Any] = [None] * count()
-    dist.all_gather_object(told, None if failed is None else (isinstance(failed, UserError), _message(failed)))
+    _dist().all_gather_object(told, None if failed is None else (isinstance(failed, UserError), _message(failed)))
     if failed is not None:
         raise failed
     for number, found in enumerate(told):
@@ -87,14 +90,12 @@ def agreed(alone: bool = True) -> Iterator[None]:
 
 def on_first(work: Callable[[], T]) -> T:
     """What `work` gives in the first process, in all of them; its error, too."""
-    import torch.distributed as dist
-
     found: list[Any] = [None]
     with agreed():
         if is_first():
             found[0] = work()
     if together():
-        dist.broadcast_object_list(found, 0)
+        _dist().broadcast_object_list(found, 0)
     value: T = found[0]
     return value
 
@@ -106,23 +107,19 @@ def anywhere(flag: bool) -> bool:
 
 def gathered(value: T) -> list[T]:
     """The value of every process, by rank."""
-    import torch.distributed as dist
-
     if not together():
         return [value]
     found: list[Any] = [None] * count()
-    dist.all_gather_object(found, value)
+    _dist().all_gather_object(found, value)
     return found
 
 
 def mean(value: Tensor | None) -> Tensor | None:
     """The mean of a number over all processes; None where it is None, which it is everywhere or nowhere."""
-    import torch.distributed as dist
-
     if value is None or not together():
         return value
     value = value.detach().clone()
-    dist.all_reduce(value)
+    _dist().all_reduce(value)
     return value / count()
 
 
@@ -165,18 +162,14 @@ def speaks() -> bool:
 
 def _store() -> Any:
     """What the processes share: the launcher's, which is there before they have met, or that of their group."""
-    import torch.distributed as dist
-
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        return dist.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=10))
-    return dist.distributed_c10d._get_default_store() if dist.is_initialized() else None
+        return _dist().TCPStore(address, port, is_master=False, timeout=timedelta(seconds=10))
+    return _dist().distributed_c10d._get_default_store() if _dist().is_initialized() else None
 
 
 def leave() -> None:
     """Take leave of the others, when all is done."""
-    import torch.distributed as dist
-
     if together():
-        dist.barrier()
-        dist.destroy_process_group()
+        _dist().barrier()
+        _dist().destroy_process_group()
