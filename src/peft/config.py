@@ -78,7 +78,9 @@ class PeftConfig:
     base_model_name_or_path: str | None = None
     revision: str | None = None
     inference_mode: bool = False
-    saved_embeddings: list[str] | None = dataclasses.field(default=None, init=False, metadata={"transient": True})
+    saved_embeddings: list[str] | None = dataclasses.field(
+        default=None, init=False, metadata={"transient": True, "own": True}
+    )
 
     own_type: ClassVar[str] = ""  # the method's name, set by the config class of a method
 

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
 import peft
-from peft import LoHaConfig, LoKrConfig, LoraConfig, Refusal, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import LoHaConfig, LoKrConfig, LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.hotswap import prepare_model_for_compiled_hotswap
 
@@ -1024,6 +1024,8 @@ def test_layerwise_casting(storage, adapter_first):
     same(eps(pipe.unet), eps(merged(cast(storage), (file, 0.5))), 2e-5)
     assert attention.base_layer.weight.dtype == storage
     if storage.itemsize == 1:  # its numbers are too coarse to hold what an adapter adds
+        from peft import Refusal  # upstream, which runs parts of this file, has none
+
         with pytest.raises(Refusal, match="rounds small changes away"):
             pipe.fuse_lora(components=["unet"])
     else:

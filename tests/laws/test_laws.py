@@ -12,6 +12,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from peft import PeftModel, Refusal, get_peft_model, get_peft_model_state_dict, registry
+from peft.contract.capabilities import Derives
 from tests.helpers.cells import Cell, cells, clone, close, randomise, refusal, same_bits
 
 CELLS = cells()
@@ -233,7 +234,8 @@ def test_forward_equals_merged_in_every_precision(cell, dtype):
     for model in (cell.model(dtype=dtype)[0], whole):
         y = model(*cast)
         assert y.dtype == dtype
-        if model is whole or dtype != torch.float64:  # numbers drawn in double precision are others
+        derived = any(isinstance(m, Derives) and m.derives for m in model.modules())
+        if model is whole or not (derived or dtype == torch.float64):  # of rounded weights, or drawn in double: others
             assert close(y.detach().float(), expected(*inputs).detach(), 3 * DTYPES[torch.bfloat16])
         y.float().square().mean().backward()
         assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)

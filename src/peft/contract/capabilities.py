@@ -134,6 +134,8 @@ class Derives:
 class Follows:
     """The other ends of a tied weight can change along."""
 
+    follows = False  # what it trains was made for another end, and is used here
+
     @classmethod
     def followers(cls, config: Any, model: nn.Module, places: list[Any]) -> list[Any]:
         """Further places that must change along with the targeted ones."""

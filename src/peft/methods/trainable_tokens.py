@@ -81,7 +81,7 @@ class TrainableTokens(Blends, Derives, Exclusive, Follows, NeedsTokens, Method):
         source = self.source(config, site)
         self.trainable_tokens_delta_weight = site.shared[source]
         if source != site.path:
-            self.set(table=self.table.of_another("trainable_tokens_delta_weight"))
+            self.set(follows=True, table=self.table.of_another("trainable_tokens_delta_weight"))
 
     @classmethod
     def source(cls, config: ChoosesRows, site: Site) -> str:

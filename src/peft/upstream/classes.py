@@ -15,7 +15,7 @@ from typing import Any, NoReturn, TypeAlias
 from torch import nn
 
 from ..config import PeftConfig
-from ..contract.capabilities import NeedsTokens, can
+from ..contract.capabilities import Follows, NeedsTokens
 from ..contract.method import Method
 from ..core.adapted.layer import Adapted, Companions
 from ..core.adapted.switch import Switch
@@ -72,9 +72,11 @@ class TunerLayerView(type):
             return isinstance(obj, Switch) and not isinstance(
                 obj, Companions
             )  # where a method of the whole model hangs
-        if TOKENS in obj.brought_by or all(can(m, NeedsTokens) for m in obj.nested_methods()):
-            return hasattr(obj.base_layer, "num_embeddings")  # a head that is tied to it reads its rows
-        return obj.targeted
+        held = list(obj.nested_methods())
+        rows = [m for m in held if isinstance(m, NeedsTokens)]
+        if rows and all(isinstance(m, Follows) and m.follows for m in rows):  # a head that reads a table's rows
+            return obj.targeted and len(rows) < len(held)
+        return obj.targeted or TOKENS in obj.brought_by
 
 
 class AuxiliaryView(type):

@@ -54,8 +54,7 @@ class LowRank(Derives, Follows, TwoFactors, Method):
     alpha_field: ClassVar[str]  # the config's field of α; s = α/r
     root_field: ClassVar[str]  # … that asks for s = α/√r
     any_factors: ClassVar[Mapping[str, object]]  # the fields of configs whose adapters are filled with given factors
-    follows = False  # the factors were made for another end of a tied weight
-    turned = False  # … and stand for the transpose of this end's ΔW
+    turned = False  # what follows another end stands for the transpose of this end's ΔW
     own_r: int
     first_A: Tensor | None  # the initial factors where they are subtracted; not saved
     first_B: Tensor | None
