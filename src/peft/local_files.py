@@ -10,7 +10,7 @@ import secrets
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import IO, Any
 
 from .errors import CheckpointError
 
@@ -141,6 +141,21 @@ def read_json(path: str | os.PathLike[str], what: str) -> dict[str, Any]:
         return json_object(data.decode("utf-8-sig"))
     except ValueError as e:
         raise ValueError(f"{path} is not valid JSON ({e}); {what} is damaged.") from e
+
+
+class Kept:
+    """The very file that was checked, for reading on, whatever gets its name meanwhile; given up with this object."""
+
+    def __init__(self, f: IO[bytes]) -> None:
+        self.descriptor = os.dup(f.fileno())
+
+    def open(self) -> IO[bytes]:
+        f = os.fdopen(os.dup(self.descriptor), "rb")
+        f.seek(0)
+        return f
+
+    def __del__(self) -> None:
+        os.close(self.descriptor)
 
 
 def json_object(text: str) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import types
 from pathlib import Path
 
 import pytest
+import torch
 
 from peft import registry
 from tests.helpers.cells import cells, refusal
@@ -41,6 +42,8 @@ def test_the_example_passes_every_law_on_linear_and_on_one_example_of_each_kind(
         for law in laws:
             path = tmp_path / f"{ran}"
             extra = {"tmp_path": path} if "tmp_path" in inspect.signature(law).parameters else {}
+            if "dtype" in inspect.signature(law).parameters:
+                extra["dtype"] = torch.bfloat16
             law(cell, **extra)
             ran += 1
     assert ran >= 10 * 2

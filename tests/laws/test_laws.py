@@ -12,7 +12,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from peft import PeftModel, Refusal, get_peft_model, get_peft_model_state_dict, registry
-from peft.contract.capabilities import Derives
+from peft.contract.capabilities import Derives, Exclusive
 from tests.helpers.cells import Cell, cells, clone, close, randomise, refusal, same_bits
 
 CELLS = cells()
@@ -154,6 +154,11 @@ def test_several_active_equal_merged_together(cell):
     model, inputs = cell.model(names=("default", "b"))
     with torch.no_grad():
         one = model(*inputs)
+        if any(m.held_alone() for _, m in model.roster.adapters["b"].methods if isinstance(m, Exclusive)):
+            with pytest.raises(ValueError, match="Only one adapter can be set at a time"):
+                model.set_adapter(["default", "b"])
+            assert torch.equal(model(*inputs), one)
+            return
         model.set_adapter(["default", "b"])
         out = model(*inputs)
         assert not torch.equal(out, one)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import io
 import json
 import math
-import os
 import pickle
 import zipfile
 from collections import OrderedDict
@@ -20,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ...errors import CheckpointError
-from ...local_files import LONGEST, json_object
+from ...local_files import LONGEST, Kept, json_object
 
 HEADER = "adapter_header.json"  # the record that holds the header
 
@@ -53,12 +52,12 @@ def read_bin(
             found, header = _described(archive, size)
     except Exception as e:  # whatever a broken archive or pickle runs into
         raise _not_plain(path, e) from e
-    kept = os.fdopen(os.dup(f.fileno()), "rb")  # the very file that was checked, whatever gets its name meanwhile
+    kept = Kept(f)
 
     def fetch(keys: Iterable[str]) -> dict[str, Tensor]:
         try:
-            kept.seek(0)
-            values = dict(dict.items(torch.load(kept, map_location="cpu", weights_only=True)))
+            with kept.open() as again:
+                values = dict(dict.items(torch.load(again, map_location="cpu", weights_only=True)))
             return {k: values[k].detach() for k in keys}
         except Exception as e:
             raise _not_plain(path, e) from e

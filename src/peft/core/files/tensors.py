@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ...contract.cheap_modules import uninterrupted
 from ...contract.managed import split
-from ...local_files import LONGEST, damaged, json_object
+from ...local_files import LONGEST, Kept, damaged, json_object
 from .bin_files import read_bin
 
 SMALL = 2**26  # bytes up to which a file passes through memory as a whole
@@ -96,10 +96,11 @@ def _read(f: IO[bytes], size: int, two_steps: bool) -> Weights:
         raise ValueError(f"its header has {length} bytes, at most {LONGEST} are read")
     entries, said = _laid_out(f.read(length), size - 8 - length)
     if size > SMALL or sys.byteorder == "big":
-        kept = os.fdopen(os.dup(f.fileno()), "rb")  # the very file that was checked, whatever gets its name meanwhile
+        kept = Kept(f)
 
         def fetch(keys: Iterable[str]) -> dict[str, Tensor]:
-            return {k: _values(kept, 8 + length, entries[k]) for k in keys}
+            with kept.open() as again:
+                return {k: _values(again, 8 + length, entries[k]) for k in keys}
 
         if not two_steps:
             return Weights(fetch(entries), said)
