@@ -31,7 +31,7 @@ def test_pytest_takes_these_cells_and_all_tests_of_the_other_files():
     assert done.returncode == 0, done.stdout[-2000:]
     laws = [line for line in done.stdout.splitlines() if line.startswith(changed.LAWS)]
     cells = {m.groups() for line in laws if (m := re.search(r"\[(\w+)\[.*\]-(\w+)\[", line))}
-    kinds = {("LORA", kind) for kind in ("linear", "embedding", "embedding_max_norm")}  # one file has two of them
+    kinds = {("LORA", kind) for kind in ("linear", "embedding", "embedding_max_norm", "own_embedding")}  # built on it
     assert cells == {*kinds, ("HRA", "linear")} and len(laws) > 50
     assert f"{changed.RULES}::test_imports_go_down_the_stair" in done.stdout
 
