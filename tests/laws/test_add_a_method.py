@@ -27,6 +27,12 @@ def example():
     del sys.modules["ssf_example"]
 
 
+def kinds_of(law) -> set[str]:
+    """The kinds that a law is run on."""
+    (given,) = (mark.args[1] for mark in law.pytestmark if mark.name == "parametrize")
+    return {(one[0] if isinstance(one, tuple) else one).kind for one in given}
+
+
 def test_the_example_passes_every_law_on_linear_and_on_one_example_of_each_kind(example, tmp_path):
     laws = [f for n, f in vars(test_laws).items() if n.startswith("test_") and "refusal" not in n]
     first: dict[str, list] = {}
@@ -42,9 +48,9 @@ def test_the_example_passes_every_law_on_linear_and_on_one_example_of_each_kind(
         for law in laws:
             path = tmp_path / f"{ran}"
             extra = {"tmp_path": path} if "tmp_path" in inspect.signature(law).parameters else {}
+            if cell.kind not in kinds_of(law):
+                continue  # some laws leave kinds out, and say why
             if "dtype" in inspect.signature(law).parameters:
-                if not registry.kinds()[cell.kind].castable:
-                    continue
                 extra["dtype"] = torch.bfloat16
             law(cell, **extra)
             ran += 1
